@@ -1,0 +1,15 @@
+from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
+from ._coefficients.tableau import ALFTableau as ALFTableau
+from ._solver.alf import (
+    AbstractALF as AbstractALF,
+    ALF as ALF,
+    ALF2 as ALF2,
+    ALF4 as ALF4,
+    ALF6 as ALF6,
+    ALF8 as ALF8,
+)
+from ._solver.base import (
+    AbstractReversibleSolver as AbstractReversibleSolver,
+    Cotangent as Cotangent,
+)
+from ._solver.interpolation import HermiteInterpolation as HermiteInterpolation

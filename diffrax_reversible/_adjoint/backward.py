@@ -1,0 +1,349 @@
+"""The walk back along the steps of a solve, pulling cotangents along."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import SubSaveAt
+from jaxtyping import Array, PyTree
+
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    Params,
+    RealScalarLike,
+    SolverState,
+    Terms,
+    Y,
+)
+from .._diffrax import State
+from .._solver.base import Cotangent, linearise_step
+from .._tree import tree_add, tree_zeros_like
+from .forward import Inputs, Problem, save_states, SaveFns, sub_saveats, Trace
+
+
+class _Output(eqx.Module):
+    """The cotangent of what one `SubSaveAt` wrote."""
+
+    sub: SubSaveAt
+    rows: PyTree[Array]
+    # Which of `Inputs.save_fns` made it.
+    index: int = eqx.field(static=True)
+    saves_state: bool = eqx.field(static=True)
+
+    def row(self, i: IntScalarLike, written: BoolScalarLike = True) -> PyTree[Array]:
+        """The cotangent of the `i`-th output, zero unless it was `written`."""
+
+        def get(rows):
+            row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
+            return row if written is True else jnp.where(written, row, 0)
+
+        return jtu.tree_map(get, self.rows)
+
+
+class _Cursor(eqx.Module):
+    """How many outputs, and how many of its `ts`, a `SubSaveAt` has left to read."""
+
+    save_index: IntScalarLike
+    ts_index: IntScalarLike
+
+
+class _Position(eqx.Module):
+    """Where the walk is, with `step` steps still to undo."""
+
+    step: IntScalarLike
+    y: Y
+    solver_state: SolverState
+    cotangent: Cotangent
+    cursors: list[_Cursor]
+
+
+class _Walk(eqx.Module):
+    """What does not change along the walk."""
+
+    problem: Problem
+    trace: Trace
+    outputs: list[_Output]
+    dense_rows: DenseInfo | None
+    # Those leaves of `(terms, args, save_fns)` that are differentiated, and the others.
+    params: Params
+    nondiff: PyTree
+
+    def bind(self, params: Params) -> tuple[Terms, Args]:
+        terms, args, _ = self._bind_all(params)
+        return terms, args
+
+    def _bind_all(self, params: Params) -> tuple[Terms, Args, SaveFns]:
+        return eqx.combine(params, self.nondiff)
+
+    def pull_output(
+        self,
+        output: _Output,
+        row: PyTree[Array],
+        t: RealScalarLike,
+        y: Y,
+        params_cotangent: Params,
+    ) -> tuple[Y, Params]:
+        """Pull the cotangent of one output back to the state that it was made of."""
+        if output.saves_state:
+            return row, params_cotangent
+
+        def save(y, params):
+            _, args, save_fns = self._bind_all(params)
+            fn = save_fns[output.index]
+            assert fn is not None
+            return eqx.filter(fn(t, y, args), eqx.is_inexact_array)
+
+        _, pull = jax.vjp(save, y, self.params)
+        y_bar, params_bar = pull(row)
+        return y_bar, tree_add(params_cotangent, params_bar)
+
+    def pull_into_state(
+        self,
+        position: _Position,
+        output: _Output,
+        row: PyTree[Array],
+        t: RealScalarLike,
+    ) -> _Position:
+        """As `pull_output`, for an output made of the state where the walk is."""
+        ct = position.cotangent
+        y_bar, params_bar = self.pull_output(output, row, t, position.y, ct.params)
+        ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
+        return eqx.tree_at(lambda p: p.cotangent, position, ct)
+
+    def pull_end(self, position: _Position) -> _Position:
+        """Outputs that were written after the last step."""
+        for i, output in enumerate(self.outputs):
+            sub = output.sub
+            if sub.steps > 1:
+                saved_as_step = position.step % sub.steps == 0
+            else:
+                saved_as_step = sub.steps == 1
+            if sub.t1 and saved_as_step is not True:
+                position, save_index = _take(position, i, 1)
+                written = True if saved_as_step is False else jnp.invert(saved_as_step)
+                row = output.row(save_index, written)
+                position = self.pull_into_state(position, output, row, self.problem.t1)
+            if sub.ts is not None:
+                position = self._pull_trivial(position, i)
+        return position
+
+    def _pull_trivial(self, position: _Position, i: int) -> _Position:
+        """If `t0 == t1`, then all of `ts` were written at once."""
+        output = self.outputs[i]
+        ts = output.sub.ts
+        assert ts is not None
+        trivial = self.problem.t0 == self.problem.t1
+        position, save_index = _take(position, i, jnp.where(trivial, len(ts), 0))
+
+        def total(rows):
+            window = lax.dynamic_slice_in_dim(rows, save_index, len(ts))
+            return jnp.where(trivial, jnp.sum(window, axis=0), 0)
+
+        row = jtu.tree_map(total, output.rows)
+        return self.pull_into_state(position, output, row, self.problem.t1)
+
+    def pull_start(self, position: _Position) -> _Position:
+        """Outputs that were written before the first step."""
+        for output in self.outputs:
+            if output.sub.t0:
+                position = self.pull_into_state(
+                    position, output, output.row(0), self.problem.t0
+                )
+        return position
+
+    def undo_step(self, position: _Position) -> _Position:
+        """One step of the walk."""
+        step = position.step - 1
+        t0, t1 = self.trace.record.starts[step], self.trace.record.ends[step]
+        position = self._pull_step_outputs(position, t1)
+        solver, state = self.problem.solver, (position.y, position.solver_state)
+        ct = position.cotangent
+        interpolated = [
+            i for i, output in enumerate(self.outputs) if output.sub.ts is not None
+        ]
+        if all(self.outputs[i].saves_state for i in interpolated):
+            dense_bar = None
+            if len(interpolated) > 0 or self.dense_rows is not None:
+                # Nothing but its shapes is used: interpolations are linear.
+                dense_info = self._dense_struct(t0, t1, *state)
+                dense_bar, ct, cursors = self._pull_dense(
+                    position, interpolated, t0, t1, dense_info
+                )
+                position = eqx.tree_at(lambda p: p.cursors, position, cursors)
+            y0, state0, ct = solver.inverse_step_and_pullback(
+                self.bind, self.params, t0, t1, *state, ct, dense_bar
+            )
+        else:
+            y0, state0, dense_info, pull = linearise_step(
+                solver, self.bind, self.params, t0, t1, *state
+            )
+            dense_bar, ct, cursors = self._pull_dense(
+                position, interpolated, t0, t1, dense_info
+            )
+            position = eqx.tree_at(lambda p: p.cursors, position, cursors)
+            ct = pull(ct, dense_bar)
+        return _Position(step, y0, state0, ct, position.cursors)
+
+    def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
+        """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
+        for i, output in enumerate(self.outputs):
+            steps = output.sub.steps
+            if steps == 0:
+                continue
+            written = True if steps == 1 else position.step % steps == 0
+            position, save_index = _take(position, i, jnp.where(written, 1, 0))
+            row = output.row(save_index, written)
+            position = self.pull_into_state(position, output, row, t1)
+        return position
+
+    def _dense_struct(self, t0, t1, y, solver_state) -> DenseInfo:
+        terms, args = self.bind(self.params)
+        _, _, dense_info, _, _ = eqx.filter_eval_shape(
+            self.problem.solver.step, terms, t0, t1, y, args, solver_state, False
+        )
+        return dense_info
+
+    def _pull_dense(
+        self,
+        position: _Position,
+        interpolated: list[int],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        dense_info: DenseInfo,
+    ) -> tuple[DenseInfo, Cotangent, list[_Cursor]]:
+        """Outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
+        step = position.step - 1
+        if self.dense_rows is None:
+            dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
+        else:
+            dense_bar = jtu.tree_map(lambda rows: rows[step], self.dense_rows)
+        cursors = list(position.cursors)
+        params_bar = position.cotangent.params
+        # `ts` were written in the first step that ends at or after them.
+        last_end = self.trace.record.ends[jnp.maximum(step - 1, 0)]
+        for i in interpolated:
+            dense_bar, params_bar, cursors[i] = self._pull_ts(
+                self.outputs[i],
+                lambda t: (step == 0) | (t > last_end),
+                (t0, t1, dense_info),
+                (dense_bar, params_bar, cursors[i]),
+            )
+        ct = eqx.tree_at(lambda c: c.params, position.cotangent, params_bar)
+        return dense_bar, ct, cursors
+
+    def _pull_ts(
+        self,
+        output: _Output,
+        in_step: Callable[[RealScalarLike], BoolScalarLike],
+        interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
+        carry: tuple[DenseInfo, Params, _Cursor],
+    ) -> tuple[DenseInfo, Params, _Cursor]:
+        """Every remaining output of `SaveAt(ts=...)` in the step."""
+        t0, t1, dense_info = interpolation
+        ts = output.sub.ts
+        assert ts is not None
+
+        def more(carry):
+            _, _, cursor = carry
+            i = cursor.ts_index - 1
+            return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
+
+        def pull(carry):
+            dense_bar, params_bar, cursor = carry
+            cursor = _Cursor(cursor.save_index - 1, cursor.ts_index - 1)
+            t = ts[cursor.ts_index]
+
+            def evaluate(dense_info):
+                interpolation_cls = self.problem.solver.interpolation_cls
+                return interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t)
+
+            y = None if output.saves_state else evaluate(dense_info)
+            row = output.row(cursor.save_index)
+            y_bar, params_bar = self.pull_output(output, row, t, y, params_bar)
+            (new_bar,) = jax.linear_transpose(evaluate, dense_info)(y_bar)
+            return tree_add(dense_bar, new_bar), params_bar, cursor
+
+        return lax.while_loop(more, pull, carry)
+
+
+def _take(
+    position: _Position, i: int, count: IntScalarLike
+) -> tuple[_Position, IntScalarLike]:
+    """Move the cursor of the `i`-th output back by `count` outputs."""
+    save_index = position.cursors[i].save_index - count
+    return eqx.tree_at(lambda p: p.cursors[i].save_index, position, save_index), save_index
+
+
+def _materialise(cotangent: PyTree, like: PyTree) -> PyTree[Array]:
+    """Zeros for the leaves of `like` that have no cotangent."""
+    return jtu.tree_map(
+        lambda l, c: jnp.zeros(l.shape, l.dtype) if c is None else c,
+        eqx.filter(like, lambda l: jnp.issubdtype(l.dtype, jnp.inexact)),
+        cotangent,
+    )
+
+
+def _outputs(problem: Problem, save_fns: SaveFns, structs, cotangent: State):
+    """The outputs of which some cotangent is not known to be zero."""
+    outputs, cursors = [], []
+    for i, (sub, struct, saved) in enumerate(
+        zip(sub_saveats(problem.saveat), structs, save_states(cotangent), strict=True)
+    ):
+        if len(jtu.tree_leaves(saved.ys)) > 0:
+            rows = _materialise(saved.ys, struct)
+            outputs.append(_Output(sub, rows, i, save_fns[i] is None))
+            cursors.append(i)
+    return outputs, cursors
+
+
+def walk_back(
+    inputs: Inputs,
+    perturbed: Inputs,
+    problem: Problem,
+    trace: Trace,
+    cotangent: State,
+) -> tuple[Inputs, Y, SolverState]:
+    """Undo every step of a solve, and pull the cotangent of its outputs back.
+
+    **Arguments:**
+
+    - `inputs`, `problem`: what was solved.
+    - `perturbed`: which leaves of `inputs` are differentiated.
+    - `trace`: what `solve_and_record` kept of it.
+    - `cotangent`: as the final state of the solve, with `None` for zero.
+
+    **Returns:**
+
+    The cotangent of `inputs`, and the state and the solver state that the walk ended at.
+    """
+    everything = (inputs.terms, inputs.args, inputs.save_fns)
+    mask = (perturbed.terms, perturbed.args, perturbed.save_fns)
+    params, nondiff = eqx.partition(everything, mask)
+    outputs, indices = _outputs(problem, inputs.save_fns, trace.output_structs, cotangent)
+    dense_rows = None
+    if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
+        dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
+    walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff)
+    position = _Position(
+        trace.record.count,
+        trace.y,
+        trace.solver_state,
+        Cotangent(
+            _materialise(cotangent.y, trace.y),
+            _materialise(cotangent.solver_state, trace.solver_state),
+            tree_zeros_like(params),
+        ),
+        [_Cursor(trace.save_index[i], trace.saveat_ts_index[i]) for i in indices],
+    )
+    position = walk.pull_end(position)
+    position = lax.while_loop(lambda p: p.step > 0, lambda p: walk.undo_step(p), position)
+    position = walk.pull_start(position)
+    ct = position.cotangent
+    gradient = Inputs(ct.y, ct.solver_state, *ct.params)
+    return gradient, position.y, position.solver_state

@@ -1,0 +1,75 @@
+"""How far the walk back missed the state that the solve had started from."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .validate import call
+
+
+_decades = range(-16, 9)
+
+
+def _message(size: str) -> str:
+    return (
+        f"{call}: the walk back from the end of the solve missed the initial state by a "
+        f"relative error {size}, more than `ReversibleAdjoint(drift_tol=...)` allows, and "
+        "its gradient would be wrong. Either steps were too large to be stable (decrease "
+        "the tolerances or `dt0`), or the solution contracts too strongly over the length "
+        "of the solve (shorten it, or use `adjoint=RecursiveCheckpointAdjoint()`), or "
+        "rounding was too coarse (use float64). If a gradient of that accuracy will do, "
+        "increase `drift_tol`."
+    )
+
+
+_messages = [
+    *(_message(f"between 1e{d:+03d} and 1e{d + 1:+03d}") for d in _decades),
+    f"{call}: the walk back from the end of the solve met values that are not finite, so "
+    "there is no gradient. The solution or its vector field overflowed, or is NaN; check "
+    "the solution itself, and decrease the tolerances or `dt0`.",
+]
+
+
+def drift(reconstructed: PyTree, true: PyTree, end: PyTree) -> list[Float[Array, ""]]:
+    """For every leaf, the largest error relative to its size at the ends of the solve."""
+
+    def leaf_drift(r, t, e):
+        size = jnp.maximum(jnp.max(jnp.abs(t)), jnp.max(jnp.abs(e)))
+        error = jnp.max(jnp.abs(r - t))
+        return jnp.where(error == 0, 0, error / jnp.where(size == 0, 1, size))
+
+    leaves = zip(*(map(_inexact_leaves, (reconstructed, true, end))), strict=True)
+    return [leaf_drift(*leaf) for leaf in leaves]
+
+
+def _inexact_leaves(tree: PyTree) -> list[Array]:
+    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return [leaf for leaf in leaves if leaf.size > 0]
+
+
+def refuse_drift(
+    gradient: PyTree,
+    drifts: list[Float[Array, ""]],
+    drift_tol: float | None,
+    throw: bool,
+) -> PyTree:
+    """Replace a gradient of which the walk back went astray by an error, or by NaN."""
+    if len(drifts) == 0:
+        return gradient
+    tols = [
+        jnp.finfo(d.dtype).eps ** 0.5 if drift_tol is None else drift_tol for d in drifts
+    ]
+    within: Bool[Array, ""] = jnp.stack(
+        [d <= tol for d, tol in zip(drifts, tols, strict=True)]
+    ).all()
+    if not throw:
+        return jtu.tree_map(lambda g: jnp.where(within, g, jnp.nan), gradient)
+    largest = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
+    decade = jnp.floor(jnp.log10(largest)) - _decades[0]
+    index = jnp.where(
+        jnp.isfinite(largest), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
+    )
+    return eqx.internal.branched_error_if(
+        gradient, jnp.invert(within), index.astype(jnp.int32), _messages
+    )

@@ -1,0 +1,181 @@
+"""The solve itself, and what is kept of it for the walk back."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractStepSizeController, SaveAt, SubSaveAt
+from jaxtyping import PyTree
+
+from .._custom_types import Args, IntScalarLike, RealScalarLike, SolverState, Terms, Y
+from .._diffrax import loop, save_y, SaveState, State
+from .._solver.base import AbstractReversibleSolver
+from .record import RecordedState, RecordingController, StepRecord
+from .validate import check_max_steps
+
+
+# The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
+SaveFns = tuple[Callable | None, ...]
+
+
+class Inputs(eqx.Module):
+    """All that a solve is differentiated with respect to."""
+
+    y0: Y
+    solver_state: SolverState
+    terms: Terms
+    args: Args
+    save_fns: SaveFns
+
+
+class Problem(eqx.Module):
+    """All that is held fixed. `saveat` and `init_state` lack what is in `Inputs`."""
+
+    solver: AbstractReversibleSolver
+    stepsize_controller: AbstractStepSizeController
+    saveat: SaveAt
+    t0: RealScalarLike
+    t1: RealScalarLike
+    dt0: RealScalarLike | None
+    init_state: State
+    progress_meter: Any
+    max_steps: int | None = eqx.field(static=True)
+
+
+class Trace(eqx.Module):
+    """What is kept of a solve: its end, and where its steps were.
+
+    Nothing that grows with the number of steps is of the size of the state.
+    """
+
+    y: Y
+    solver_state: SolverState
+    record: StepRecord
+    # For each `SubSaveAt`: how many outputs were written, and how many of its `ts`.
+    save_index: list[IntScalarLike]
+    saveat_ts_index: list[IntScalarLike]
+    # Shapes of what each `SubSaveAt` wrote, and of what dense output is made of.
+    output_structs: list[PyTree[jax.ShapeDtypeStruct]]
+    dense_structs: PyTree[jax.ShapeDtypeStruct]
+
+
+def sub_saveats(saveat: SaveAt) -> list[SubSaveAt]:
+    """Every `SubSaveAt`, in the order that `save_states` has them too."""
+    return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, SubSaveAt))
+
+
+def save_states(state: State) -> list[SaveState]:
+    """What every `SubSaveAt` has written."""
+    return jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+
+
+def take_fns(saveat: SaveAt, close: Callable) -> tuple[SaveAt, SaveFns]:
+    """Split the `fn` of every `SubSaveAt` off, through `close`."""
+    fns = tuple(None if sub.fn is save_y else close(sub.fn) for sub in sub_saveats(saveat))
+    return with_fns(saveat, tuple(save_y for _ in fns)), fns
+
+
+def with_fns(saveat: SaveAt, fns: SaveFns) -> SaveAt:
+    """The inverse of `take_fns`."""
+    if len(fns) == 0:
+        return saveat
+    return eqx.tree_at(
+        lambda s: [sub.fn for sub in sub_saveats(s)],
+        saveat,
+        [save_y if fn is None else fn for fn in fns],
+    )
+
+
+def take_state(init_state: State) -> State:
+    """`init_state` without what is differentiated."""
+    return _replace_state(init_state, None, None)
+
+
+def _replace_state(state: State, y: Y | None, solver_state: SolverState) -> State:
+    return eqx.tree_at(
+        lambda s: (s.y, s.solver_state),
+        state,
+        (y, solver_state),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def solve(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
+    """Diffrax's forward pass, in loops that are not differentiated."""
+    return _run(inputs, problem, problem.stepsize_controller, problem.init_state, None)
+
+
+def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Trace]:
+    """As `solve`, and keep what the walk back needs."""
+    max_steps = check_max_steps(problem.max_steps)
+    record = StepRecord.allocate(max_steps, jnp.result_type(problem.t0))
+    init_state = eqx.tree_at(
+        lambda s: s.controller_state,
+        problem.init_state,
+        RecordedState(problem.init_state.controller_state, record),
+        is_leaf=lambda x: x is None,
+    )
+    final_state, aux_stats = _run(
+        inputs,
+        problem,
+        RecordingController(problem.stepsize_controller, max_steps),
+        init_state,
+        lambda state: state.controller_state.record,
+    )
+    recorded = final_state.controller_state
+    final_state = eqx.tree_at(
+        lambda s: s.controller_state,
+        final_state,
+        recorded.inner,
+        is_leaf=lambda x: x is None,
+    )
+    saved = save_states(final_state)
+    trace = Trace(
+        final_state.y,
+        final_state.solver_state,
+        recorded.record,
+        [s.save_index for s in saved],
+        [s.saveat_ts_index for s in saved],
+        jax.eval_shape(lambda: [s.ys for s in saved]),
+        jax.eval_shape(lambda: final_state.dense_infos),
+    )
+    return final_state, aux_stats, trace
+
+
+def _run(inputs, problem, stepsize_controller, init_state, record):
+    def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
+        def all_buffers(state):
+            if record is None:
+                return buffers(state)
+            return [*buffers(state), record(state).starts, record(state).ends]
+
+        return eqxi.while_loop(
+            cond_fun,
+            body_fun,
+            init_val,
+            max_steps=max_steps,
+            buffers=all_buffers,
+            kind="lax",
+        )
+
+    return loop(
+        solver=problem.solver,
+        stepsize_controller=stepsize_controller,
+        event=None,
+        saveat=with_fns(problem.saveat, inputs.save_fns),
+        t0=problem.t0,
+        t1=problem.t1,
+        dt0=problem.dt0,
+        max_steps=problem.max_steps,
+        terms=inputs.terms,
+        args=inputs.args,
+        init_state=_replace_state(init_state, inputs.y0, inputs.solver_state),
+        inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
+        outer_while_loop=outer_while_loop,
+        progress_meter=problem.progress_meter,
+    )

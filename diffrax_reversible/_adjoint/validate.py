@@ -1,0 +1,58 @@
+"""What `ReversibleAdjoint` refuses, one message for each."""
+
+import equinox.internal as eqxi
+from diffrax import AbstractSolver, Event
+from jaxtyping import PyTree
+
+from .._custom_types import Terms
+from .._diffrax import is_unsafe_sde, State
+from .._solver.base import AbstractReversibleSolver
+
+
+call = "`diffeqsolve(..., adjoint=ReversibleAdjoint())`"
+_remedy = "Use `adjoint=RecursiveCheckpointAdjoint()`"
+
+
+def check_supported(
+    solver: AbstractSolver, terms: Terms, event: Event | None, init_state: State
+) -> None:
+    """Raise an error for what cannot be walked back."""
+    if not isinstance(solver, AbstractReversibleSolver):
+        raise ValueError(
+            f"{call} needs a reversible solver, and `{type(solver).__name__}` is not. "
+            "Use `diffrax_reversible.ALF2`, `ALF4`, `ALF6` or `ALF8`, or a subclass of "
+            "`diffrax_reversible.AbstractReversibleSolver` of your own."
+        )
+    if event is not None:
+        raise NotImplementedError(f"{call} does not support `event=...` yet. {_remedy}.")
+    if is_unsafe_sde(terms):
+        raise ValueError(
+            f"{call} cannot walk back along an `UnsafeBrownianPath`, which gives another "
+            "sample each time. Use `diffrax.VirtualBrownianTree`."
+        )
+    if init_state.made_jump is not False:
+        raise NotImplementedError(
+            f"{call} does not support `made_jump=...` yet. {_remedy}."
+        )
+
+
+def check_max_steps(max_steps: int | None) -> int:
+    """Raise an error where there is no bound on the length of the record of steps."""
+    if max_steps is None:
+        raise ValueError(
+            f"{call} records where the steps are, two times a step, and to be "
+            "differentiated it needs to know how many there can be at the most. Pass "
+            "`max_steps=...`."
+        )
+    return max_steps
+
+
+def hold_fixed(x: PyTree, name: str) -> PyTree:
+    """Raise an error if `x` is differentiated: dropping its gradient would be silent."""
+    return eqxi.nondifferentiable(
+        x,
+        msg=(
+            f"{call} does not give gradients with respect to {name} yet. {_remedy}, or "
+            "hold it fixed with `jax.lax.stop_gradient`."
+        ),
+    )

@@ -1,0 +1,286 @@
+"""The coefficients of a composition of asynchronous-leapfrog (ALF) sub-steps."""
+
+import dataclasses
+import functools as ft
+import itertools as it
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .rooted_trees import (
+    density,
+    elementary_weights,
+    order_of,
+    rooted_trees,
+    RootedTree,
+    trees_up_to,
+)
+
+
+# Published coefficients carry 15 or more digits; a wrong digit shows far above this.
+_tolerance = 1e-11
+
+
+def _largest_residual(
+    weights: np.ndarray,
+    phi: dict[RootedTree, np.ndarray],
+    target: Callable[[RootedTree], float],
+    order: int,
+) -> float:
+    return max(abs(weights @ phi[tree] - target(tree)) for tree in trees_up_to(order))
+
+
+def _null_space(matrix: np.ndarray) -> np.ndarray:
+    scaled = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    _, singular_values, vt = np.linalg.svd(scaled)
+    return vt[np.sum(singular_values > 1e-9) :].T
+
+
+def _exact_value(tree: RootedTree) -> float:
+    return 1 / density(tree)
+
+
+def _exact_derivative(tree: RootedTree) -> float:
+    return order_of(tree) / density(tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class ALFTableau:
+    """The sub-step lengths of an ALF composition, and what follows from them.
+
+    One sub-step of length `h` takes `(z, v)` to `(z', v')` by
+
+        k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
+
+    and a step of the solver is the chain of sub-steps of lengths `sub_steps[i] * h`. With
+    `u_0 = v_0` the chain is an explicit Runge–Kutta method in the stage derivatives
+    `u_0, ..., u_s`, so its order is decided exactly by the rooted-tree conditions for both
+    halves of the state. The weights of the error estimate and of the dense output are the
+    solutions of the same conditions, and are derived here rather than tabulated.
+
+    **Arguments:**
+
+    - `sub_steps`: the lengths of the sub-steps as fractions of the step. They have to sum
+        to one and to be a palindrome: the composition is then symmetric, and its inverse
+        is the same method with the sign of `h` reversed.
+    - `order`: the order of convergence claimed, an even number.
+    - `embedded_order`: the order `q` of the method that the error estimate belongs to.
+        Defaults to `order - 1`.
+    - `error_scale`: the size of the error estimate: its leading term is about
+        `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
+
+    **Raises:**
+
+    `ValueError` if the sub-steps do not sum to one, are not a palindrome, do not satisfy
+    the order conditions, or leave no room for an error estimate.
+
+    ??? cite "References"
+
+        Sub-step: Mutze (2013), arXiv:1311.6602; Zhuang et al. (2021), arXiv:2102.04668.
+        Order conditions of compositions of a method with its adjoint method, and of
+        Runge–Kutta methods: Hairer, Lubich & Wanner, *Geometric Numerical Integration*
+        (2006), chapters II and III, doi:10.1007/3-540-30666-8.
+    """
+
+    sub_steps: tuple[float, ...]
+    order: int
+    embedded_order: int | None = None
+    error_scale: float = 1e-2
+
+    def __post_init__(self):
+        object.__setattr__(self, "sub_steps", tuple(map(float, self.sub_steps)))
+        if self.embedded_order is None:
+            object.__setattr__(self, "embedded_order", self.order - 1)
+        self._check_composition()
+        self._check_orders()
+        if not np.any(self.error_weights):
+            raise ValueError(
+                f"`ALFTableau(..., embedded_order={self.embedded_order})` has no error "
+                f"estimate: {len(self.sub_steps)} sub-steps cannot satisfy the order "
+                "conditions that it needs. Pass a smaller `embedded_order`."
+            )
+
+    def _check_composition(self):
+        c = np.asarray(self.sub_steps)
+        if c.ndim != 1 or len(c) == 0 or not np.all(np.isfinite(c)):
+            raise ValueError(
+                "`ALFTableau(sub_steps=...)` must be a non-empty sequence of finite "
+                f"numbers, got {self.sub_steps}."
+            )
+        if abs(math.fsum(c) - 1) > _tolerance:
+            raise ValueError(
+                "`ALFTableau(sub_steps=...)` must sum to 1, got "
+                f"{math.fsum(c):.16g}. Divide every sub-step by the sum, or check for a "
+                "mistyped coefficient."
+            )
+        if np.max(np.abs(c - c[::-1])) > _tolerance:
+            raise ValueError(
+                "`ALFTableau(sub_steps=...)` must be a palindrome (`sub_steps[i] == "
+                "sub_steps[-1 - i]`), so that the composition is symmetric; got "
+                f"{self.sub_steps}."
+            )
+
+    def _check_orders(self):
+        if self.order < 2 or self.order % 2 != 0:
+            raise ValueError(
+                f"`ALFTableau(order={self.order})` must be an even number and at least "
+                "2: symmetric methods have even order."
+            )
+        if not 1 <= self.embedded_order < self.order:
+            raise ValueError(
+                f"`ALFTableau(embedded_order={self.embedded_order})` must be at least 1 "
+                f"and less than `order={self.order}`."
+            )
+        for order in range(1, self.order + 1):
+            residual = _largest_residual(self._step_weights, self._phi, _exact_value, order)
+            if residual > _tolerance:
+                raise ValueError(
+                    f"`ALFTableau(order={self.order})` is of order {order - 1} only: an "
+                    f"order condition for a tree of order {order} is off by "
+                    f"{residual:.1e}. (Composing single ALF steps with coefficients for "
+                    "symmetric methods stalls at order 4; compose pairs of half steps "
+                    "instead, or use the coefficients of a splitting method.)"
+                )
+
+    @property
+    def stages(self) -> int:
+        """The number of sub-steps, and of vector-field evaluations, a step."""
+        return len(self.sub_steps)
+
+    @ft.cached_property
+    def midpoints(self) -> np.ndarray:
+        """Where in the step each sub-step evaluates the vector field, shape `(s,)`."""
+        c = np.asarray(self.sub_steps)
+        return np.cumsum(c) - c / 2
+
+    @ft.cached_property
+    def _runge_kutta(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        s = self.stages
+        z, v = np.zeros(s + 1), np.eye(s + 1)[0]
+        rows = [z]
+        for i, c in enumerate(self.sub_steps, start=1):
+            u = np.eye(s + 1)[i]
+            rows.append(z + c / 2 * v)
+            v = 2 * u - v
+            z = z + c * u
+        return np.stack(rows), z, v
+
+    @property
+    def runge_kutta_matrix(self) -> np.ndarray:
+        """Weights of `u_0 = v_0, u_1, ..., u_s` in each stage, shape `(s+1, s+1)`."""
+        return self._runge_kutta[0]
+
+    @property
+    def _step_weights(self) -> np.ndarray:
+        return self._runge_kutta[1]
+
+    @ft.cached_property
+    def _phi(self) -> dict[RootedTree, np.ndarray]:
+        return elementary_weights(self.runge_kutta_matrix, self.order)
+
+    @ft.cached_property
+    def velocity_order(self) -> int:
+        """The largest `p` for which `v` satisfies its order conditions.
+
+        A tree with sub-trees `τ_1, ..., τ_m` has the elementary weight `Π 1/γ(τ_i)` in
+        the exact derivative at the end of the step.
+        """
+
+        def target(tree):
+            return math.prod(map(_exact_value, tree))
+
+        _, _, weights = self._runge_kutta
+
+        def holds(p):
+            return _largest_residual(weights, self._phi, target, p) <= _tolerance
+
+        return len(list(it.takewhile(holds, range(1, self.order + 1))))
+
+    @ft.cached_property
+    def error_weights(self) -> np.ndarray:
+        """Weights `e_0, ..., e_s` of the error estimate `h Σ e_i u_i`.
+
+        They annihilate every tree of order up to `q = embedded_order` and, where there is
+        more than one sub-step, do not see the parasitic deviation `v - f(t, z)`, which
+        does not decay: `e_0 = 0` and `Σ e_i a_i0 = 0`, with `a_i0` the weight of `v_0` in
+        stage `i`. Of the solutions, the one is taken that is the most nearly parallel to
+        the Taylor term `h^(q+1) y^(q+1) / (q+1)!` for its size.
+        """
+        weights = np.zeros(self.stages + 1)
+        if self.stages == 1:
+            # One sub-step leaves no freedom: the estimate is `h (u_1 - v_0)`, of which
+            # the leading term is half of `h^2 y''`, the Taylor term itself.
+            return self.error_scale * np.array([-1.0, 1.0])
+        embedded_order = self._embedded_order
+        conditions = [self._phi[tree][1:] for tree in trees_up_to(embedded_order)]
+        null_space = _null_space(np.stack([*conditions, self.runge_kutta_matrix[1:, 0]]))
+        leading = rooted_trees(embedded_order + 1)
+        phi = np.stack([self._phi[tree][1:] for tree in leading])
+        taylor = np.array([_exact_value(tree) for tree in leading])
+        direction = null_space @ (null_space.T @ (phi.T @ taylor))
+        size = (phi @ direction) @ taylor / (taylor @ taylor)
+        if null_space.shape[1] > 0 and abs(size) > _tolerance:
+            weights[1:] = self.error_scale / size * direction
+        return weights
+
+    @property
+    def _embedded_order(self) -> int:
+        assert self.embedded_order is not None
+        return self.embedded_order
+
+    @ft.cached_property
+    def midpoint_weights(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Weights of `u_0, ..., u_s` in the solution and its derivative at the mid-point.
+
+        `y(t + h/2) ≈ y_0 + h Σ a_i u_i` up to order `order - 1` and `h y'(t + h/2) ≈ h Σ
+        b_i u_i` up to order `order - 2`, at no evaluation. `None` where the conditions
+        have no solution, or where cubic Hermite interpolation needs no help (`order <=
+        4`).
+        """
+        if self.order <= 4:
+            return None
+
+        def value(tree):
+            return _exact_value(tree) / 2 ** order_of(tree)
+
+        def derivative(tree):
+            return _exact_derivative(tree) / 2 ** (order_of(tree) - 1)
+
+        value_weights = self._fit(value, self.order - 1)
+        derivative_weights = self._fit(derivative, self.order - 2)
+        if value_weights is None or derivative_weights is None:
+            return None
+        return value_weights, derivative_weights
+
+    def _fit(self, target, exact_order: int) -> np.ndarray | None:
+        """Weights exact to `exact_order` and as good as can be to `order - 1`."""
+
+        def system(trees):
+            matrix = np.stack([self._phi[tree][1:] for tree in trees])
+            return matrix, np.array([target(tree) for tree in trees])
+
+        matrix, rhs = system(trees_up_to(exact_order))
+        weights = np.linalg.lstsq(matrix, rhs, rcond=1e-11)[0]
+        if np.max(np.abs(matrix @ weights - rhs)) > _tolerance:
+            return None
+        if exact_order < self.order - 1:
+            null_space = _null_space(matrix)
+            matrix, rhs = system(rooted_trees(exact_order + 1))
+            weights = (
+                weights
+                + null_space
+                @ (
+                    np.linalg.lstsq(
+                        matrix @ null_space, rhs - matrix @ weights, rcond=1e-7
+                    )[0]
+                )
+            )
+        return np.concatenate([[0.0], weights])
+
+    @property
+    def interpolation_order(self) -> int:
+        """The order of the dense output between the steps."""
+        if self.midpoint_weights is None:
+            return min(self.order, 4)
+        return min(self.order - 1, 6)

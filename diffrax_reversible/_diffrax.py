@@ -1,0 +1,13 @@
+"""The only file that imports private names of Diffrax."""
+
+# Paths that give another sample at every evaluation, which no walk back can repeat.
+from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
+
+# The forward pass, which every adjoint runs, and the state that it evolves.
+from diffrax._integrate import loop as loop, SaveState as SaveState, State as State
+
+# `SaveAt(fn=save_y)` is the default; recognising it saves a pull-back per saved output.
+from diffrax._saveat import save_y as save_y
+
+# `diffeqsolve` wraps every term in this, to integrate backwards in time.
+from diffrax._term import WrapTerm as WrapTerm

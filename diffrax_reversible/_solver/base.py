@@ -1,0 +1,144 @@
+"""The contract of a reversible solver."""
+
+import abc
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import equinox as eqx
+from diffrax import AbstractSolver
+from jaxtyping import PyTree
+
+from .._custom_types import (
+    Args,
+    Bind,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    SolverState,
+    Terms,
+    Y,
+)
+from .._tree import tree_add, tree_zeros_like
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+class Cotangent(eqx.Module):
+    """The cotangent of everything that a step is a function of.
+
+    - `y`, `solver_state`: as the state and the solver state, with `None` for leaves that
+        are not floating-point arrays.
+    - `params`: as the differentiated leaves of `(terms, args)`; the sum over all the
+        steps walked back so far.
+    """
+
+    y: Y
+    solver_state: SolverState
+    params: Params
+
+
+class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverState]):
+    """A solver whose steps can be undone, for use with
+    [`diffrax_reversible.ReversibleAdjoint`][].
+
+    On top of what [`diffrax.AbstractSolver`][] asks for, a subclass implements
+    `inverse_step`; nothing else is needed for exact gradients. A subclass that can undo
+    and differentiate a step with the same vector-field evaluations overrides
+    `inverse_step_and_pullback`, of which the default reconstructs the start of the step
+    with `inverse_step` and then differentiates `step`.
+
+    Interpolations have to be linear in the `dense_info` that `step` returns, as
+    polynomial ones are.
+    """
+
+    @abc.abstractmethod
+    def inverse_step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[Y, _SolverState]:
+        """Undo `step`.
+
+        **Arguments:**
+
+        - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
+        - `t0`, `t1`: the very floats that the forward step was made from and to.
+        - `y1`, `solver_state`: what the forward step returned, that is at `t1`.
+
+        **Returns:**
+
+        The state and the solver state at `t0`, equal to what `step` was given up to
+        rounding.
+        """
+
+    def inverse_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: _SolverState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> tuple[Y, _SolverState, Cotangent]:
+        """Undo `step` and pull a cotangent back through it.
+
+        **Arguments:**
+
+        - `bind`, `params`: `terms, args = bind(params)`. The gradient is with respect to
+            `params`.
+        - `t0`, `t1`, `y1`, `solver_state`: as for `inverse_step`.
+        - `cotangent`: at `t1`, with the sum of `params` so far.
+        - `dense_cotangent`: the cotangent of the `dense_info` that `step` returned, or
+            `None` where nothing was interpolated.
+
+        **Returns:**
+
+        The state, the solver state, and the cotangent, all at `t0`.
+        """
+        y0, solver_state0, _, pull = linearise_step(
+            self, bind, params, t0, t1, y1, solver_state
+        )
+        return y0, solver_state0, pull(cotangent, dense_cotangent)
+
+
+def linearise_step(
+    solver: AbstractReversibleSolver,
+    bind: Bind,
+    params: Params,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    y1: Y,
+    solver_state: SolverState,
+) -> tuple[Y, SolverState, DenseInfo, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
+    """Undo a step, make it again, and return what it interpolated with and its pull-back.
+
+    Costs an inverse step, a step, and the memory of all the stages of a step.
+    """
+    terms, args = bind(params)
+    y0, solver_state0 = solver.inverse_step(terms, t0, t1, y1, args, solver_state)
+    nondiff_state = eqx.filter(solver_state0, eqx.is_inexact_array, inverse=True)
+
+    def step(y: Y, diff_state: PyTree, params: Params):
+        terms, args = bind(params)
+        state = eqx.combine(diff_state, nondiff_state)
+        y, _, dense_info, state, _ = solver.step(terms, t0, t1, y, args, state, False)
+        return y, eqx.filter(state, eqx.is_inexact_array), dense_info
+
+    diff_state = eqx.filter(solver_state0, eqx.is_inexact_array)
+    outputs, pull_step = eqx.filter_vjp(step, y0, diff_state, params)
+    _, _, dense_info = outputs
+
+    def pull(cotangent: Cotangent, dense_cotangent: DenseInfo | None) -> Cotangent:
+        if dense_cotangent is None:
+            dense_cotangent = tree_zeros_like(dense_info)
+        y, state, params = pull_step((cotangent.y, cotangent.solver_state, dense_cotangent))
+        return Cotangent(y, state, tree_add(cotangent.params, params))
+
+    return y0, solver_state0, dense_info, pull
