@@ -120,15 +120,14 @@ class _Walk(eqx.Module):
         """Outputs that were written after the last step."""
         for i, output in enumerate(self.outputs):
             sub = output.sub
+            written = sub.t1 and sub.steps != 1
             if sub.steps > 1:
-                saved_as_step = position.step % sub.steps == 0
-            else:
-                saved_as_step = sub.steps == 1
-            if sub.t1 and saved_as_step is not True:
+                # Diffrax counts this output even where it does not write it.
+                written = sub.t1 & (position.step % sub.steps != 0)
+            if written is not False:
                 position, save_index = _take(position, i, 1)
-                written = True if saved_as_step is False else jnp.invert(saved_as_step)
                 row = output.row(save_index, written)
-                position = self.pull_into_state(position, output, row, self.problem.t1)
+                position = self.pull_into_state(position, output, row, self.trace.t)
             if sub.ts is not None:
                 position = self._pull_trivial(position, i)
         return position
@@ -146,7 +145,7 @@ class _Walk(eqx.Module):
             return jnp.where(trivial, jnp.sum(window, axis=0), 0)
 
         row = jtu.tree_map(total, output.rows)
-        return self.pull_into_state(position, output, row, self.problem.t1)
+        return self.pull_into_state(position, output, row, self.trace.t)
 
     def pull_start(self, position: _Position) -> _Position:
         """Outputs that were written before the first step."""

@@ -53,6 +53,7 @@ class Trace(eqx.Module):
     Nothing that grows with the number of steps is of the size of the state.
     """
 
+    t: RealScalarLike
     y: Y
     solver_state: SolverState
     record: StepRecord
@@ -136,6 +137,7 @@ def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Tra
     )
     saved = save_states(final_state)
     trace = Trace(
+        final_state.tprev,
         final_state.y,
         final_state.solver_state,
         recorded.record,

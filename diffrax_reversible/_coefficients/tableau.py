@@ -136,11 +136,12 @@ class ALFTableau:
             residual = _largest_residual(self._step_weights, self._phi, _exact_value, order)
             if residual > _tolerance:
                 raise ValueError(
-                    f"`ALFTableau(order={self.order})` is of order {order - 1} only: an "
-                    f"order condition for a tree of order {order} is off by "
-                    f"{residual:.1e}. (Composing single ALF steps with coefficients for "
-                    "symmetric methods stalls at order 4; compose pairs of half steps "
-                    "instead, or use the coefficients of a splitting method.)"
+                    f"`ALFTableau(sub_steps=..., order={self.order})` violates an order "
+                    f"condition of order {order}, by {residual:.1e}. Pass `order="
+                    f"{(order - 1) // 2 * 2}`, or check for a mistyped coefficient. "
+                    "(Coefficients for symmetric methods lose their order on single ALF "
+                    "steps, of which the map at `h = 0` is not the identity. Use them on "
+                    "pairs of half steps, or use those of a splitting method.)"
                 )
 
     @property

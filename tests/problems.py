@@ -1,0 +1,84 @@
+"""Small problems that several test files share."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffrax_reversible as dr
+
+
+SOLVERS = (dr.ALF2(), dr.ALF4(), dr.ALF6(), dr.ALF8())
+
+# (controller, dt0); the steps of the third end at given times.
+PID = dfx.PIDController(rtol=1e-4, atol=1e-4)
+CONTROLLERS = (
+    (dfx.ConstantStepSize(), 0.1),
+    # Too large a first step, so that steps are rejected.
+    (PID, 2.0),
+    (dfx.ClipStepSizeController(PID, step_ts=jnp.array([0.5, 1.7, 2.0])), 0.4),
+    (dfx.StepTo(jnp.array([0.0, 0.3, 0.4, 1.0, 1.5, 2.2, 3.0])), None),
+)
+
+
+class Network(eqx.Module):
+    """A neural vector field that depends on time and on `args`, of both of which only
+    some leaves can be differentiated."""
+
+    mlp: eqx.nn.MLP
+
+    def __init__(self, dtype=jnp.float64):
+        self.mlp = eqx.nn.MLP(
+            3, 3, 8, 2, activation=jnp.tanh, dtype=dtype, key=jax.random.key(0)
+        )
+
+    def __call__(self, t, y, args):
+        return self.mlp(y) * args["scale"] * jnp.cos(t).astype(y.dtype)
+
+
+def network_args(dtype=jnp.float64):
+    return {"scale": jnp.array(1.3, dtype), "integer": jnp.arange(2), "none": None}
+
+
+def as_vector(tree):
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+
+def relative_error(tree, reference):
+    x, ref = as_vector(tree), as_vector(reference)
+    return np.max(np.abs(x - ref)) / np.max(np.abs(ref))
+
+
+def sum_of_squares(ys):
+    """Of what was saved; outputs that were not written are infinite."""
+    leaves = jax.tree.leaves(eqx.filter(ys, eqx.is_inexact_array))
+    return sum(jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2) for y in leaves)
+
+
+def kepler(t, y, args):
+    del t, args
+    q, p = y
+    return p, -q / jnp.sum(q**2) ** 1.5
+
+
+def lorenz(t, y, args):
+    del t, args
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
+def reference(field, y0, t0, t1, args=None):
+    """The solution at `t1` by a method that has nothing to do with this package."""
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dfx.Dopri8(),
+        t0,
+        t1,
+        None,
+        y0,
+        args,
+        stepsize_controller=dfx.PIDController(rtol=1e-13, atol=1e-13),
+        max_steps=None,
+    ).ys[0]
