@@ -1,0 +1,339 @@
+"""Gradients are those of the default adjoint, and of a closed form, and of differences."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import (
+    CONTROLLERS,
+    Network,
+    network_args,
+    PID,
+    relative_error,
+    SOLVERS,
+    sum_of_squares,
+)
+
+
+Y0 = jnp.array([1.0, 2.0, 0.5])
+TS = jnp.linspace(0.0, 3.0, 13)
+
+
+def solve(adjoint, field, y0, args=None, *, solver=SOLVERS[1], t0=0.0, t1=3.0, **kwargs):
+    kwargs = dict(dt0=0.1, saveat=dfx.SaveAt(t1=True), max_steps=200) | kwargs
+    dt0 = kwargs.pop("dt0")
+    if dt0 is not None:
+        dt0 = jnp.array(dt0)
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field), solver, t0, t1, dt0, y0, args, adjoint=adjoint, **kwargs
+    )
+
+
+def assert_same_gradient(loss, *args, tol=1e-10):
+    """`loss(adjoint, *args)` under both adjoints, for every argument."""
+
+    def gradient(adjoint):
+        @eqx.filter_jit
+        @eqx.filter_value_and_grad
+        def value_and_grad(args):
+            return loss(adjoint, *args)
+
+        return value_and_grad(args)
+
+    value, grad = gradient(dr.ReversibleAdjoint())
+    expected_value, expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
+    assert value == expected_value
+    assert jax.tree.structure(grad) == jax.tree.structure(expected_grad)
+    assert relative_error(grad, expected_grad) < tol
+    return grad
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("controller, dt0", CONTROLLERS)
+def test_against_default(solver, controller, dt0):
+    """With respect to the initial state, `args` and the network, for outputs between the
+    steps and at both ends."""
+
+    def loss(adjoint, y0, field, args):
+        sol = solve(
+            adjoint,
+            field,
+            y0,
+            args,
+            solver=solver,
+            dt0=dt0,
+            saveat=dfx.SaveAt(t0=True, t1=True, ts=TS),
+            stepsize_controller=controller,
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same_gradient(loss, Y0, Network(), network_args())
+
+
+def test_rejected_steps_are_among_them():
+    controller, dt0 = CONTROLLERS[1]
+    sol = solve(
+        dr.ReversibleAdjoint(),
+        Network(),
+        Y0,
+        network_args(),
+        dt0=dt0,
+        stepsize_controller=controller,
+    )
+    assert sol.stats["num_rejected_steps"] > 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_against_closed_form(solver):
+    """`y' = a y`, of which the solution is `y0 exp(a t)`."""
+    y0, a, t1 = jnp.array(1.5), jnp.array(-0.4), 2.0
+
+    @jax.jit
+    def gradient(y0, a):
+        def final(y0, a):
+            sol = solve(
+                dr.ReversibleAdjoint(),
+                lambda t, y, a: a * y,
+                y0,
+                a,
+                solver=solver,
+                t1=t1,
+                dt0=1 / 256,
+                max_steps=512,
+            )
+            return sol.ys[0]
+
+        return jax.grad(final, argnums=(0, 1))(y0, a)
+
+    tol = 1e-5 if solver.order(None) == 2 else 1e-10
+    grad_y0, grad_a = gradient(y0, a)
+    assert abs(grad_y0 - np.exp(a * t1)) < tol
+    assert abs(grad_a - y0 * t1 * np.exp(a * t1)) < tol
+
+
+def test_against_differences():
+    @jax.jit
+    def loss(y0):
+        sol = solve(
+            dr.ReversibleAdjoint(),
+            Network(),
+            y0,
+            network_args(),
+            saveat=dfx.SaveAt(ts=TS),
+        )
+        return sum_of_squares(sol.ys)
+
+    direction = jnp.array([0.3, -0.2, 0.5])
+    h = 1e-5
+    difference = (loss(Y0 + h * direction) - loss(Y0 - h * direction)) / (2 * h)
+    assert abs(jax.grad(loss)(Y0) @ direction / difference - 1) < 1e-8
+
+
+def test_backwards_in_time():
+    def loss(adjoint, y0, field, args):
+        sol = solve(
+            adjoint,
+            field,
+            y0,
+            args,
+            t0=3.0,
+            t1=0.0,
+            dt0=-0.1,
+            saveat=dfx.SaveAt(t0=True, t1=True, ts=TS[::-1]),
+            stepsize_controller=PID,
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same_gradient(loss, Y0, Network(), network_args())
+
+
+def test_pytree_state():
+    """Mixed dtypes, 0-d and empty arrays, and `None`."""
+    y0 = {
+        "a": jnp.array([1.0, 2.0]),
+        "b": (jnp.array(0.3, jnp.float32), None),
+        "empty": jnp.zeros((0, 2)),
+    }
+
+    def field(t, y, w):
+        a, b = y["a"], y["b"][0]
+        total = w * jnp.sum(a)
+        return {
+            "a": jnp.sin(a * b.astype(a.dtype)) + 0.1 * total,
+            "b": (jnp.cos(total * t).astype(b.dtype), None),
+            "empty": y["empty"],
+        }
+
+    def loss(adjoint, y0, w):
+        sol = solve(adjoint, field, y0, w, saveat=dfx.SaveAt(ts=TS))
+        a, (b, _) = sol.ys["a"], sol.ys["b"]
+        return jnp.sum(a**2) + jnp.sum(b.astype(a.dtype) ** 3)
+
+    grad_y0, _ = assert_same_gradient(loss, y0, jnp.array(0.3), tol=1e-6)
+    assert grad_y0["b"][0].dtype == jnp.float32
+    # Without the float32 leaf, to rounding in float64.
+    assert_same_gradient(
+        lambda adjoint, a, w: loss(adjoint, y0 | {"a": a}, w), y0["a"], jnp.array(0.3)
+    )
+
+
+def test_closures():
+    """Vector fields and `SaveAt(fn=...)` may close over what is differentiated."""
+
+    def loss(adjoint, w, b):
+        sol = solve(
+            adjoint,
+            lambda t, y, args: jnp.tanh(w * y) - b * t,
+            Y0,
+            saveat=dfx.SaveAt(ts=TS, fn=lambda t, y, args: w * y * t),
+            stepsize_controller=PID,
+        )
+        return sum_of_squares(sol.ys)
+
+    gradients = assert_same_gradient(loss, jnp.array(1.3), jnp.array([0.1, 0.2, 0.3]))
+    assert all(np.all(leaf != 0) for leaf in gradients)
+
+
+def test_some_leaves_only():
+    """Only of what is differentiated is a cotangent formed; integers stay out of it."""
+
+    def loss(adjoint, scale):
+        args = network_args() | {"scale": scale}
+        return sum_of_squares(solve(adjoint, Network(), Y0, args).ys)
+
+    assert_same_gradient(loss, jnp.array(1.3))
+
+
+def test_continued_solve():
+    """The gradient passes from one solve to the next through `solver_state` too."""
+
+    def loss(adjoint, y0):
+        args = network_args()
+        first = solve(
+            adjoint,
+            Network(),
+            y0,
+            args,
+            t1=1.5,
+            saveat=dfx.SaveAt(t1=True, solver_state=True, controller_state=True),
+            stepsize_controller=PID,
+        )
+        second = solve(
+            adjoint,
+            Network(),
+            first.ys[-1],
+            args,
+            t0=1.5,
+            solver_state=first.solver_state,
+            controller_state=first.controller_state,
+            stepsize_controller=PID,
+        )
+        return sum_of_squares(second.ys) + jnp.sum(second.ts)
+
+    assert_same_gradient(loss, Y0)
+
+
+def test_no_steps():
+    def loss(adjoint, y0):
+        t = jnp.array(1.0)
+        saveat = dfx.SaveAt(t0=True, t1=True, ts=jnp.array([1.0, 1.0]))
+        sol = solve(adjoint, Network(), y0, network_args(), t0=t, t1=t, saveat=saveat)
+        return jnp.sum(jnp.arange(4.0)[:, None] * sol.ys**2)
+
+    grad = assert_same_gradient(loss, Y0)
+    assert np.allclose(grad[0], 12 * Y0)
+
+
+def test_max_steps_reached():
+    """Without `throw`, the gradient is that of the outputs that were written."""
+
+    def loss(adjoint, y0):
+        sol = solve(
+            adjoint,
+            Network(),
+            y0,
+            network_args(),
+            max_steps=10,
+            throw=False,
+            saveat=dfx.SaveAt(ts=TS, t1=True, fn=lambda t, y, args: t * y),
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same_gradient(loss, Y0)
+    # Four of the times were reached.
+    sol = solve(
+        dr.ReversibleAdjoint(),
+        Network(),
+        Y0,
+        network_args(),
+        max_steps=10,
+        throw=False,
+        saveat=dfx.SaveAt(ts=TS),
+    )
+    assert np.sum(np.isfinite(sol.ys[:, 0])) == 4 + 1
+
+
+def test_own_coefficients():
+    outer = 1 / (2 - 2 ** (1 / 3))
+    gamma = (outer, 1 - 2 * outer, outer)
+    solver = dr.ALF(dr.ALFTableau([g / 2 for g in gamma for _ in range(2)], order=4))
+
+    def loss(adjoint, y0, field):
+        sol = solve(adjoint, field, y0, network_args(), solver=solver)
+        return sum_of_squares(sol.ys)
+
+    assert_same_gradient(loss, Y0, Network())
+
+
+class InverseOnly(dr.AbstractReversibleSolver):
+    """Leapfrog for `y' = f(t, y)` as someone else would add it: a step and its inverse."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return terms.vf(t0, y0, args), jnp.array(0)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def _midpoint(self, terms, t0, t1, y, v, args, sign):
+        h = sign * terms.contr(t0, t1)
+        k = y + h / 2 * v
+        v = 2 * terms.vf(t0 + (t1 - t0) / 2, k, args) - v
+        return k + h / 2 * v, v
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        v, count = solver_state
+        y1, v = self._midpoint(terms, t0, t1, y0, v, args, 1)
+        return y1, None, dict(y0=y0, y1=y1), (v, count + 1), dfx.RESULTS.successful
+
+    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+        v, count = solver_state
+        y0, v = self._midpoint(terms, t0, t1, y1, v, args, -1)
+        return y0, (v, count - 1)
+
+
+def test_solver_with_nothing_but_an_inverse():
+    """The default pull-back serves a solver of which the state is not all real."""
+
+    def loss(adjoint, y0, field, args):
+        sol = solve(
+            adjoint,
+            field,
+            y0,
+            args,
+            solver=InverseOnly(),
+            saveat=dfx.SaveAt(ts=TS, fn=lambda t, y, args: jnp.sin(y)),
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same_gradient(loss, Y0, Network(), network_args())
