@@ -39,6 +39,13 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     drift_tol: float | None = None
 
+    def __check_init__(self):
+        if self.drift_tol is not None and not self.drift_tol >= 0:
+            raise ValueError(
+                f"`ReversibleAdjoint(drift_tol={self.drift_tol})` must be a non-negative "
+                "number, or `None` for the square root of the machine epsilon."
+            )
+
     def loop(
         self,
         *,

@@ -1,0 +1,86 @@
+"""A walk back that misses the initial state is an error, never a wrong gradient."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+
+def contracting(t, y, rate):
+    return -rate * (y - jnp.cos(t))
+
+
+def gradient(rate, drift_tol=None, throw=True, t1=10.0, adjoint=None, field=contracting):
+    adjoint = dr.ReversibleAdjoint(drift_tol) if adjoint is None else adjoint
+
+    def final(y0, rate):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            0.0,
+            t1,
+            jnp.array(0.02),
+            y0,
+            rate,
+            adjoint=adjoint,
+            throw=throw,
+        )
+        return jnp.sum(sol.ys)
+
+    return jax.jit(jax.grad(final, argnums=(0, 1)))(jnp.array([1.0, 2.0]), rate)
+
+
+def test_error_says_by_how_much_and_what_helps():
+    with pytest.raises(RuntimeError) as e:
+        gradient(jnp.array(4.0))
+    message = str(e.value)
+    assert "adjoint=ReversibleAdjoint())`: the walk back" in message
+    assert "relative error between 1e" in message
+    for remedy in ("dt0", "shorten", "RecursiveCheckpointAdjoint", "float64", "drift_tol"):
+        assert remedy in message
+
+
+def test_nan_without_throw():
+    assert all(np.all(np.isnan(g)) for g in gradient(jnp.array(4.0), throw=False))
+
+
+def test_nan_for_the_batch_element_concerned_only():
+    rates = jnp.array([0.3, 4.0, 0.5])
+    grad_y0, grad_rate = jax.vmap(lambda rate: gradient(rate, throw=False))(rates)
+    assert np.array_equal(np.isnan(grad_rate), [False, True, False])
+    alone, _ = gradient(rates[2])
+    assert np.allclose(grad_y0[2], alone, rtol=1e-12)
+
+
+def test_tolerance_can_be_set():
+    rate = jnp.array(1.0)
+    exact = gradient(rate, adjoint=dfx.RecursiveCheckpointAdjoint())
+    # Passes with the default, of which the drift is about 1e-12, and ...
+    grad = gradient(rate)
+    assert np.allclose(grad[1], exact[1], rtol=1e-8)
+    # ... not with less.
+    with pytest.raises(RuntimeError, match="relative error between 1e-1[0-9]"):
+        gradient(rate, drift_tol=1e-15)
+
+
+@pytest.mark.parametrize("rate", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0))
+def test_never_wrong_in_silence(rate):
+    """From no drift at all to a reconstruction that failed."""
+    rate = jnp.array(rate)
+    exact = gradient(rate, adjoint=dfx.RecursiveCheckpointAdjoint())
+    grad = gradient(rate, throw=False)
+    if np.isfinite(grad[1]):
+        assert np.allclose(grad[1], exact[1], rtol=1e-6)
+
+
+def test_not_finite():
+    def blow_up(t, y, rate):
+        return rate * y**2
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        gradient(jnp.array(1.0), field=blow_up)
+    grads = gradient(jnp.array(1.0), field=blow_up, throw=False)
+    assert all(np.all(np.isnan(g)) for g in grads)

@@ -1,0 +1,80 @@
+"""Compiled memory of a gradient: flat in the number of steps, a few states at the start."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import PID, SOLVERS
+
+
+def field(t, y, scale):
+    return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
+
+
+def temporary_bytes(solver, controller, size, max_steps, adjoint=None, saveat=None):
+    adjoint = dr.ReversibleAdjoint() if adjoint is None else adjoint
+    saveat = dfx.SaveAt(t1=True) if saveat is None else saveat
+
+    def loss(y0, scale):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            0.0,
+            1.0,
+            0.1,
+            y0,
+            scale,
+            saveat=saveat,
+            adjoint=adjoint,
+            stepsize_controller=controller,
+            max_steps=max_steps,
+        )
+        return jnp.sum(sol.ys)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
+    scale = jax.ShapeDtypeStruct((), jnp.float64)
+    return gradient.lower(y0, scale).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
+@pytest.mark.parametrize("size", (10, 100_000))
+def test_growth_with_steps(solver, controller, size):
+    few, many = (
+        temporary_bytes(solver, controller, size, n) for n in (1_000, 1_001_000)
+    )
+    assert 0 < many - few <= 24 * 1_000_000
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 8), (PID, 9)))
+def test_states(solver, controller, states):
+    """In units of the state, whatever the number of sub-steps."""
+    size = 100_000
+    used = temporary_bytes(solver, controller, size, 100) / (8 * size)
+    assert used < states + 0.1
+
+
+def test_saved_outputs():
+    """In proportion to what is saved, and not to the steps between."""
+    size = 100_000
+
+    def states(count):
+        saveat = dfx.SaveAt(ts=jnp.linspace(0, 1, count))
+        return temporary_bytes(SOLVERS[1], PID, size, 100, saveat=saveat) / (8 * size)
+
+    # The outputs themselves and their cotangents.
+    assert states(40) - states(10) < 2.1 * 30
+
+
+def test_default_adjoint_needs_more():
+    """What is measured would show a stored trajectory."""
+    ours, default = (
+        temporary_bytes(SOLVERS[1], PID, 100_000, 100, adjoint)
+        for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+    )
+    assert default > 4 * ours

@@ -1,0 +1,194 @@
+"""What is refused: the call, the exception, and a message with the reason and a remedy."""
+
+import warnings
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import PID
+
+
+Y0 = jnp.array([1.0, 2.0])
+
+
+def solve(y0=Y0, *, terms=None, solver=None, t0=0.0, t1=1.0, **kwargs):
+    defaults = dict(
+        dt0=jnp.array(0.1), adjoint=dr.ReversibleAdjoint(), stepsize_controller=PID
+    )
+    kwargs = defaults | kwargs
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: -y) if terms is None else terms,
+        dr.ALF4() if solver is None else solver,
+        t0,
+        t1,
+        kwargs.pop("dt0"),
+        y0,
+        **kwargs,
+    )
+
+
+def brownian_term(path_cls, **kwargs):
+    path = path_cls(shape=(), key=jax.random.key(0), **kwargs)
+    return dfx.ControlTerm(lambda t, y, args: y, path)
+
+
+def tree_term():
+    return brownian_term(dfx.VirtualBrownianTree, t0=0.0, t1=1.0, tol=1e-3)
+
+
+def grad_wrt(name, value):
+    """The gradient with respect to an argument other than `y0`."""
+
+    def total(x):
+        return jnp.sum(solve(**{name: x}).ys)
+
+    return jax.grad(total)(value)
+
+
+def grad(**kwargs):
+    return jax.grad(lambda y0: jnp.sum(solve(y0, **kwargs).ys))(Y0)
+
+
+def grad_wrt_ts():
+    def total(ts):
+        return jnp.sum(solve(saveat=dfx.SaveAt(ts=ts)).ys)
+
+    return jax.grad(total)(jnp.array([0.3, 0.6]))
+
+
+def grad_wrt_steps():
+    def total(ts):
+        controller = dfx.StepTo(ts)
+        return jnp.sum(solve(stepsize_controller=controller, dt0=None).ys)
+
+    return jax.grad(total)(jnp.array([0.0, 0.4, 1.0]))
+
+
+JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.5]))
+
+# name, call, exception, parts of the message
+REFUSALS = (
+    (
+        "a solver that is not reversible",
+        lambda: solve(solver=dfx.Tsit5()),
+        ValueError,
+        ("`Tsit5` is not", "ALF2", "ALF8", "AbstractReversibleSolver"),
+    ),
+    (
+        "events",
+        lambda: solve(event=dfx.Event(lambda t, y, args, **kw: y[0] < 0.5)),
+        NotImplementedError,
+        ("`event=...`", "RecursiveCheckpointAdjoint"),
+    ),
+    (
+        "jumps, if differentiated",
+        lambda: grad(stepsize_controller=JUMPS),
+        NotImplementedError,
+        ("jump_ts", "RecursiveCheckpointAdjoint", "split the solve"),
+    ),
+    (
+        "a jump at the start",
+        lambda: solve(made_jump=True),
+        NotImplementedError,
+        ("`made_jump=...`", "RecursiveCheckpointAdjoint"),
+    ),
+    (
+        "no bound on the number of steps, if differentiated",
+        lambda: grad(max_steps=None),
+        ValueError,
+        ("records where the steps are", "Pass `max_steps=...`"),
+    ),
+    (
+        "gradients with respect to t0",
+        lambda: grad_wrt("t0", jnp.array(0.1)),
+        RuntimeError,
+        ("gradients with respect to `t0`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to t1",
+        lambda: grad_wrt("t1", jnp.array(0.9)),
+        RuntimeError,
+        ("gradients with respect to `t1`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to dt0",
+        lambda: grad_wrt("dt0", jnp.array(0.1)),
+        RuntimeError,
+        ("gradients with respect to `dt0`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to SaveAt(ts)",
+        grad_wrt_ts,
+        RuntimeError,
+        ("gradients with respect to `SaveAt(ts=...)`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to the steps",
+        grad_wrt_steps,
+        RuntimeError,
+        ("gradients with respect to `stepsize_controller`", "stop_gradient"),
+    ),
+    (
+        "a tolerance that is none",
+        lambda: dr.ReversibleAdjoint(drift_tol=-1.0),
+        ValueError,
+        ("`ReversibleAdjoint(drift_tol=-1.0)`", "non-negative"),
+    ),
+    (
+        "noise that changes from call to call",
+        lambda: solve(
+            terms=brownian_term(dfx.UnsafeBrownianPath),
+            stepsize_controller=dfx.ConstantStepSize(),
+            adjoint=dr.ReversibleAdjoint(),
+        ),
+        ValueError,
+        ("`ControlTerm`", "ReversibleHeun"),
+    ),
+    (
+        "stochastic terms, by the solver",
+        lambda: solve(terms=tree_term(), adjoint=dfx.RecursiveCheckpointAdjoint()),
+        ValueError,
+        ("solver=ALF4()", "`ControlTerm`", ".to_ode()", "ReversibleHeun"),
+    ),
+    (
+        "complex states, by the solver",
+        lambda: solve(jnp.array([1.0 + 1.0j]), adjoint=dfx.RecursiveCheckpointAdjoint()),
+        ValueError,
+        ("solver=ALF4()", "complex128", "real and imaginary parts"),
+    ),
+)
+
+
+@pytest.mark.parametrize("call, exception, parts", [row[1:] for row in REFUSALS])
+def test_refused(call, exception, parts):
+    with warnings.catch_warnings():
+        # Diffrax warns of complex states and of what is not marked as an SDE solver.
+        warnings.simplefilter("ignore")
+        with pytest.raises(exception) as e:
+            call()
+    message = str(e.value)
+    for part in parts:
+        assert part in message, message
+    if "with respect to" in message:
+        assert "RecursiveCheckpointAdjoint" in message
+
+
+def test_plain_solves_are_not_refused():
+    """What needs a gradient to go wrong works without one."""
+    for kwargs in (dict(max_steps=None), dict(stepsize_controller=JUMPS)):
+        assert jnp.all(jnp.isfinite(solve(**kwargs).ys))
+
+
+def test_abstract_classes_cannot_be_made():
+    for cls in (dr.AbstractReversibleSolver, dr.AbstractALF):
+        with pytest.raises(TypeError):
+            cls()
+
+
+def test_integer_states_become_real():
+    """As under Diffrax's own solvers."""
+    assert solve(jnp.array([1, 2])).ys.dtype == jnp.float64

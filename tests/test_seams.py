@@ -1,0 +1,58 @@
+"""The private parts of Diffrax that the package relies on are as it expects them."""
+
+import ast
+import inspect
+import pathlib
+
+import diffrax as dfx
+import equinox as eqx
+
+from diffrax_reversible import _diffrax
+
+
+def test_loop():
+    # `State` is what `loop` evolves, and an adjoint passes it all of these.
+    assert set(inspect.signature(_diffrax.loop).parameters) == {
+        *("solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0"),
+        *("max_steps", "terms", "args", "init_state", "progress_meter"),
+        *("inner_while_loop", "outer_while_loop"),
+    }
+
+
+def test_adjoint():
+    parameters = set(inspect.signature(dfx.AbstractAdjoint.loop).parameters)
+    assert parameters == {
+        *("self", "args", "terms", "solver", "stepsize_controller", "event", "saveat"),
+        *("t0", "t1", "dt0", "max_steps", "throw", "init_state", "passed_solver_state"),
+        *("passed_controller_state", "progress_meter"),
+    }
+
+
+def test_state():
+    fields = set(_diffrax.State.__dataclass_fields__)
+    assert {
+        *("y", "tprev", "solver_state", "controller_state", "made_jump"),
+        *("save_state", "dense_infos"),
+    } <= fields
+    fields = set(_diffrax.SaveState.__dataclass_fields__)
+    assert fields == {"saveat_ts_index", "ts", "ys", "save_index"}
+
+
+def test_save_y():
+    assert dfx.SubSaveAt(t1=True).fn is _diffrax.save_y
+    assert dfx.SaveAt(t1=True).subs.fn is _diffrax.save_y
+
+
+def test_wrap_term():
+    assert set(_diffrax.WrapTerm.__dataclass_fields__) == {"term", "direction"}
+    assert issubclass(_diffrax.WrapTerm, eqx.Module)
+
+
+def test_private_names_in_one_file_only():
+    package = pathlib.Path(_diffrax.__file__).parent
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                private = node.level == 0 and module.startswith("diffrax._")
+                assert not private or file.name == "_diffrax.py", (file, module)

@@ -1,0 +1,125 @@
+"""`jit`, `vmap`, both orders of `vmap` and `grad`, and the other adjoints of Diffrax."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import CONTROLLERS, PID, relative_error, SOLVERS
+
+
+BATCH = jnp.array([[1.0, 2.0, 0.5], [0.1, -0.3, 0.2], [-2.0, 3.0, 1.5]])
+TS = jnp.linspace(0.0, 3.0, 7)
+
+
+def solve(y0, w, adjoint=None, solver=SOLVERS[1], controller=PID, **kwargs):
+    kwargs = dict(saveat=dfx.SaveAt(ts=TS), max_steps=200) | kwargs
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, w: jnp.sin(w * y) - y * jnp.sum(y**2) / 20),
+        solver,
+        0.0,
+        3.0,
+        jnp.array(0.3),
+        y0,
+        w,
+        adjoint=dr.ReversibleAdjoint() if adjoint is None else adjoint,
+        stepsize_controller=controller,
+        **kwargs,
+    )
+
+
+def loss(y0, w, adjoint=None):
+    return jnp.sum(solve(y0, w, adjoint).ys ** 2)
+
+
+W = jnp.array(1.2)
+
+
+def one_by_one(adjoint):
+    grads = [jax.grad(loss, argnums=(0, 1))(y0, W, adjoint) for y0 in BATCH]
+    return jax.tree.map(lambda *g: jnp.stack(g), *grads)
+
+
+def test_elements_take_their_own_numbers_of_steps():
+    steps = jax.vmap(lambda y0: solve(y0, W).stats["num_steps"])(BATCH)
+    assert len(set(np.asarray(steps).tolist())) > 1
+
+
+@pytest.mark.parametrize("jit", (False, True))
+def test_vmap_of_grad(jit):
+    gradient = jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, None))
+    gradient = jax.jit(gradient) if jit else gradient
+    batched = gradient(BATCH, W)
+    assert relative_error(batched, one_by_one(dr.ReversibleAdjoint())) < 1e-11
+    assert relative_error(batched, one_by_one(dfx.RecursiveCheckpointAdjoint())) < 1e-10
+
+
+@pytest.mark.parametrize("jit", (False, True))
+def test_grad_of_vmap(jit):
+    def total(batch, w):
+        return jnp.sum(jax.vmap(loss, in_axes=(0, None))(batch, w))
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    gradient = jax.jit(gradient) if jit else gradient
+    grad_y0, grad_w = one_by_one(dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(gradient(BATCH, W), (grad_y0, jnp.sum(grad_w))) < 1e-10
+
+
+def test_vmap_over_times():
+    """Save times and ends that differ from element to element."""
+
+    def final(y0, ts):
+        return jnp.sum(solve(y0, W, saveat=dfx.SaveAt(ts=ts)).ys ** 2)
+
+    ts = jnp.stack([TS, TS**2 / 3, TS / 2])
+    batched = jax.vmap(jax.grad(final))(BATCH, ts)
+    alone = jnp.stack([jax.grad(final)(y0, t) for y0, t in zip(BATCH, ts, strict=True)])
+    assert relative_error(batched, alone) < 1e-11
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("controller", (CONTROLLERS[0][0], PID))
+def test_other_adjoints(solver, controller):
+    """The solvers work under every adjoint that Diffrax has."""
+
+    def final(y0, w, adjoint):
+        kwargs = dict(saveat=dfx.SaveAt(t1=True), max_steps=512)
+        sol = solve(y0, w, adjoint, solver, controller, **kwargs)
+        return jnp.sum(sol.ys**2)
+
+    y0 = BATCH[0]
+    reverse = jax.jit(jax.grad(final, argnums=(0, 1)), static_argnums=2)
+    expected = reverse(y0, W, dr.ReversibleAdjoint())
+    for adjoint in (dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint()):
+        assert relative_error(reverse(y0, W, adjoint), expected) < 1e-10
+    forward = jax.jit(jax.jacfwd(final, argnums=(0, 1)), static_argnums=2)
+    assert relative_error(forward(y0, W, dfx.ForwardMode()), expected) < 1e-10
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+def test_backsolve(solver):
+    """The continuous adjoint solves another equation, backwards, and is approximate."""
+
+    def gradient(adjoint):
+        def final(y0, w):
+            controller = dfx.ConstantStepSize()
+            saveat = dfx.SaveAt(t1=True)
+            sol = solve(y0, w, adjoint, solver, controller, saveat=saveat)
+            return jnp.sum(sol.ys**2)
+
+        return jax.jit(jax.grad(final, argnums=(0, 1)))(BATCH[0] / 4, W)
+
+    exact = gradient(dr.ReversibleAdjoint())
+    assert relative_error(gradient(dfx.BacksolveAdjoint()), exact) < 1e-3
+
+
+def test_progress_meter():
+    from_meter = jax.grad(
+        lambda y0: jnp.sum(
+            solve(y0, W, progress_meter=dfx.TextProgressMeter(minimum_increase=1.0)).ys ** 2
+        )
+    )(BATCH[0])
+    assert relative_error(from_meter, jax.grad(loss)(BATCH[0], W)) < 1e-14
