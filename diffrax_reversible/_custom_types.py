@@ -1,19 +1,21 @@
-"""Type aliases, in Diffrax's sense of the names."""
+"""Type aliases; those that Diffrax has too are Diffrax's own."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from diffrax import AbstractTerm
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Real
+from jaxtyping import Array, PyTree
+
+from ._diffrax import (
+    Args as Args,
+    BoolScalarLike as BoolScalarLike,
+    IntScalarLike as IntScalarLike,
+    RealScalarLike as RealScalarLike,
+)
 
 
-Args: TypeAlias = PyTree[Any]
-BoolScalarLike: TypeAlias = bool | Bool[ArrayLike, ""]
 DenseInfo: TypeAlias = dict[str, PyTree[Array]]
-FloatScalarLike: TypeAlias = float | Float[ArrayLike, ""]
-IntScalarLike: TypeAlias = int | Int[ArrayLike, ""]
 Params: TypeAlias = PyTree[Array]
-RealScalarLike: TypeAlias = float | int | Real[ArrayLike, ""]
 SolverState: TypeAlias = PyTree[Any]
 Terms: TypeAlias = PyTree[AbstractTerm]
 VF: TypeAlias = PyTree[Array]

@@ -1,5 +1,13 @@
 """The only file that imports private names of Diffrax."""
 
+# So that signatures agree with those of Diffrax's abstract classes.
+from diffrax._custom_types import (
+    Args as Args,
+    BoolScalarLike as BoolScalarLike,
+    IntScalarLike as IntScalarLike,
+    RealScalarLike as RealScalarLike,
+)
+
 # Paths that give another sample at every evaluation, which no walk back can repeat.
 from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
 

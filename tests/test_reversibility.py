@@ -52,7 +52,10 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return jax.tree.unflatten(
             treedef,
-            [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+            [
+                jax.random.normal(k, x.shape, x.dtype)
+                for k, x in zip(keys, leaves, strict=True)
+            ],
         )
 
     cotangent = dr.Cotangent(
@@ -80,4 +83,6 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
         return out + as_vector(p) @ as_vector(cotangent.params)
 
     difference = (projected(1e-6) - projected(-1e-6)) / 2e-6
-    assert abs(as_vector(fused) @ as_vector(direction) - difference) < 1e-7 * abs(difference)
+    assert abs(as_vector(fused) @ as_vector(direction) - difference) < 1e-7 * abs(
+        difference
+    )

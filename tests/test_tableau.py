@@ -43,8 +43,9 @@ def residuals(tableau, order):
     matrix, z, v = runge_kutta(tableau.sub_steps)
     for tree in rooted_trees(order):
         phi = weight(tree, matrix)
-        yield abs(z @ phi - 1 / density(tree)), abs(
-            v @ phi - math.prod(1 / density(child) for child in tree)
+        yield (
+            abs(z @ phi - 1 / density(tree)),
+            abs(v @ phi - math.prod(1 / density(child) for child in tree)),
         )
 
 

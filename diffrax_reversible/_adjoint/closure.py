@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, AbstractTerm
+from jax.core import Tracer
 
 from .._custom_types import Args, RealScalarLike, Terms, VF, Y
 
@@ -41,7 +41,7 @@ def close_terms(
     captured = [
         leaf
         for leaf in jtu.tree_leaves(closed)
-        if isinstance(leaf, jax.core.Tracer) and id(leaf) not in known
+        if isinstance(leaf, Tracer) and id(leaf) not in known
     ]
     if len(captured) == 0:
         return terms

@@ -1,7 +1,7 @@
 """Recording where the accepted steps of a solve begin and end."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -39,9 +39,11 @@ class StepRecord(eqx.Module):
     def append(
         self, t0: RealScalarLike, t1: RealScalarLike, keep_step: BoolScalarLike
     ) -> "StepRecord":
+        # Its annotations are narrower than what it accepts.
+        write = cast(Callable[..., Array], eqxi.buffer_at_set)
         return StepRecord(
-            eqxi.buffer_at_set(self.starts, self.count, t0, pred=keep_step),
-            eqxi.buffer_at_set(self.ends, self.count, t1, pred=keep_step),
+            write(self.starts, self.count, t0, pred=keep_step),
+            write(self.ends, self.count, t1, pred=keep_step),
             self.count + jnp.where(keep_step, 1, 0),
         )
 

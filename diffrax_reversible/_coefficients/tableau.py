@@ -28,7 +28,9 @@ def _largest_residual(
     target: Callable[[RootedTree], float],
     order: int,
 ) -> float:
-    return max(abs(weights @ phi[tree] - target(tree)) for tree in trees_up_to(order))
+    return max(
+        abs(float(weights @ phi[tree]) - target(tree)) for tree in trees_up_to(order)
+    )
 
 
 def _null_space(matrix: np.ndarray) -> np.ndarray:
@@ -127,7 +129,7 @@ class ALFTableau:
                 f"`ALFTableau(order={self.order})` must be an even number and at least "
                 "2: symmetric methods have even order."
             )
-        if not 1 <= self.embedded_order < self.order:
+        if not 1 <= self._embedded_order < self.order:
             raise ValueError(
                 f"`ALFTableau(embedded_order={self.embedded_order})` must be at least 1 "
                 f"and less than `order={self.order}`."

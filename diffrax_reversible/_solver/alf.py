@@ -165,7 +165,7 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, VF, Cotangent]:
         control = bind(params)[0].contr(t0, t1)
-        functionals, sums_cotangent = {}, {}
+        start, functionals, sums_cotangent = None, {}, {}
         if dense_cotangent is not None:
             start, end, sums_cotangent = _split(dense_cotangent, control)
             cotangent = _add_state(cotangent, *end)
@@ -191,7 +191,7 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         y0, v0, cotangent = self._chain(
             sub_step, (y1, solver_state, cotangent), functionals, t0, reverse=True
         )
-        if dense_cotangent is not None:
+        if start is not None:
             cotangent = _add_state(cotangent, *start)
         return y0, v0, cotangent
 
