@@ -1,3 +1,7 @@
+"""High-order reversible solvers for Diffrax, and gradients that store no trajectory."""
+
+import importlib.metadata as _metadata
+
 from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._coefficients.tableau import ALFTableau as ALFTableau
 from ._solver.alf import (
@@ -13,3 +17,6 @@ from ._solver.base import (
     Cotangent as Cotangent,
 )
 from ._solver.interpolation import HermiteInterpolation as HermiteInterpolation
+
+
+__version__ = _metadata.version("diffrax_reversible")

@@ -221,6 +221,10 @@ def memory_of_many_planets(ts: Times, method: Method, count=1000) -> int:
     many = jnp.ones((count, 3))
     orbit = Orbit(jnp.array(1.0), many, many, None)
     compiled, _ = compiled_gradient(orbit, ts[-1:], many[None], method)
+    return temporary_bytes(compiled)
+
+
+def temporary_bytes(compiled) -> int:
     memory = compiled.memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
@@ -276,10 +280,14 @@ def main() -> None:
     orbit = make_orbit(ts, positions, True)
     gradients = [compiled_gradient(orbit, ts[:n], positions[:n], m) for m in methods]
     times = median_times(gradients)
+    one_planet = [temporary_bytes(compiled) for compiled, _ in gradients]
     memory = [memory_of_many_planets(ts, m) for m in methods]
-    print("\none gradient             network, time [ms]    memory, 1000 planets [MB]")
-    for method, milliseconds, size in zip(methods, times, memory, strict=True):
-        print(f"{method.name:36}{milliseconds:7.1f}{size / 1e6:20.2f}")
+    print(
+        "\none gradient                         time [ms]   memory [kB]   of 1000 planets"
+    )
+    for m, milliseconds, *sizes in zip(methods, times, one_planet, memory, strict=True):
+        one, many = (size / 1e3 for size in sizes)
+        print(f"{m.name:36}{milliseconds:10.1f}{one:14.1f}{many:18.1f}")
 
     path = pathlib.Path(__file__).with_suffix(".png")
     # Those of the two methods cannot be told apart.

@@ -82,3 +82,35 @@ def reference(field, y0, t0, t1, args=None):
         stepsize_controller=dfx.PIDController(rtol=1e-13, atol=1e-13),
         max_steps=None,
     ).ys[0]
+
+
+class InverseOnly(dr.AbstractReversibleSolver):
+    """Leapfrog for `y' = f(t, y)` as someone else would add it: a step and its inverse."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return terms.vf(t0, y0, args), jnp.array(0)
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def _midpoint(self, terms, t0, t1, y, v, args, sign):
+        h = sign * terms.contr(t0, t1)
+        k = y + h / 2 * v
+        v = 2 * terms.vf(t0 + (t1 - t0) / 2, k, args) - v
+        return k + h / 2 * v, v
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        v, count = solver_state
+        y1, v = self._midpoint(terms, t0, t1, y0, v, args, 1)
+        return y1, None, dict(y0=y0, y1=y1), (v, count + 1), dfx.RESULTS.successful
+
+    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+        v, count = solver_state
+        y0, v = self._midpoint(terms, t0, t1, y1, v, args, -1)
+        return y0, (v, count - 1)

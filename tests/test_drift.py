@@ -69,11 +69,12 @@ def test_tolerance_can_be_set():
 @pytest.mark.parametrize("rate", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0))
 def test_never_wrong_in_silence(rate):
     """From no drift at all to a reconstruction that failed."""
-    rate = jnp.array(rate)
-    exact = gradient(rate, adjoint=dfx.RecursiveCheckpointAdjoint())
-    grad = gradient(rate, throw=False)
+    exact = gradient(jnp.array(rate), adjoint=dfx.RecursiveCheckpointAdjoint())
+    grad = gradient(jnp.array(rate), throw=False)
+    # `T = 10`. The README says up to where to expect no trouble.
+    assert np.isfinite(grad[1]) == (rate * 10 <= 15)
     if np.isfinite(grad[1]):
-        assert np.allclose(grad[1], exact[1], rtol=1e-6)
+        assert np.allclose(grad[1], exact[1], rtol=1e-8)
 
 
 def test_not_finite():

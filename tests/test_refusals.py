@@ -9,7 +9,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID
+from .problems import InverseOnly, PID
 
 
 Y0 = jnp.array([1.0, 2.0])
@@ -142,11 +142,11 @@ REFUSALS = (
         "noise that changes from call to call",
         lambda: solve(
             terms=brownian_term(dfx.UnsafeBrownianPath),
+            solver=InverseOnly(),
             stepsize_controller=dfx.ConstantStepSize(),
-            adjoint=dr.ReversibleAdjoint(),
         ),
         ValueError,
-        ("`ControlTerm`", "ReversibleHeun"),
+        ("`UnsafeBrownianPath`", "another sample", "VirtualBrownianTree"),
     ),
     (
         "stochastic terms, by the solver",

@@ -116,6 +116,31 @@ def test_backsolve(solver):
     assert relative_error(gradient(dfx.BacksolveAdjoint()), exact) < 1e-3
 
 
+def test_implicit():
+    """At a steady state."""
+
+    def final(a):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, a: a - y),
+            dr.ALF4(),
+            0.0,
+            jnp.inf,
+            None,
+            jnp.array(1.0),
+            a,
+            stepsize_controller=PID,
+            adjoint=dfx.ImplicitAdjoint(),
+            event=dfx.Event(dfx.steady_state_event()),
+        )
+        return sol.ys[0]
+
+    # Diffrax's own adjoint promotes dtypes here.
+    with jax.numpy_dtype_promotion("standard"):
+        value, grad = jax.value_and_grad(final)(jnp.array(3.0))
+    assert abs(value - 3) < 1e-2
+    assert abs(grad - 1) < 1e-10
+
+
 def test_progress_meter():
     from_meter = jax.grad(
         lambda y0: jnp.sum(

@@ -1,0 +1,21 @@
+"""Every example runs, and ends by printing `OK` after it has checked its claims."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example(path, tmp_path):
+    # A copy, so that what it plots does not end up in the source tree.
+    script = shutil.copy(path, tmp_path)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines()[-1] == "OK"
+    assert script.with_suffix(".png").stat().st_size > 10_000

@@ -1,0 +1,102 @@
+"""What README, changelog and package metadata say is so."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import SOLVERS
+from .test_refusals import REFUSALS
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.S | re.M)[1]
+
+
+def table(text):
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def command(marker):
+    block = re.search(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, re.S)[1]
+    assert "\n" not in block, "each of the two commands is a single line"
+    return block
+
+
+def test_quick_example(tmp_path):
+    """Runs as it stands, and prints the gradient of the default adjoint."""
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    default = code.replace(
+        "adjoint=ReversibleAdjoint()", "adjoint=diffrax.RecursiveCheckpointAdjoint()"
+    )
+    assert default != code
+
+    def numbers(code):
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return [float(x) for x in re.findall(r"-?\d+\.\d+", run.stdout)]
+
+    ours, theirs = numbers(code), numbers(default)
+    assert len(ours) == 3
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_solver_table():
+    rows = {row[0].strip("`"): row[1:] for row in table(section("Solvers"))}
+    assert set(rows) == {type(solver).__name__ for solver in SOLVERS}
+    for solver in SOLVERS:
+        order, embedded, evaluations, dense, _ = rows[type(solver).__name__]
+        tableau = solver.tableau
+        assert int(order) == tableau.order == tableau.velocity_order
+        assert int(embedded) == tableau.embedded_order
+        assert int(evaluations) == tableau.stages
+        degree = "cubic" if tableau.midpoint_weights is None else "quintic"
+        assert dense == f"{degree}, order {tableau.interpolation_order}"
+
+
+def test_support_table():
+    """What the table refuses is what `test_refusals.py` shows to be refused."""
+    rows = table(section("What `ReversibleAdjoint` supports"))
+    assert {answer for _, answer in rows} == {"yes", "refused"}
+    refused = {what for what, answer in rows if answer == "refused"}
+    tested = {name for name, *_ in REFUSALS}
+    by_others = {name for name in tested if "by the solver" in name or "tolerance" in name}
+    assert refused == tested - by_others
+
+
+def test_commands():
+    assert command("example").endswith("examples/01_planet_orbit.py")
+    assert command("tests").endswith("-m pytest --quiet")
+    for marker in ("example", "tests"):
+        assert command(marker).startswith("python3 -m venv .venv && .venv/bin/pip install")
+
+
+def test_version_and_changelog():
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert dr.__version__ == metadata["version"]
+    versions = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0] == "Unreleased"
+    assert versions[1] == metadata["version"]
+
+
+def test_examples_table():
+    listed = re.findall(r"\]\((\w+\.py)\)", (ROOT / "examples" / "README.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_every_public_name_is_documented():
+    for name in dir(dr):
+        if not name.startswith("_"):
+            assert getattr(dr, name).__doc__, name
