@@ -1,8 +1,12 @@
 """The adjoint that walks a solve back."""
 
+from typing import Any
+
 import equinox as eqx
-import equinox.internal as eqxi
+import jax
 import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from diffrax import AbstractAdjoint
 
 from .._diffrax import State
@@ -113,11 +117,18 @@ def _differentiate_outputs_only(final_state: State) -> State:
         outputs = [*saved, state.dense_infos, state.y, state.solver_state]
         return [output for output in outputs if output is not None]
 
-    real, other = eqx.partition(final_state, eqx.is_inexact_array)
-    # Some versions of JAX give integer outputs of a custom gradient a tangent.
-    other = eqxi.nondifferentiable_backward(other, symbolic=False)
-    detached = eqx.combine(lax.stop_gradient(real), other)
+    detached = jtu.tree_map(_detach, final_state)
     return eqx.tree_at(outputs, detached, outputs(final_state))
+
+
+def _detach(x: Any) -> Any:
+    if eqx.is_inexact_array(x):
+        return lax.stop_gradient(x)
+    if eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        # JAX gives even the integer outputs of a custom gradient a tangent, which not
+        # every operation accepts. Bitwise operations have none.
+        return lax.bitwise_or(x, x)
+    return x
 
 
 @eqx.filter_custom_vjp
