@@ -14,7 +14,8 @@ EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path, tmp_path):
     # A copy, so that what it plots does not end up in the source tree.
-    script = shutil.copy(path, tmp_path)
+    script = tmp_path / path.name
+    shutil.copy(path, script)
     run = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"
