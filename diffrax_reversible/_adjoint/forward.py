@@ -15,8 +15,8 @@ from jaxtyping import PyTree
 from .._custom_types import Args, IntScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
-from .record import RecordedState, RecordingController, StepRecord
-from .validate import check_max_steps
+from .record import StepRecord
+from .validate import check_max_steps, check_no_jump
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -108,39 +108,41 @@ def _replace_state(state: State, y: Y | None, solver_state: SolverState) -> Stat
 
 def solve(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """Diffrax's forward pass, in loops that are not differentiated."""
-    return _run(inputs, problem, problem.stepsize_controller, problem.init_state, None)
+    return _run(inputs, problem, ft.partial(eqxi.while_loop, kind="lax"))
 
 
 def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Trace]:
     """As `solve`, and keep what the walk back needs."""
     max_steps = check_max_steps(problem.max_steps)
     record = StepRecord.allocate(max_steps, jnp.result_type(problem.t0))
-    init_state = eqx.tree_at(
-        lambda s: s.controller_state,
-        problem.init_state,
-        RecordedState(problem.init_state.controller_state, record),
-        is_leaf=lambda x: x is None,
-    )
-    final_state, aux_stats = _run(
-        inputs,
-        problem,
-        RecordingController(problem.stepsize_controller, max_steps),
-        init_state,
-        lambda state: state.controller_state.record,
-    )
-    recorded = final_state.controller_state
-    final_state = eqx.tree_at(
-        lambda s: s.controller_state,
-        final_state,
-        recorded.inner,
-        is_leaf=lambda x: x is None,
-    )
+
+    def recording_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
+        """Diffrax's loop over steps, with the record beside its state."""
+        nonlocal record
+
+        def body(carry):
+            before, record = carry
+            after = body_fun(before)
+            check_no_jump(after)
+            return after, record.append(before, after)
+
+        final_state, record = eqxi.while_loop(
+            lambda carry: cond_fun(carry[0]),
+            body,
+            (init_val, record),
+            max_steps=max_steps,
+            buffers=lambda carry: [*buffers(carry[0]), *carry[1].buffers()],
+            kind="lax",
+        )
+        return final_state
+
+    final_state, aux_stats = _run(inputs, problem, recording_while_loop)
     saved = save_states(final_state)
     trace = Trace(
         final_state.tprev,
         final_state.y,
         final_state.solver_state,
-        recorded.record,
+        record,
         [s.save_index for s in saved],
         [s.saveat_ts_index for s in saved],
         jax.eval_shape(lambda: [s.ys for s in saved]),
@@ -149,25 +151,10 @@ def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Tra
     return final_state, aux_stats, trace
 
 
-def _run(inputs, problem, stepsize_controller, init_state, record):
-    def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
-        def all_buffers(state):
-            if record is None:
-                return buffers(state)
-            return [*buffers(state), record(state).starts, record(state).ends]
-
-        return eqxi.while_loop(
-            cond_fun,
-            body_fun,
-            init_val,
-            max_steps=max_steps,
-            buffers=all_buffers,
-            kind="lax",
-        )
-
+def _run(inputs: Inputs, problem: Problem, outer_while_loop) -> tuple[State, dict]:
     return loop(
         solver=problem.solver,
-        stepsize_controller=stepsize_controller,
+        stepsize_controller=problem.stepsize_controller,
         event=None,
         saveat=with_fns(problem.saveat, inputs.save_fns),
         t0=problem.t0,
@@ -176,7 +163,7 @@ def _run(inputs, problem, stepsize_controller, init_state, record):
         max_steps=problem.max_steps,
         terms=inputs.terms,
         args=inputs.args,
-        init_state=_replace_state(init_state, inputs.y0, inputs.solver_state),
+        init_state=_replace_state(problem.init_state, inputs.y0, inputs.solver_state),
         inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
         outer_while_loop=outer_while_loop,
         progress_meter=problem.progress_meter,

@@ -47,6 +47,17 @@ def check_max_steps(max_steps: int | None) -> int:
     return max_steps
 
 
+def check_no_jump(state: State) -> None:
+    """Raise an error if there can be a jump at the start of a step."""
+    # Diffrax keeps this a Python value for as long as no controller makes jumps.
+    if state.made_jump is not False:
+        raise NotImplementedError(
+            f"{call} does not support jumps in the vector field yet, as made by "
+            f"`ClipStepSizeController(jump_ts=...)`. {_remedy}, or split the solve at the "
+            "jump."
+        )
+
+
 def hold_fixed(x: PyTree, name: str) -> PyTree:
     """Raise an error if `x` is differentiated: dropping its gradient would be silent."""
     return eqxi.nondifferentiable(
