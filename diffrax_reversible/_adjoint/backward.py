@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import SubSaveAt
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import (
     Args,
@@ -24,6 +25,7 @@ from .._custom_types import (
 from .._diffrax import State
 from .._solver.base import Cotangent, linearise_step
 from .._tree import tree_add, tree_zeros_like
+from .drift import drift
 from .forward import Inputs, Problem, save_states, SaveFns, sub_saveats, Trace
 
 
@@ -61,6 +63,9 @@ class _Position(eqx.Module):
     solver_state: SolverState
     cotangent: Cotangent
     cursors: list[_Cursor]
+    # How many restarts are still to undo, and how far the walk has been off so far.
+    restarts: IntScalarLike
+    drifts: list[Float[Array, ""]]
 
 
 class _Walk(eqx.Module):
@@ -159,7 +164,7 @@ class _Walk(eqx.Module):
     def undo_step(self, position: _Position) -> _Position:
         """One step of the walk."""
         step = position.step - 1
-        t0, t1 = self.trace.record.starts[step], self.trace.record.ends[step]
+        t0, t1 = self.trace.steps.starts[step], self.trace.steps.ends[step]
         position = self._pull_step_outputs(position, t1)
         solver, state = self.problem.solver, (position.y, position.solver_state)
         ct = position.cotangent
@@ -187,7 +192,50 @@ class _Walk(eqx.Module):
             )
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             ct = pull(ct, dense_bar)
-        return _Position(step, y0, state0, ct, position.cursors)
+        undone = (step, y0, state0, ct, position.cursors)
+        position = _Position(*undone, position.restarts, position.drifts)
+        if self.trace.restarts.capacity == 0:
+            return position
+        i = position.restarts - 1
+        restarted = (i >= 0) & (self.trace.restarts.step[jnp.maximum(i, 0)] == step)
+        return lax.cond(
+            eqxi.unvmap_any(restarted),
+            lambda p: _where(restarted, self._undo_restart(p, t0), p),
+            lambda p: p,
+            position,
+        )
+
+    def _undo_restart(self, position: _Position, t0: RealScalarLike) -> _Position:
+        """Go on from what was stored, after a look at where the walk has come to."""
+        i = jnp.maximum(position.restarts - 1, 0)
+        y, solver_state = self.trace.restarts.read(i)
+        ct = position.cotangent
+        nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
+
+        def restart(y, diff_state, params):
+            terms, args = self.bind(params)
+            state = eqx.combine(diff_state, nondiff_state)
+            return self.problem.solver.restart(terms, t0, y, args, state)
+
+        diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
+        restarted, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
+        y_bar, state_bar, params_bar = pull(ct.solver_state)
+        walked = self.drift(position, (y, restarted))
+        drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
+        return _Position(
+            position.step,
+            y,
+            solver_state,
+            Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar)),
+            position.cursors,
+            position.restarts - 1,
+            drifts,
+        )
+
+    def drift(self, position: _Position, true: PyTree) -> list[Float[Array, ""]]:
+        """How far the walk is off the true state and solver state."""
+        walked = (position.y, position.solver_state)
+        return drift(walked, true, (self.trace.y, self.trace.solver_state))
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
@@ -225,7 +273,7 @@ class _Walk(eqx.Module):
         cursors = list(position.cursors)
         params_bar = position.cotangent.params
         # `ts` were written in the first step that ends at or after them.
-        last_end = self.trace.record.ends[jnp.maximum(step - 1, 0)]
+        last_end = self.trace.steps.ends[jnp.maximum(step - 1, 0)]
         for i in interpolated:
             dense_bar, params_bar, cursors[i] = self._pull_ts(
                 self.outputs[i],
@@ -271,6 +319,10 @@ class _Walk(eqx.Module):
         return lax.while_loop(more, pull, carry)
 
 
+def _where(pred: BoolScalarLike, new: PyTree, old: PyTree) -> PyTree:
+    return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, old)
+
+
 def _take(
     position: _Position, i: int, count: IntScalarLike
 ) -> tuple[_Position, IntScalarLike]:
@@ -307,7 +359,7 @@ def walk_back(
     problem: Problem,
     trace: Trace,
     cotangent: State,
-) -> tuple[Inputs, Y, SolverState]:
+) -> tuple[Inputs, list[Float[Array, ""]]]:
     """Undo every step of a solve, and pull the cotangent of its outputs back.
 
     **Arguments:**
@@ -319,7 +371,7 @@ def walk_back(
 
     **Returns:**
 
-    The cotangent of `inputs`, and the state and the solver state that the walk ended at.
+    The cotangent of `inputs`, and how far the walk was off where it could be checked.
     """
     everything = (inputs.terms, inputs.args, inputs.save_fns)
     mask = (perturbed.terms, perturbed.args, perturbed.save_fns)
@@ -330,7 +382,7 @@ def walk_back(
         dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
     walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff)
     position = _Position(
-        trace.record.count,
+        trace.steps.count,
         trace.y,
         trace.solver_state,
         Cotangent(
@@ -339,10 +391,15 @@ def walk_back(
             tree_zeros_like(params),
         ),
         [_Cursor(trace.save_index[i], trace.saveat_ts_index[i]) for i in indices],
+        jnp.minimum(trace.restarts.count, trace.restarts.capacity),
+        [],
     )
+    start = (inputs.y0, inputs.solver_state)
+    no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
+    position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_end(position)
     position = lax.while_loop(lambda p: p.step > 0, lambda p: walk.undo_step(p), position)
     position = walk.pull_start(position)
     ct = position.cotangent
     gradient = Inputs(ct.y, ct.solver_state, *ct.params)
-    return gradient, position.y, position.solver_state
+    return gradient, jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))

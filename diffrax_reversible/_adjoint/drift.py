@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._custom_types import BoolScalarLike
 from .validate import call
 
 
@@ -51,10 +52,14 @@ def _inexact_leaves(tree: PyTree) -> list[Array]:
 def refuse_drift(
     gradient: PyTree,
     drifts: list[Float[Array, ""]],
+    exhausted: BoolScalarLike,
     drift_tol: float | None,
     throw: bool,
 ) -> PyTree:
-    """Replace a gradient of which the walk back went astray by an error, or by NaN."""
+    """Replace a gradient of which the walk back went astray by an error, or by NaN.
+
+    With `throw`, the forward pass has already raised the error for `exhausted`.
+    """
     if len(drifts) == 0:
         return gradient
     tols = [
@@ -64,6 +69,7 @@ def refuse_drift(
         [d <= tol for d, tol in zip(drifts, tols, strict=True)]
     ).all()
     if not throw:
+        within = within & jnp.invert(exhausted)
         return jtu.tree_map(lambda g: jnp.where(within, g, jnp.nan), gradient)
     largest = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
     decade = jnp.floor(jnp.log10(largest)) - _decades[0]

@@ -14,9 +14,9 @@ from jaxtyping import PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
-from .._solver.base import AbstractReversibleSolver
-from .record import StepRecord
-from .validate import check_max_steps, check_no_jump
+from .._solver.base import AbstractReversibleSolver, restart_pending
+from .record import Record, RestartRecord, StepRecord
+from .validate import check_max_steps
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -48,7 +48,7 @@ class Problem(eqx.Module):
 
 
 class Trace(eqx.Module):
-    """What is kept of a solve: its end, and where its steps were.
+    """What is kept of a solve: its end, where its steps were, and its restarts.
 
     Nothing that grows with the number of steps is of the size of the state.
     """
@@ -56,7 +56,8 @@ class Trace(eqx.Module):
     t: RealScalarLike
     y: Y
     solver_state: SolverState
-    record: StepRecord
+    steps: StepRecord
+    restarts: RestartRecord
     # For each `SubSaveAt`: how many outputs were written, and how many of its `ts`.
     save_index: list[IntScalarLike]
     saveat_ts_index: list[IntScalarLike]
@@ -106,15 +107,8 @@ def _replace_state(state: State, y: Y | None, solver_state: SolverState) -> Stat
     )
 
 
-def solve(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
+def solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dict, Record]:
     """Diffrax's forward pass, in loops that are not differentiated."""
-    return _run(inputs, problem, ft.partial(eqxi.while_loop, kind="lax"))
-
-
-def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Trace]:
-    """As `solve`, and keep what the walk back needs."""
-    max_steps = check_max_steps(problem.max_steps)
-    record = StepRecord.allocate(max_steps, jnp.result_type(problem.t0))
 
     def recording_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
         """Diffrax's loop over steps, with the record beside its state."""
@@ -122,9 +116,11 @@ def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Tra
 
         def body(carry):
             before, record = carry
+            restarts = restart_pending(
+                problem.solver, before.solver_state, before.made_jump
+            )
             after = body_fun(before)
-            check_no_jump(after)
-            return after, record.append(before, after)
+            return after, record.append(before, after, restarts)
 
         final_state, record = eqxi.while_loop(
             lambda carry: cond_fun(carry[0]),
@@ -136,23 +132,7 @@ def solve_and_record(inputs: Inputs, problem: Problem) -> tuple[State, dict, Tra
         )
         return final_state
 
-    final_state, aux_stats = _run(inputs, problem, recording_while_loop)
-    saved = save_states(final_state)
-    trace = Trace(
-        final_state.tprev,
-        final_state.y,
-        final_state.solver_state,
-        record,
-        [s.save_index for s in saved],
-        [s.saveat_ts_index for s in saved],
-        jax.eval_shape(lambda: [s.ys for s in saved]),
-        jax.eval_shape(lambda: final_state.dense_infos),
-    )
-    return final_state, aux_stats, trace
-
-
-def _run(inputs: Inputs, problem: Problem, outer_while_loop) -> tuple[State, dict]:
-    return loop(
+    final_state, _ = loop(
         solver=problem.solver,
         stepsize_controller=problem.stepsize_controller,
         event=None,
@@ -165,6 +145,40 @@ def _run(inputs: Inputs, problem: Problem, outer_while_loop) -> tuple[State, dic
         args=inputs.args,
         init_state=_replace_state(problem.init_state, inputs.y0, inputs.solver_state),
         inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
-        outer_while_loop=outer_while_loop,
+        outer_while_loop=recording_while_loop,
         progress_meter=problem.progress_meter,
     )
+    return final_state, {"num_restarts": record.restarts.count}, record
+
+
+def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
+    """As `solve`, where nothing is differentiated."""
+    restarts = RestartRecord.allocate(0, inputs.y0, inputs.solver_state)
+    final_state, aux_stats, _ = solve(inputs, problem, Record(None, restarts))
+    return final_state, aux_stats
+
+
+def solve_and_record(
+    inputs: Inputs, problem: Problem, checkpoints: int
+) -> tuple[State, dict, Trace]:
+    """As `solve`, and keep what the walk back needs."""
+    max_steps = check_max_steps(problem.max_steps)
+    record = Record(
+        StepRecord.allocate(max_steps, jnp.result_type(problem.t0)),
+        RestartRecord.allocate(checkpoints, inputs.y0, inputs.solver_state),
+    )
+    final_state, aux_stats, record = solve(inputs, problem, record)
+    assert record.steps is not None
+    saved = save_states(final_state)
+    trace = Trace(
+        final_state.tprev,
+        final_state.y,
+        final_state.solver_state,
+        record.steps,
+        record.restarts,
+        [s.save_index for s in saved],
+        [s.saveat_ts_index for s in saved],
+        jax.eval_shape(lambda: [s.ys for s in saved]),
+        jax.eval_shape(lambda: final_state.dense_infos),
+    )
+    return final_state, aux_stats, trace

@@ -1,4 +1,4 @@
-"""Recording where the accepted steps of a solve begin and end."""
+"""What is recorded of the steps of a solve, to walk them back."""
 
 from collections.abc import Callable
 from typing import cast
@@ -6,9 +6,15 @@ from typing import cast
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int, PyTree
 
+from .._custom_types import BoolScalarLike, SolverState, Y
 from .._diffrax import State
+
+
+# Its annotations are narrower than what it accepts.
+_write = cast(Callable[..., Array], eqxi.buffer_at_set)
 
 
 class StepRecord(eqx.Module):
@@ -27,18 +33,81 @@ class StepRecord(eqx.Module):
         times = jnp.zeros(max_steps, dtype)
         return StepRecord(times, times, jnp.array(0))
 
-    def buffers(self) -> list:
-        """What `equinox.internal.while_loop` may update in place."""
-        return [self.starts, self.ends]
-
-    def append(self, before: State, after: State) -> "StepRecord":
-        """Record the step from `before` to `after`, if it was accepted."""
-        accepted = after.num_accepted_steps > before.num_accepted_steps
-
-        # Its annotations are narrower than what it accepts.
-        write = cast(Callable[..., Array], eqxi.buffer_at_set)
+    def append(self, before: State, accepted: BoolScalarLike) -> "StepRecord":
         return StepRecord(
-            write(self.starts, self.count, before.tprev, pred=accepted),
-            write(self.ends, self.count, before.tnext, pred=accepted),
+            _write(self.starts, self.count, before.tprev, pred=accepted),
+            _write(self.ends, self.count, before.tnext, pred=accepted),
             self.count + jnp.where(accepted, 1, 0),
         )
+
+
+class RestartRecord(eqx.Module):
+    """What every step that began with a restart began with.
+
+    A restart cannot be undone. Those beyond the capacity are counted, but not stored.
+    """
+
+    y: PyTree[eqxi.MaybeBuffer[Array]]
+    solver_state: PyTree[eqxi.MaybeBuffer[Array]]
+    # Which step it was, counting accepted steps from zero.
+    step: eqxi.MaybeBuffer[Int[Array, " capacity"]]
+    count: Int[Array, ""]
+    capacity: int = eqx.field(static=True)
+
+    @staticmethod
+    def allocate(capacity: int, y: Y, solver_state: SolverState) -> "RestartRecord":
+        def rows(x):
+            x = jnp.asarray(x)
+            return jnp.zeros((capacity, *x.shape), x.dtype)
+
+        y, solver_state = jtu.tree_map(rows, (y, solver_state))
+        step = jnp.zeros(capacity, jnp.int32)
+        return RestartRecord(y, solver_state, step, jnp.array(0), capacity)
+
+    def append(
+        self, before: State, step: Int[Array, ""], restarted: BoolScalarLike
+    ) -> "RestartRecord":
+        count = self.count + jnp.where(restarted, 1, 0)
+        if self.capacity == 0:
+            return eqx.tree_at(lambda r: r.count, self, count)
+
+        def write(value, buffer):
+            return _write(buffer, self.count, value, pred=stored)
+
+        stored = restarted & (self.count < self.capacity)
+        return RestartRecord(
+            # Values first: a buffer is a PyTree of its own.
+            jtu.tree_map(write, before.y, self.y),
+            jtu.tree_map(write, before.solver_state, self.solver_state),
+            write(step.astype(jnp.int32), self.step),
+            count,
+            self.capacity,
+        )
+
+    def read(self, i: Int[Array, ""]) -> tuple[Y, SolverState]:
+        return jtu.tree_map(lambda rows: rows[i], (self.y, self.solver_state))
+
+
+class Record(eqx.Module):
+    """`steps` is `None` where nothing is differentiated, and restarts are just counted."""
+
+    steps: StepRecord | None
+    restarts: RestartRecord
+
+    def buffers(self) -> list:
+        """What `equinox.internal.while_loop` may update in place."""
+        restarts = [self.restarts.y, self.restarts.solver_state, self.restarts.step]
+        if self.restarts.capacity == 0:
+            restarts = []
+        if self.steps is None:
+            return restarts
+        return [self.steps.starts, self.steps.ends, *restarts]
+
+    def append(self, before: State, after: State, restarts: BoolScalarLike) -> "Record":
+        """Record the step from `before` to `after`, if it was accepted."""
+        accepted = after.num_accepted_steps > before.num_accepted_steps
+        steps = None if self.steps is None else self.steps.append(before, accepted)
+        if restarts is False:
+            return Record(steps, self.restarts)
+        step = jnp.asarray(before.num_accepted_steps)
+        return Record(steps, self.restarts.append(before, step, accepted & restarts))

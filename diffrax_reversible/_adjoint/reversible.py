@@ -12,17 +12,17 @@ from diffrax import AbstractAdjoint
 from .._diffrax import State
 from .backward import walk_back
 from .closure import close_terms
-from .drift import drift, refuse_drift
+from .drift import refuse_drift
 from .forward import (
     Inputs,
     Problem,
     save_states,
-    solve,
     solve_and_record,
+    solve_plainly,
     take_fns,
     take_state,
 )
-from .validate import check_supported, hold_fixed
+from .validate import check_checkpoints, check_supported, hold_fixed
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -41,6 +41,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     much, then the gradient is an error, or with `diffeqsolve(..., throw=False)` it is NaN.
     """
 
+    checkpoints: int = 8
     drift_tol: float | None = None
 
     def __check_init__(self):
@@ -70,7 +71,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         progress_meter,
     ):
         del passed_solver_state, passed_controller_state
-        check_supported(solver, terms, event, init_state)
+        check_supported(solver, terms, event)
         y0, solver_state = init_state.y, init_state.solver_state
         saveat, save_fns = take_fns(
             saveat, lambda fn: eqx.filter_closure_convert(fn, t0, y0, args)
@@ -89,7 +90,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             progress_meter=progress_meter,
             max_steps=max_steps,
         )
-        final_state, aux_stats = _reversible_loop(inputs, problem, self.drift_tol, throw)
+        final_state, aux_stats = _reversible_loop(
+            inputs, problem, self.checkpoints, self.drift_tol, throw
+        )
         return _differentiate_outputs_only(final_state), aux_stats
 
 
@@ -132,29 +135,34 @@ def _detach(x: Any) -> Any:
 
 
 @eqx.filter_custom_vjp
-def _reversible_loop(inputs: Inputs, problem: Problem, drift_tol, throw):
-    del drift_tol, throw
-    return solve(inputs, problem)
+def _reversible_loop(inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw):
+    del checkpoints, drift_tol, throw
+    return solve_plainly(inputs, problem)
 
 
 @_reversible_loop.def_fwd
-def _reversible_loop_fwd(perturbed, inputs: Inputs, problem: Problem, drift_tol, throw):
-    del perturbed, drift_tol, throw
-    final_state, aux_stats, trace = solve_and_record(inputs, problem)
+def _reversible_loop_fwd(
+    perturbed, inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw
+):
+    del perturbed, drift_tol
+    final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
+    if throw:
+        final_state = check_checkpoints(final_state, trace.restarts.count, checkpoints)
     return (final_state, aux_stats), trace
 
 
 @_reversible_loop.def_bwd
 def _reversible_loop_bwd(
-    trace, cotangent, perturbed, inputs: Inputs, problem: Problem, drift_tol, throw
+    trace,
+    cotangent,
+    perturbed,
+    inputs: Inputs,
+    problem: Problem,
+    checkpoints,
+    drift_tol,
+    throw,
 ):
     state_cotangent: State = cotangent[0]
-    gradient, y0, solver_state = walk_back(
-        inputs, perturbed, problem, trace, state_cotangent
-    )
-    drifts = drift(
-        (y0, solver_state),
-        (inputs.y0, inputs.solver_state),
-        (trace.y, trace.solver_state),
-    )
-    return refuse_drift(gradient, drifts, drift_tol, throw)
+    gradient, drifts = walk_back(inputs, perturbed, problem, trace, state_cotangent)
+    exhausted = trace.restarts.count > checkpoints
+    return refuse_drift(gradient, drifts, exhausted, drift_tol, throw)

@@ -1,11 +1,12 @@
 """What `ReversibleAdjoint` refuses, one message for each."""
 
+import equinox as eqx
 import equinox.internal as eqxi
 from diffrax import AbstractSolver, Event
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import Terms
-from .._diffrax import is_unsafe_sde, State
+from .._diffrax import is_unsafe_sde
 from .._solver.base import AbstractReversibleSolver
 
 
@@ -13,9 +14,7 @@ call = "`diffeqsolve(..., adjoint=ReversibleAdjoint())`"
 _remedy = "Use `adjoint=RecursiveCheckpointAdjoint()`"
 
 
-def check_supported(
-    solver: AbstractSolver, terms: Terms, event: Event | None, init_state: State
-) -> None:
+def check_supported(solver: AbstractSolver, terms: Terms, event: Event | None) -> None:
     """Raise an error for what cannot be walked back."""
     if not isinstance(solver, AbstractReversibleSolver):
         raise ValueError(
@@ -30,10 +29,6 @@ def check_supported(
             f"{call} cannot walk back along an `UnsafeBrownianPath`, which gives another "
             "sample each time. Use `diffrax.VirtualBrownianTree`."
         )
-    if init_state.made_jump is not False:
-        raise NotImplementedError(
-            f"{call} does not support `made_jump=...` yet. {_remedy}."
-        )
 
 
 def check_max_steps(max_steps: int | None) -> int:
@@ -47,15 +42,16 @@ def check_max_steps(max_steps: int | None) -> int:
     return max_steps
 
 
-def check_no_jump(state: State) -> None:
-    """Raise an error if there can be a jump at the start of a step."""
-    # Diffrax keeps this a Python value for as long as no controller makes jumps.
-    if state.made_jump is not False:
-        raise NotImplementedError(
-            f"{call} does not support jumps in the vector field yet, as made by "
-            f"`ClipStepSizeController(jump_ts=...)`. {_remedy}, or split the solve at the "
-            "jump."
-        )
+def check_checkpoints(x: PyTree, count: Int[Array, ""], checkpoints: int) -> PyTree:
+    """Raise an error where there was no room to store the state of a restart."""
+    return eqx.error_if(
+        x,
+        count > checkpoints,
+        f"`ReversibleAdjoint(checkpoints={checkpoints})`: the solver restarted more than "
+        f"{checkpoints} times, and the gradient needs the state at each restart. Pass a "
+        "larger number of `checkpoints` (`sol.stats['num_restarts']` of a plain solve "
+        "tells how many there are), or use `adjoint=RecursiveCheckpointAdjoint()`.",
+    )
 
 
 def hold_fixed(x: PyTree, name: str) -> PyTree:

@@ -5,6 +5,7 @@ import functools as ft
 import itertools as it
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,11 +22,13 @@ from .rooted_trees import (
 # Published coefficients carry 15 or more digits; a wrong digit shows far above this.
 _tolerance = 1e-11
 
+_Target: TypeAlias = Callable[[RootedTree], float]
+
 
 def _largest_residual(
     weights: np.ndarray,
     phi: dict[RootedTree, np.ndarray],
-    target: Callable[[RootedTree], float],
+    target: _Target,
     order: int,
 ) -> float:
     return max(
@@ -250,14 +253,34 @@ class ALFTableau:
         def derivative(tree):
             return _exact_derivative(tree) / 2 ** (order_of(tree) - 1)
 
-        value_weights = self._fit(value, self.order - 1)
-        derivative_weights = self._fit(derivative, self.order - 2)
+        value_weights = self._fit(value, self.order - 1, self.order - 1)
+        derivative_weights = self._fit(derivative, self.order - 2, self.order - 1)
         if value_weights is None or derivative_weights is None:
             return None
         return value_weights, derivative_weights
 
-    def _fit(self, target, exact_order: int) -> np.ndarray | None:
-        """Weights exact to `exact_order` and as good as can be to `order - 1`."""
+    @ft.cached_property
+    def deviation_weights(self) -> np.ndarray | None:
+        """Weights of `u_0 = v_0, ..., u_s` in the deviation `v - f(t, z)` of a step's end.
+
+        What is subtracted from `v` is the derivative of the solution there, extrapolated
+        from the stages, exact to order `order - 1` and as good as can be to `order`. Such
+        an estimate costs no evaluation. `None` where the conditions have no solution, or
+        where there is a single sub-step, of which the deviation cannot be told from the
+        local error.
+        """
+        if self.stages == 1:
+            return None
+        extrapolated = self._fit(_exact_derivative, self.order - 1, self.order)
+        if extrapolated is None:
+            return None
+        _, _, v = self._runge_kutta
+        return v - extrapolated
+
+    def _fit(
+        self, target: _Target, exact_order: int, fitted_order: int
+    ) -> np.ndarray | None:
+        """Weights exact to `exact_order` and as good as can be to `fitted_order`."""
 
         def system(trees):
             matrix = np.stack([self._phi[tree][1:] for tree in trees])
@@ -267,9 +290,9 @@ class ALFTableau:
         weights = np.linalg.lstsq(matrix, rhs, rcond=1e-11)[0]
         if np.max(np.abs(matrix @ weights - rhs)) > _tolerance:
             return None
-        if exact_order < self.order - 1:
+        if exact_order < fitted_order:
             null_space = _null_space(matrix)
-            matrix, rhs = system(rooted_trees(exact_order + 1))
+            matrix, rhs = system(rooted_trees(fitted_order))
             weights = (
                 weights
                 + null_space

@@ -26,7 +26,7 @@ from .._custom_types import (
 )
 from .._diffrax import WrapTerm
 from .._tree import tree_add, tree_axpy, tree_scale
-from .base import AbstractReversibleSolver, Cotangent
+from .base import AbstractReversibleSolver, Cotangent, maybe_restart
 from .interpolation import HermiteInterpolation
 
 
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractVar
 else:
     from equinox import AbstractVar
+
+
+# A restart where the deviation of `v`, times the step size, exceeds this many times the
+# Taylor term of the error estimate, or this power of the machine epsilon times the state.
+_restart_ratio = 3.0
+_restart_floor = 0.4
 
 
 class _SubStep(NamedTuple):
@@ -45,11 +51,21 @@ class _SubStep(NamedTuple):
     weights: dict[str, Array]
 
 
-class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
+class ALFState(eqx.Module):
+    """Solver state: `v`, and whether it has to be restarted before the next step.
+
+    Of a cotangent, `restart` is `None`.
+    """
+
+    v: VF
+    restart: BoolScalarLike | None
+
+
+class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
     """Compositions of asynchronous-leapfrog sub-steps, for ODEs.
 
-    The solver state is `v`, a second approximation to the vector field `f(t, y)`, of the
-    structure of the state. With it, a step is a chain of sub-steps
+    The solver state holds `v`, a second approximation to the vector field `f(t, y)`, of
+    the structure of the state. With it, a step is a chain of sub-steps
 
         k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
 
@@ -82,13 +98,14 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         t1: RealScalarLike,
         y0: Y,
         args: Args,
-    ) -> VF:
+    ) -> ALFState:
         del t1
         _check_term(self, terms)
         _check_state(self, y0)
         # Checkpointed, as otherwise a gradient would hold on to the activations of this
         # evaluation for the length of the solve.
-        return eqx.filter_checkpoint(type(terms).vf)(terms, t0, y0, args)
+        v = eqx.filter_checkpoint(type(terms).vf)(terms, t0, y0, args)
+        return ALFState(v, jnp.array(False))
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return terms.vf(t0, y0, args)
@@ -100,14 +117,10 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         t1: RealScalarLike,
         y0: Y,
         args: Args,
-        solver_state: VF,
+        solver_state: ALFState,
         made_jump: BoolScalarLike,
-    ) -> tuple[Y, Y, DenseInfo, VF, RESULTS]:
-        if made_jump is False:
-            v0 = solver_state
-        else:
-            # `v` belongs to the vector field before the jump.
-            v0 = lax.cond(made_jump, lambda: terms.vf(t0, y0, args), lambda: solver_state)
+    ) -> tuple[Y, Y, DenseInfo, ALFState, RESULTS]:
+        v0 = maybe_restart(self, terms, t0, y0, args, solver_state, made_jump).v
         control = terms.contr(t0, t1)
 
         def sub_step(carry, sub: _SubStep):
@@ -128,9 +141,44 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         y1, v1, sums = self._chain(sub_step, (y0, v0, sums), functionals, t0)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         y_error = sums.pop("error")
+        restart = self._deviates(sums.pop("deviation", None), y_error, y1)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
-        return y1, y_error, dense_info, v1, RESULTS.successful
+        return y1, y_error, dense_info, ALFState(v1, restart), RESULTS.successful
+
+    def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
+        if self.tableau.deviation_weights is None or solver_state.restart is None:
+            return False
+        return solver_state.restart
+
+    def restart(
+        self,
+        terms: AbstractTerm,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> ALFState:
+        del solver_state
+        return ALFState(terms.vf(t, y, args), jnp.array(False))
+
+    def _deviates(self, deviation: Y | None, y_error: Y, y1: Y) -> BoolScalarLike:
+        """Whether the deviation of `v` threatens the accuracy of the next steps.
+
+        It is compared, times the step size, with the Taylor term that the error estimate
+        is made of, and with the size of the state where both are next to nothing.
+        """
+        if deviation is None:
+            return jnp.array(False)
+        ratio = _restart_ratio / self.tableau.error_scale
+
+        def deviates(d, e, y):
+            d, e, y = (jnp.max(jnp.abs(x), initial=0) for x in (d, e, y))
+            floor = jnp.finfo(y.dtype).eps ** _restart_floor
+            return d > jnp.maximum(ratio * e, floor * y)
+
+        leaves = jtu.tree_leaves(jtu.tree_map(deviates, deviation, y_error, y1))
+        return jnp.any(jnp.stack(leaves)) if leaves else jnp.array(False)
 
     def inverse_step(
         self,
@@ -139,8 +187,8 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         t1: RealScalarLike,
         y1: Y,
         args: Args,
-        solver_state: VF,
-    ) -> tuple[Y, VF]:
+        solver_state: ALFState,
+    ) -> tuple[Y, ALFState]:
         control = terms.contr(t0, t1)
 
         def sub_step(carry, sub: _SubStep):
@@ -151,7 +199,9 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
             v = jtu.tree_map(lambda ui, vi: 2 * ui - vi, u, v)
             return tree_axpy(-half, v, k), v
 
-        return self._chain(sub_step, (y1, solver_state), {}, t0, reverse=True)
+        carry = (y1, solver_state.v)
+        y0, v0 = self._chain(sub_step, carry, {}, t0, reverse=True)
+        return y0, ALFState(v0, jnp.array(False))
 
     def inverse_step_and_pullback(
         self,
@@ -160,10 +210,10 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
-        solver_state: VF,
+        solver_state: ALFState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-    ) -> tuple[Y, VF, Cotangent]:
+    ) -> tuple[Y, ALFState, Cotangent]:
         control = bind(params)[0].contr(t0, t1)
         start, functionals, sums_cotangent = None, {}, {}
         if dense_cotangent is not None:
@@ -179,27 +229,29 @@ class AbstractALF(AbstractReversibleSolver[VF], AbstractAdaptiveSolver[VF]):
             u, pull = _linearise_field(bind, t0 + sub.midpoint * (t1 - t0), k, params)
             v = jtu.tree_map(lambda ui, vi: 2 * ui - vi, u, v)
             z = tree_axpy(-half, v, k)
-            v_bar = tree_axpy(half, ct.y, ct.solver_state)
+            v_bar = tree_axpy(half, ct.y, ct.solver_state.v)
             u_bar = tree_scale(2, v_bar)
             for name, weight in sub.weights.items():
                 u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
             k_bar, params_bar = pull(u_bar)
             z_bar = tree_add(ct.y, k_bar)
             v_bar = jtu.tree_map(jnp.subtract, tree_scale(half, z_bar), v_bar)
-            return z, v, Cotangent(z_bar, v_bar, tree_add(ct.params, params_bar))
+            state_bar = ALFState(v_bar, None)
+            return z, v, Cotangent(z_bar, state_bar, tree_add(ct.params, params_bar))
 
-        y0, v0, cotangent = self._chain(
-            sub_step, (y1, solver_state, cotangent), functionals, t0, reverse=True
-        )
+        carry = (y1, solver_state.v, cotangent)
+        y0, v0, cotangent = self._chain(sub_step, carry, functionals, t0, reverse=True)
         if start is not None:
             cotangent = _add_state(cotangent, *start)
-        return y0, v0, cotangent
+        return y0, ALFState(v0, jnp.array(False)), cotangent
 
     def _functionals(self) -> dict[str, np.ndarray]:
         """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
         functionals = {"error": self.tableau.error_weights}
         if self.tableau.midpoint_weights is not None:
             functionals["y_mid"], functionals["k_mid"] = self.tableau.midpoint_weights
+        if self.tableau.deviation_weights is not None:
+            functionals["deviation"] = self.tableau.deviation_weights
         return functionals
 
     def _chain(self, sub_step, carry, functionals, t0, reverse: bool = False):
@@ -239,10 +291,10 @@ def _split(dense_cotangent: DenseInfo, control: RealScalarLike):
     return start, end, {name: tree_scale(control, leaf) for name, leaf in ct.items()}
 
 
-def _add_state(cotangent: Cotangent, y: Y, solver_state: VF) -> Cotangent:
+def _add_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:
     return Cotangent(
         tree_add(cotangent.y, y),
-        tree_add(cotangent.solver_state, solver_state),
+        ALFState(tree_add(cotangent.solver_state.v, v), None),
         cotangent.params,
     )
 

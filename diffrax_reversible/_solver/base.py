@@ -5,12 +5,17 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from diffrax import AbstractSolver
 from jaxtyping import PyTree
 
 from .._custom_types import (
     Args,
     Bind,
+    BoolScalarLike,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -43,7 +48,9 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     [`diffrax_reversible.ReversibleAdjoint`][].
 
     On top of what [`diffrax.AbstractSolver`][] asks for, a subclass implements
-    `inverse_step`; nothing else is needed for exact gradients. A subclass that can undo
+    `inverse_step`; nothing else is needed for exact gradients. One that now and then
+    replaces its solver state by something that the old one does not follow from says so
+    through `needs_restart` and `restart`. A subclass that can undo
     and differentiate a step with the same vector-field evaluations overrides
     `inverse_step_and_pullback`, of which the default reconstructs the start of the step
     with `inverse_step` and then differentiates `step`.
@@ -76,6 +83,30 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         rounding.
         """
 
+    def needs_restart(self, solver_state: _SolverState) -> BoolScalarLike:
+        """Whether the coming step begins by replacing its solver state.
+
+        Such a step cannot be undone by itself. `ReversibleAdjoint` stores the state and
+        the solver state that it began with, once for each restart.
+        """
+        del solver_state
+        return False
+
+    def restart(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> _SolverState:
+        """The solver state that a step goes on with after a restart or a jump.
+
+        `step` has to make it (see `maybe_restart`), and `inverse_step` to leave it be.
+        """
+        del terms, t, y, args
+        return solver_state
+
     def inverse_step_and_pullback(
         self,
         bind: Bind,
@@ -106,6 +137,43 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             self, bind, params, t0, t1, y1, solver_state
         )
         return y0, solver_state0, pull(cotangent, dense_cotangent)
+
+
+def maybe_restart(
+    solver: AbstractReversibleSolver,
+    terms: Terms,
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
+    solver_state: SolverState,
+    made_jump: BoolScalarLike,
+) -> SolverState:
+    """For use at the beginning of `step`: restart where the solver or a jump asks for it.
+
+    In a batch the restart is evaluated only in steps in which some element needs it.
+    """
+    needed = restart_pending(solver, solver_state, made_jump)
+    if needed is False:
+        return solver_state
+
+    def restart():
+        new = solver.restart(terms, t, y, args, solver_state)
+        return jtu.tree_map(lambda n, o: jnp.where(needed, n, o), new, solver_state)
+
+    return lax.cond(eqxi.unvmap_any(needed), restart, lambda: solver_state)
+
+
+def restart_pending(
+    solver: AbstractReversibleSolver,
+    solver_state: SolverState,
+    made_jump: BoolScalarLike,
+) -> BoolScalarLike:
+    """Whether the coming step restarts; a Python `False` where that is known."""
+    needed = solver.needs_restart(solver_state)
+    if needed is False and made_jump is False:
+        return False
+    # Also strips tangents, which JAX gives to Booleans too.
+    return jnp.logical_or(needed, made_jump)
 
 
 def linearise_step(
