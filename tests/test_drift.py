@@ -14,15 +14,16 @@ def contracting(t, y, rate):
 
 
 def gradient(rate, drift_tol=None, throw=True, t1=10.0, adjoint=None, field=contracting):
-    adjoint = dr.ReversibleAdjoint(drift_tol) if adjoint is None else adjoint
+    adjoint = dr.ReversibleAdjoint(drift_tol=drift_tol) if adjoint is None else adjoint
 
     def final(y0, rate):
         sol = dfx.diffeqsolve(
             dfx.ODETerm(field),
-            dr.ALF4(),
+            # The one that does not restart.
+            dr.ALF2(),
             0.0,
             t1,
-            jnp.array(0.02),
+            jnp.array(0.01),
             y0,
             rate,
             adjoint=adjoint,
@@ -74,7 +75,8 @@ def test_never_wrong_in_silence(rate):
     # `T = 10`. The README says up to where to expect no trouble.
     assert np.isfinite(grad[1]) == (rate * 10 <= 15)
     if np.isfinite(grad[1]):
-        assert np.allclose(grad[1], exact[1], rtol=1e-8)
+        # The gradient may be off by somewhat more than the state, 1.5e-8.
+        assert np.allclose(grad[1], exact[1], rtol=1e-6)
 
 
 def test_not_finite():

@@ -15,7 +15,7 @@ def field(t, y, scale):
 
 
 def temporary_bytes(solver, controller, size, max_steps, adjoint=None, saveat=None):
-    adjoint = dr.ReversibleAdjoint() if adjoint is None else adjoint
+    adjoint = dr.ReversibleAdjoint(checkpoints=0) if adjoint is None else adjoint
     saveat = dfx.SaveAt(t1=True) if saveat is None else saveat
 
     def loss(y0, scale):
@@ -58,6 +58,17 @@ def test_states(solver, controller):
     assert used < 9.1
 
 
+def test_checkpoints():
+    """Two states each."""
+    size = 100_000
+
+    def states(checkpoints):
+        adjoint = dr.ReversibleAdjoint(checkpoints)
+        return temporary_bytes(SOLVERS[1], PID, size, 100, adjoint) / (8 * size)
+
+    assert states(30) - states(10) < 2.1 * 20
+
+
 def test_saved_outputs():
     """In proportion to what is saved, and not to the steps between."""
     size = 100_000
@@ -74,6 +85,6 @@ def test_default_adjoint_needs_more():
     """What is measured would show a stored trajectory."""
     ours, default = (
         temporary_bytes(SOLVERS[1], PID, 100_000, 100, adjoint)
-        for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+        for adjoint in (dr.ReversibleAdjoint(0), dfx.RecursiveCheckpointAdjoint())
     )
     assert default > 4 * ours

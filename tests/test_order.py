@@ -50,7 +50,7 @@ def test_solution_and_v(solver, backwards):
 
     def errors(dt0):
         sol = solve(solver, -dt0 if backwards else dt0, saveat, t0, t1)
-        return sol.ys[0] - exact, sol.solver_state - exact_v
+        return sol.ys[0] - exact, sol.solver_state.v - exact_v
 
     solution = slopes(lambda dt0: np.max(np.abs(errors(dt0)[0])), STEPS[order])
     assert np.all(solution > order - 0.4), solution
@@ -163,6 +163,6 @@ def test_float32():
             y0,
             saveat=dfx.SaveAt(t1=True, solver_state=True),
         )
-        assert sol.ys.dtype == sol.solver_state.dtype == jnp.float32
+        assert sol.ys.dtype == sol.solver_state.v.dtype == jnp.float32
         exact = reference(forced, Y0, 0.0, 3.0)
         assert np.max(np.abs(sol.ys[0].astype(jnp.float64) - exact)) < 1e-5

@@ -72,7 +72,7 @@ def test_support_table():
     assert {answer for _, answer in rows} == {"yes", "refused"}
     refused = {what for what, answer in rows if answer == "refused"}
     tested = {name for name, *_ in REFUSALS}
-    by_others = {name for name in tested if "by the solver" in name or "tolerance" in name}
+    by_others = {name for name in tested if "by the solver" in name or "settings" in name}
     assert refused == tested - by_others
 
 

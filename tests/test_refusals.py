@@ -85,16 +85,10 @@ REFUSALS = (
         ("`event=...`", "RecursiveCheckpointAdjoint"),
     ),
     (
-        "jumps, if differentiated",
-        lambda: grad(stepsize_controller=JUMPS),
-        NotImplementedError,
-        ("jump_ts", "RecursiveCheckpointAdjoint", "split the solve"),
-    ),
-    (
-        "a jump at the start",
-        lambda: solve(made_jump=True),
-        NotImplementedError,
-        ("`made_jump=...`", "RecursiveCheckpointAdjoint"),
+        "more restarts than checkpoints",
+        lambda: grad(stepsize_controller=JUMPS, adjoint=dr.ReversibleAdjoint(0)),
+        RuntimeError,
+        ("`ReversibleAdjoint(checkpoints=0)`", "more than 0 times", "num_restarts"),
     ),
     (
         "no bound on the number of steps, if differentiated",
@@ -133,10 +127,16 @@ REFUSALS = (
         ("gradients with respect to `stepsize_controller`", "stop_gradient"),
     ),
     (
-        "a tolerance that is none",
+        "settings that are none: tolerance",
         lambda: dr.ReversibleAdjoint(drift_tol=-1.0),
         ValueError,
         ("`ReversibleAdjoint(drift_tol=-1.0)`", "non-negative"),
+    ),
+    (
+        "settings that are none: checkpoints",
+        lambda: dr.ReversibleAdjoint(checkpoints=-1),
+        ValueError,
+        ("`ReversibleAdjoint(checkpoints=-1)`", "non-negative"),
     ),
     (
         "noise that changes from call to call",
@@ -179,8 +179,9 @@ def test_refused(call, exception, parts):
 
 def test_plain_solves_are_not_refused():
     """What needs a gradient to go wrong works without one."""
-    for kwargs in (dict(max_steps=None), dict(stepsize_controller=JUMPS)):
-        assert jnp.all(jnp.isfinite(solve(**kwargs).ys))
+    assert jnp.all(jnp.isfinite(solve(max_steps=None).ys))
+    adjoint = dr.ReversibleAdjoint(checkpoints=0)
+    assert jnp.all(jnp.isfinite(solve(stepsize_controller=JUMPS, adjoint=adjoint).ys))
 
 
 def test_abstract_classes_cannot_be_made():

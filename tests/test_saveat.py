@@ -103,7 +103,7 @@ def test_dense(solver):
 
 def test_solver_state():
     def read(sol):
-        return sum_of_squares(sol.ys) + jnp.sum(sol.solver_state**3)
+        return sum_of_squares(sol.ys) + jnp.sum(sol.solver_state.v**3)
 
     saveat = dfx.SaveAt(ts=TS, solver_state=True, controller_state=True, made_jump=True)
     assert_same(saveat, dr.ALF4(), read)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -196,19 +195,18 @@ class _Walk(eqx.Module):
         position = _Position(*undone, position.restarts, position.drifts)
         if self.trace.restarts.capacity == 0:
             return position
-        i = position.restarts - 1
-        restarted = (i >= 0) & (self.trace.restarts.step[jnp.maximum(i, 0)] == step)
-        return lax.cond(
-            eqxi.unvmap_any(restarted),
-            lambda p: _where(restarted, self._undo_restart(p, t0), p),
-            lambda p: p,
-            position,
-        )
+
+        def restarted(position):
+            i = position.restarts - 1
+            stored_step = self.trace.restarts.step[jnp.maximum(i, 0)]
+            return (i >= 0) & (stored_step == position.step)
+
+        # Once or not at all. Unlike a conditional, a loop does not copy what it leaves be.
+        return lax.while_loop(restarted, lambda p: self._undo_restart(p, t0), position)
 
     def _undo_restart(self, position: _Position, t0: RealScalarLike) -> _Position:
         """Go on from what was stored, after a look at where the walk has come to."""
-        i = jnp.maximum(position.restarts - 1, 0)
-        y, solver_state = self.trace.restarts.read(i)
+        y, solver_state = self.trace.restarts.read(position.restarts - 1)
         ct = position.cotangent
         nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
 
@@ -317,10 +315,6 @@ class _Walk(eqx.Module):
             return tree_add(dense_bar, new_bar), params_bar, cursor
 
         return lax.while_loop(more, pull, carry)
-
-
-def _where(pred: BoolScalarLike, new: PyTree, old: PyTree) -> PyTree:
-    return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, old)
 
 
 def _take(

@@ -33,10 +33,14 @@ _messages = [
 
 
 def drift(reconstructed: PyTree, true: PyTree, end: PyTree) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error relative to its size at the ends of the solve."""
+    """For every leaf, the largest error as a fraction of its largest entry.
+
+    Where a leaf is zero throughout, its size at the end of the solve takes its place.
+    """
 
     def leaf_drift(r, t, e):
-        size = jnp.maximum(jnp.max(jnp.abs(t)), jnp.max(jnp.abs(e)))
+        size, end_size = jnp.max(jnp.abs(t)), jnp.max(jnp.abs(e))
+        size = jnp.where(size == 0, end_size, size)
         error = jnp.max(jnp.abs(r - t))
         return jnp.where(error == 0, 0, error / jnp.where(size == 0, 1, size))
 

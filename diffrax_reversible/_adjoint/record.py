@@ -5,11 +5,12 @@ from typing import cast
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._custom_types import BoolScalarLike, SolverState, Y
+from .._custom_types import BoolScalarLike, IntScalarLike, SolverState, Y
 from .._diffrax import State
 
 
@@ -71,20 +72,27 @@ class RestartRecord(eqx.Module):
         if self.capacity == 0:
             return eqx.tree_at(lambda r: r.count, self, count)
 
+        stored = restarted & (self.count < self.capacity)
+
         def write(value, buffer):
             return _write(buffer, self.count, value, pred=stored)
 
-        stored = restarted & (self.count < self.capacity)
-        return RestartRecord(
+        def store():
             # Values first: a buffer is a PyTree of its own.
-            jtu.tree_map(write, before.y, self.y),
-            jtu.tree_map(write, before.solver_state, self.solver_state),
-            write(step.astype(jnp.int32), self.step),
-            count,
-            self.capacity,
-        )
+            return (
+                jtu.tree_map(write, before.y, self.y),
+                jtu.tree_map(write, before.solver_state, self.solver_state),
+                write(step.astype(jnp.int32), self.step),
+            )
 
-    def read(self, i: Int[Array, ""]) -> tuple[Y, SolverState]:
+        y, solver_state, steps = lax.cond(
+            eqxi.unvmap_any(stored),
+            store,
+            lambda: (self.y, self.solver_state, self.step),
+        )
+        return RestartRecord(y, solver_state, steps, count, self.capacity)
+
+    def read(self, i: IntScalarLike) -> tuple[Y, SolverState]:
         return jtu.tree_map(lambda rows: rows[i], (self.y, self.solver_state))
 
 

@@ -33,18 +33,29 @@ class ReversibleAdjoint(AbstractAdjoint):
     with the same solver, up to the rounding of the reconstructed states. Step locations
     are held fixed, as [`diffrax.PIDController`][] does by itself.
 
-    Memory: the initial and the final state, and two times for each of `max_steps` steps
-    (16 bytes a step in float64). Work: for the solvers of this package one evaluation of
-    the vector field and one pull-back through it for each evaluation of the forward pass.
+    A solver that restarts (see [`diffrax_reversible.ALF4`][]) or crosses a jump makes a
+    step that cannot be undone by itself, and the state before it is stored.
 
-    Where the walk back ends is compared with where the solve began. If they differ too
-    much, then the gradient is an error, or with `diffeqsolve(..., throw=False)` it is NaN.
+    Memory: a few states, two more for each of `checkpoints`, and two times for each of
+    `max_steps` steps (16 bytes a step in float64).
+
+    Work: for the solvers of this package one evaluation of the vector field and one
+    pull-back through it for each evaluation of the forward pass.
+
+    Where the walk back comes to a stored state, and where it ends, it is compared with what
+    was there in the forward pass. If they differ too much, then the gradient is an error,
+    or with `diffeqsolve(..., throw=False)` it is NaN.
     """
 
     checkpoints: int = 8
     drift_tol: float | None = None
 
     def __check_init__(self):
+        if not self.checkpoints >= 0:
+            raise ValueError(
+                f"`ReversibleAdjoint(checkpoints={self.checkpoints})` must be a "
+                "non-negative integer."
+            )
         if self.drift_tol is not None and not self.drift_tol >= 0:
             raise ValueError(
                 f"`ReversibleAdjoint(drift_tol={self.drift_tol})` must be a non-negative "
@@ -98,8 +109,12 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `drift_tol`: the largest error of the reconstructed initial state that is accepted, as a
-    fraction of the largest entry, at either end of the solve, of the array concerned.
+- `checkpoints`: how many restarts and jumps there can be at the most. Room for as many
+    states and solver states is allocated; with 0 there is none. `sol.stats` has the number
+    of restarts under `"num_restarts"`.
+- `drift_tol`: the largest error of the reconstructed state that is accepted, where the
+    solve began and at every restart, as a fraction of the largest entry of the array
+    concerned.
     Defaults to the square root of the machine epsilon of that array: 1.5e-8 in float64,
     3.5e-4 in float32.
 
@@ -107,8 +122,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `ValueError` for solvers that are not reversible, and for `max_steps=None` if
     differentiated.
-- `NotImplementedError` for events and jumps.
-- `RuntimeError` from the gradient, if the walk back misses the initial state.
+- `NotImplementedError` for events.
+- `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
+    the walk back misses a state that it can be compared with.
 """
 
 

@@ -1,0 +1,215 @@
+"""Problems on which explicit reversible methods blow up, forwards or backwards."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import (
+    kepler,
+    lorenz,
+    PID,
+    reference,
+    relative_error,
+    sum_of_squares,
+)
+
+
+FIXED = dfx.ConstantStepSize()
+
+
+def relaxation(t, y, rate):
+    a, b = y
+    return jnp.stack([-rate * (a - jnp.cos(t)) + 0.3 * b, jnp.sin(a) - 0.1 * b])
+
+
+def scaled_lorenz(t, y, scale):
+    return scale * lorenz(t, y, None)
+
+
+def van_der_pol(t, y, mu):
+    q, p = y
+    return jnp.stack([p, mu * (1 - q**2) * p - q])
+
+
+def lotka_volterra(t, y, scale):
+    a, b = y
+    return scale * jnp.stack([a * (1.5 - b), b * (a - 3)])
+
+
+def pendulum(t, y, scale):
+    q, p = y
+    return jnp.stack([p, -scale * jnp.sin(q)])
+
+
+def scaled_kepler(t, y, scale):
+    q, p = kepler(t, (y[:2], y[2:]), None)
+    return jnp.concatenate([q, scale * p])
+
+
+def pid(tol):
+    return dfx.PIDController(rtol=tol, atol=tol)
+
+
+# field, y0, parameter, t1
+RELAXATION = relaxation, jnp.array([1.0, 0.5]), 10.0, 20.0
+FAST_RELAXATION = relaxation, jnp.array([1.0, 0.5]), 40.0, 20.0
+LORENZ = scaled_lorenz, jnp.array([1.0, 2.0, 20.0]), 1.0, 10.0
+VAN_DER_POL = van_der_pol, jnp.array([2.0, 0.0]), 5.0, 20.0
+LOTKA_VOLTERRA = lotka_volterra, jnp.array([1.0, 1.0]), 1.0, 10.0
+PENDULUM = pendulum, jnp.array([1.0, 0.0]), 1.0, 20.0
+KEPLER = scaled_kepler, jnp.array([0.4, 0.0, 0.0, 2.0]), 1.0, 10 * np.pi
+
+
+def solve(problem, solver, controller, steps, adjoint, y0, parameter):
+    field, _, _, t1 = problem
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        0.0,
+        t1,
+        jnp.array(t1 / steps),
+        y0,
+        parameter,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=8192,
+    )
+
+
+def value_and_grad(problem, solver, controller, steps, adjoint):
+    _, y0, parameter, _ = problem
+
+    @jax.jit
+    def run(y0, parameter):
+        def final(y0, parameter):
+            sol = solve(problem, solver, controller, steps, adjoint, y0, parameter)
+            return jnp.sum(sol.ys), (sol.ys[0], sol.stats)
+
+        return jax.value_and_grad(final, argnums=(0, 1), has_aux=True)(y0, parameter)
+
+    return run(y0, jnp.array(parameter))
+
+
+# problem, solver, controller, steps, bounds on the error and on the restarts
+HARD = (
+    (RELAXATION, dr.ALF6(), FIXED, 400, 1e-9, 25),
+    (RELAXATION, dr.ALF6(), pid(1e-6), 400, 1e-6, 25),
+    (RELAXATION, dr.ALF4(), pid(1e-6), 400, 1e-5, 40),
+    (FAST_RELAXATION, dr.ALF6(), FIXED, 1600, 1e-10, 80),
+    (LORENZ, dr.ALF6(), FIXED, 1000, 1e-6, 12),
+    (LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),
+    (VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, 1e-4, 40),
+    (VAN_DER_POL, dr.ALF8(), pid(1e-5), 400, 1e-5, 30),
+)
+
+
+@pytest.mark.parametrize("problem, solver, controller, steps, error, restarts", HARD)
+def test_contracting_and_chaotic(problem, solver, controller, steps, error, restarts):
+    field, y0, parameter, t1 = problem
+    arguments = problem, solver, controller, steps
+    # The default tolerance would refuse the gradients that are off by more than 1e-8.
+    ours = dr.ReversibleAdjoint(checkpoints=restarts, drift_tol=1e-6)
+    (_, (y1, stats)), grad = value_and_grad(*arguments, ours)
+    assert np.max(np.abs(y1 - reference(field, y0, 0.0, t1, parameter))) < error
+    assert 0 < stats["num_restarts"] <= restarts
+    _, expected = value_and_grad(*arguments, dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(grad, expected) < 1e-6
+
+
+def test_van_der_pol_evaluations():
+    adjoint = dfx.RecursiveCheckpointAdjoint()
+    sol = solve(VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, adjoint, *VAN_DER_POL[1:3])
+    assert 5 * sol.stats["num_steps"] < 1700
+
+
+@pytest.mark.parametrize("problem", (KEPLER, LOTKA_VOLTERRA, PENDULUM))
+@pytest.mark.parametrize("solver, steps", ((dr.ALF4(), 4000), (dr.ALF6(), 1000)))
+@pytest.mark.parametrize("controller, restarts", ((FIXED, 0), (PID, 5)))
+def test_conservative(problem, solver, steps, controller, restarts):
+    adjoint = dr.ReversibleAdjoint()
+    sol = solve(problem, solver, controller, steps, adjoint, *problem[1:3])
+    assert sol.stats["num_restarts"] <= restarts
+
+
+def test_exhausted():
+    with pytest.raises(RuntimeError) as e:
+        value_and_grad(LORENZ, dr.ALF6(), FIXED, 1000, dr.ReversibleAdjoint(3))
+    for part in ("`ReversibleAdjoint(checkpoints=3)`", "num_restarts", "larger number"):
+        assert part in str(e.value)
+
+
+def test_exhausted_without_throw():
+    """NaN for the batch element concerned only."""
+
+    def final(rate):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(relaxation),
+            dr.ALF4(),
+            0.0,
+            3.0,
+            jnp.array(0.01),
+            jnp.array([1.0, 0.5]),
+            rate,
+            adjoint=dr.ReversibleAdjoint(checkpoints=2),
+            throw=False,
+        )
+        return jnp.sum(sol.ys), sol.stats["num_restarts"]
+
+    rates = jnp.array([1.0, 40.0, 2.0])
+    grads, restarts = jax.vmap(jax.grad(final, has_aux=True))(rates)
+    assert np.array_equal(restarts > 2, [False, True, False])
+    assert np.array_equal(np.isnan(grads), [False, True, False])
+
+
+def test_batch():
+    """Elements restart at steps of their own."""
+
+    def final(rate, adjoint):
+        problem = relaxation, *RELAXATION[1:3], 5.0
+        y0 = jnp.array([1.0, 0.5])
+        sol = solve(problem, dr.ALF4(), PID, 50, adjoint, y0, rate)
+        return jnp.sum(sol.ys**2)
+
+    rates = jnp.array([0.5, 12.0, 5.0])
+    batched = jax.vmap(jax.grad(lambda r: final(r, dr.ReversibleAdjoint(20))))(rates)
+    alone = [jax.grad(final)(rate, dfx.RecursiveCheckpointAdjoint()) for rate in rates]
+    assert relative_error(batched, jnp.stack(alone)) < 1e-9
+
+
+@pytest.mark.parametrize("solver", (dr.ALF2(), dr.ALF4(), dr.ALF6()))
+def test_jumps(solver):
+    """A jump restarts the solver, and its gradient is that of the default adjoint."""
+    ts = jnp.linspace(0.0, 3.0, 7)
+    jumps = jnp.array([0.8, 1.9])
+    controller = dfx.ClipStepSizeController(PID, jump_ts=jumps)
+
+    def field(t, y, w):
+        return jnp.where(t < jumps[0], w * jnp.sin(y), jnp.where(t < jumps[1], -y, w))
+
+    def gradient(adjoint):
+        @eqx.filter_jit
+        def loss(y0, w):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                solver,
+                0.0,
+                3.0,
+                jnp.array(0.3),
+                y0,
+                w,
+                saveat=dfx.SaveAt(ts=ts, steps=2),
+                stepsize_controller=controller,
+                adjoint=adjoint,
+                max_steps=500,
+            )
+            return sum_of_squares(sol.ys)
+
+        return jax.grad(loss, argnums=(0, 1))(jnp.array([1.0, -0.4]), jnp.array(0.7))
+
+    ours = gradient(dr.ReversibleAdjoint())
+    assert relative_error(ours, gradient(dfx.RecursiveCheckpointAdjoint())) < 1e-10
