@@ -3,10 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._custom_types import BoolScalarLike
-from .validate import call
+from .validate import call, too_few
 
 
 _decades = range(-16, 9)
@@ -53,17 +52,16 @@ def _inexact_leaves(tree: PyTree) -> list[Array]:
     return [leaf for leaf in leaves if leaf.size > 0]
 
 
-def refuse_drift(
+def refuse_wrong(
     gradient: PyTree,
     drifts: list[Float[Array, ""]],
-    exhausted: BoolScalarLike,
+    restarts: Int[Array, ""],
+    checkpoints: int,
     drift_tol: float | None,
     throw: bool,
 ) -> PyTree:
-    """Replace a gradient of which the walk back went astray by an error, or by NaN.
-
-    With `throw`, the forward pass has already raised the error for `exhausted`.
-    """
+    """Replace a gradient by an error, or by NaN, if there were more restarts than
+    checkpoints, or if the walk back went astray."""
     if len(drifts) == 0:
         return gradient
     tols = [
@@ -72,14 +70,15 @@ def refuse_drift(
     within: Bool[Array, ""] = jnp.stack(
         [d <= tol for d, tol in zip(drifts, tols, strict=True)]
     ).all()
+    exhausted = restarts > checkpoints
+    wrong = exhausted | jnp.invert(within)
     if not throw:
-        within = within & jnp.invert(exhausted)
-        return jtu.tree_map(lambda g: jnp.where(within, g, jnp.nan), gradient)
+        return jtu.tree_map(lambda g: jnp.where(wrong, jnp.nan, g), gradient)
     largest = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
     decade = jnp.floor(jnp.log10(largest)) - _decades[0]
     index = jnp.where(
         jnp.isfinite(largest), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
-    )
-    return eqx.internal.branched_error_if(
-        gradient, jnp.invert(within), index.astype(jnp.int32), _messages
-    )
+    ).astype(jnp.int32)
+    messages = [*_messages, too_few(checkpoints)]
+    index = jnp.where(exhausted, len(messages) - 1, index)
+    return eqx.internal.branched_error_if(gradient, wrong, index, messages)

@@ -12,7 +12,7 @@ from diffrax import AbstractAdjoint
 from .._diffrax import State
 from .backward import walk_back
 from .closure import close_terms
-from .drift import refuse_drift
+from .drift import refuse_wrong
 from .forward import (
     Inputs,
     Problem,
@@ -22,7 +22,7 @@ from .forward import (
     take_fns,
     take_state,
 )
-from .validate import check_checkpoints, check_supported, hold_fixed
+from .validate import check_supported, hold_fixed, too_few
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -163,7 +163,9 @@ def _reversible_loop_fwd(
     del perturbed, drift_tol
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:
-        final_state = check_checkpoints(final_state, trace.restarts.count, checkpoints)
+        # As early as can be; the backward pass raises it too, should this not be used.
+        exhausted = trace.restarts.count > checkpoints
+        final_state = eqx.error_if(final_state, exhausted, too_few(checkpoints))
     return (final_state, aux_stats), trace
 
 
@@ -180,5 +182,5 @@ def _reversible_loop_bwd(
 ):
     state_cotangent: State = cotangent[0]
     gradient, drifts = walk_back(inputs, perturbed, problem, trace, state_cotangent)
-    exhausted = trace.restarts.count > checkpoints
-    return refuse_drift(gradient, drifts, exhausted, drift_tol, throw)
+    restarts = trace.restarts.count
+    return refuse_wrong(gradient, drifts, restarts, checkpoints, drift_tol, throw)

@@ -1,9 +1,8 @@
 """What `ReversibleAdjoint` refuses, one message for each."""
 
-import equinox as eqx
 import equinox.internal as eqxi
 from diffrax import AbstractSolver, Event
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from .._custom_types import Terms
 from .._diffrax import is_unsafe_sde
@@ -42,15 +41,13 @@ def check_max_steps(max_steps: int | None) -> int:
     return max_steps
 
 
-def check_checkpoints(x: PyTree, count: Int[Array, ""], checkpoints: int) -> PyTree:
-    """Raise an error where there was no room to store the state of a restart."""
-    return eqx.error_if(
-        x,
-        count > checkpoints,
+def too_few(checkpoints: int) -> str:
+    """The message where there was no room to store the state of a restart."""
+    return (
         f"`ReversibleAdjoint(checkpoints={checkpoints})`: the solver restarted more than "
         f"{checkpoints} times, and the gradient needs the state at each restart. Pass a "
         "larger number of `checkpoints` (`sol.stats['num_restarts']` of a plain solve "
-        "tells how many there are), or use `adjoint=RecursiveCheckpointAdjoint()`.",
+        "tells how many there are), or use `adjoint=RecursiveCheckpointAdjoint()`."
     )
 
 
