@@ -105,7 +105,7 @@ class InverseOnly(dr.AbstractReversibleSolver):
         v = 2 * terms.vf(t0 + (t1 - t0) / 2, k, args) - v
         return k + h / 2 * v, v
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def advance(self, terms, t0, t1, y0, args, solver_state):
         v, count = solver_state
         y1, v = self._midpoint(terms, t0, t1, y0, v, args, 1)
         return y1, None, dict(y0=y0, y1=y1), (v, count + 1), dfx.RESULTS.successful

@@ -27,7 +27,7 @@ def test_inverse_undoes_step(solver):
     state = solver.init(term(), T0, T1, Y, args)
     # A deviation of `v` from the vector field is part of the state, and comes back too.
     state = eqx.tree_at(lambda s: s.v, state, state.v + jnp.array([0.1, -0.2, 0.3]))
-    y1, _, _, state1, _ = solver.step(term(), T0, T1, Y, args, state, False)
+    y1, _, _, state1, _ = solver.advance(term(), T0, T1, Y, args, state)
     assert np.max(np.abs(y1 - Y)) > 1e-2
     y0, state0 = solver.inverse_step(term(), T0, T1, y1, args, state1)
     assert np.max(np.abs(y0 - Y)) < 1e-14
@@ -41,7 +41,7 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
     the steps after it."""
     args = network_args()
     state = solver.init(term(), T0, T1, Y, args)
-    y1, _, dense_info, state1, _ = solver.step(term(), T0, T1, Y, args, state, False)
+    y1, _, dense_info, state1, _ = solver.advance(term(), T0, T1, Y, args, state)
     params, static = eqx.partition((term(), args), eqx.is_inexact_array)
 
     def bind(params):
@@ -78,7 +78,7 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
     def projected(h):
         y, v, p = jax.tree.map(lambda x, d: x + h * d, (Y, state.v, params), direction)
         v = eqx.tree_at(lambda s: s.v, state, v)
-        y, _, info, v, _ = solver.step(bind(p)[0], T0, T1, y, bind(p)[1], v, False)
+        y, _, info, v, _ = solver.advance(bind(p)[0], T0, T1, y, bind(p)[1], v)
         out = as_vector((y, v)) @ as_vector((cotangent.y, cotangent.solver_state))
         if interpolated:
             out = out + as_vector(info) @ as_vector(dense_cotangent)

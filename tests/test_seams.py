@@ -19,6 +19,22 @@ def test_loop():
     }
 
 
+def test_loop_uses_of_a_solver():
+    # It is given a stand-in that has no more than these.
+    source = ast.parse(inspect.getsource(_diffrax.loop))
+    solver = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.Name) and node.id == "solver"
+    ]
+    attributes = {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and node.value in solver
+    }
+    assert attributes == {"step", "interpolation_cls", "error_order"}
+
+
 def test_adjoint():
     parameters = set(inspect.signature(dfx.AbstractAdjoint.loop).parameters)
     assert parameters == {
@@ -31,8 +47,8 @@ def test_adjoint():
 def test_state():
     fields = set(_diffrax.State.__dataclass_fields__)
     assert {
-        *("y", "tprev", "solver_state", "controller_state", "made_jump"),
-        *("save_state", "dense_infos"),
+        *("y", "tprev", "tnext", "solver_state", "controller_state", "made_jump"),
+        *("num_steps", "num_accepted_steps", "save_state", "dense_infos"),
     } <= fields
     fields = set(_diffrax.SaveState.__dataclass_fields__)
     assert fields == {"saveat_ts_index", "ts", "ys", "save_index"}

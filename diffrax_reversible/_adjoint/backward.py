@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -192,28 +193,25 @@ class _Walk(eqx.Module):
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             ct = pull(ct, dense_bar)
         undone = (step, y0, state0, ct, position.cursors)
-        position = _Position(*undone, position.restarts, position.drifts)
+        return _Position(*undone, position.restarts, position.drifts)
+
+    def restarted(self, position: _Position) -> BoolScalarLike:
+        """Whether the solve was restarted where the walk is."""
         if self.trace.restarts.capacity == 0:
-            return position
+            return False
+        i = position.restarts - 1
+        return (i >= 0) & (self.trace.restarts.step[jnp.maximum(i, 0)] == position.step)
 
-        def restarted(position):
-            i = position.restarts - 1
-            stored_step = self.trace.restarts.step[jnp.maximum(i, 0)]
-            return (i >= 0) & (stored_step == position.step)
-
-        # Once or not at all. Unlike a conditional, a loop does not copy what it leaves be.
-        return lax.while_loop(restarted, lambda p: self._undo_restart(p, t0), position)
-
-    def _undo_restart(self, position: _Position, t0: RealScalarLike) -> _Position:
+    def undo_restart(self, position: _Position) -> _Position:
         """Go on from what was stored, after a look at where the walk has come to."""
-        y, solver_state = self.trace.restarts.read(position.restarts - 1)
+        t, y, solver_state = self.trace.restarts.read(position.restarts - 1)
         ct = position.cotangent
         nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
 
         def restart(y, diff_state, params):
             terms, args = self.bind(params)
             state = eqx.combine(diff_state, nondiff_state)
-            return self.problem.solver.restart(terms, t0, y, args, state)
+            return self.problem.solver.restart(terms, t, y, args, state)
 
         diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
         restarted, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
@@ -250,7 +248,7 @@ class _Walk(eqx.Module):
     def _dense_struct(self, t0, t1, y, solver_state) -> DenseInfo:
         terms, args = self.bind(self.params)
         _, _, dense_info, _, _ = eqx.filter_eval_shape(
-            self.problem.solver.step, terms, t0, t1, y, args, solver_state, False
+            self.problem.solver.advance, terms, t0, t1, y, args, solver_state
         )
         return dense_info
 
@@ -347,6 +345,25 @@ def _outputs(problem: Problem, save_fns: SaveFns, structs, cotangent: State):
     return outputs, cursors
 
 
+def _undo_all(walk: _Walk, position: _Position) -> _Position:
+    """The whole walk, in two loops as in the forward pass."""
+
+    def segment(position):
+        position = lax.while_loop(
+            lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
+        )
+        return lax.while_loop(
+            lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
+            lambda p: walk.undo_step(p),
+            position,
+        )
+
+    def on_the_way(position):
+        return eqxi.unvmap_any((position.step > 0) | walk.restarted(position))
+
+    return lax.while_loop(on_the_way, segment, position)
+
+
 def walk_back(
     inputs: Inputs,
     perturbed: Inputs,
@@ -392,7 +409,7 @@ def walk_back(
     no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
     position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_end(position)
-    position = lax.while_loop(lambda p: p.step > 0, lambda p: walk.undo_step(p), position)
+    position = _undo_all(walk, position)
     position = walk.pull_start(position)
     ct = position.cotangent
     gradient = Inputs(ct.y, ct.solver_state, *ct.params)

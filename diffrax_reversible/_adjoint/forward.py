@@ -7,9 +7,15 @@ from typing import Any
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractStepSizeController, SaveAt, SubSaveAt
+from diffrax import (
+    AbstractLocalInterpolation,
+    AbstractStepSizeController,
+    SaveAt,
+    SubSaveAt,
+)
 from jaxtyping import PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, SolverState, Terms, Y
@@ -107,33 +113,87 @@ def _replace_state(state: State, y: Y | None, solver_state: SolverState) -> Stat
     )
 
 
+class _Advancing(eqx.Module):
+    """The solver as `loop` sees it here: restarts are not made by its steps."""
+
+    solver: AbstractReversibleSolver
+
+    @property
+    def interpolation_cls(self) -> Callable[..., AbstractLocalInterpolation]:
+        return self.solver.interpolation_cls
+
+    def error_order(self, terms: Terms) -> RealScalarLike | None:
+        return self.solver.error_order(terms)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del made_jump
+        return self.solver.advance(terms, t0, t1, y0, args, solver_state)
+
+
 def solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dict, Record]:
-    """Diffrax's forward pass, in loops that are not differentiated."""
+    """Diffrax's forward pass, in loops that are not differentiated.
+
+    Its loop over steps is left where a restart is due in any element of a batch, so that
+    the steps between pay for nothing that belongs to restarts.
+    """
+    solver = problem.solver
 
     def recording_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
-        """Diffrax's loop over steps, with the record beside its state."""
         nonlocal record
 
-        def body(carry):
-            before, record = carry
-            restarts = restart_pending(
-                problem.solver, before.solver_state, before.made_jump
-            )
-            after = body_fun(before)
-            return after, record.append(before, after, restarts)
+        def running(state):
+            within = True if max_steps is None else state.num_steps < max_steps
+            return cond_fun(state) & within
 
-        final_state, record = eqxi.while_loop(
-            lambda carry: cond_fun(carry[0]),
-            body,
-            (init_val, record),
-            max_steps=max_steps,
-            buffers=lambda carry: [*buffers(carry[0]), *carry[1].buffers()],
-            kind="lax",
+        def restart_due(state):
+            due = restart_pending(solver, state.solver_state, state.made_jump)
+            return running(state) & due
+
+        def step(carry):
+            before, record = carry
+            after = body_fun(before)
+            return after, record.append(before, after)
+
+        def restart(carry):
+            state, record = carry
+            due = restart_due(state)
+            new = solver.restart(
+                inputs.terms, state.tprev, state.y, inputs.args, state.solver_state
+            )
+            new = jtu.tree_map(lambda n, o: jnp.where(due, n, o), new, state.solver_state)
+            record = eqx.tree_at(
+                lambda r: r.restarts, record, record.restarts.append(state, due)
+            )
+            made_jump = jnp.where(due, False, state.made_jump)
+            state = eqx.tree_at(
+                lambda s: (s.solver_state, s.made_jump), state, (new, made_jump)
+            )
+            return state, record
+
+        def steps_until_restart(carry):
+            return eqxi.while_loop(
+                lambda c: running(c[0]) & ~eqxi.unvmap_any(restart_due(c[0])),
+                step,
+                carry,
+                max_steps=None,
+                buffers=lambda c: [*buffers(c[0]), *c[1].buffers()],
+                kind="lax",
+            )
+
+        def segment(carry):
+            carry = steps_until_restart(carry)
+            due = eqxi.unvmap_any(restart_due(carry[0]))
+            return lax.cond(due, restart, lambda carry: carry, carry)
+
+        final_state, record = lax.while_loop(
+            lambda carry: eqxi.unvmap_any(running(carry[0])),
+            segment,
+            jtu.tree_map(jnp.asarray, (init_val, record)),
         )
         return final_state
 
     final_state, _ = loop(
-        solver=problem.solver,
+        solver=_Advancing(solver),
         stepsize_controller=problem.stepsize_controller,
         event=None,
         saveat=with_fns(problem.saveat, inputs.save_fns),
@@ -153,7 +213,7 @@ def solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dict
 
 def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """As `solve`, where nothing is differentiated."""
-    restarts = RestartRecord.allocate(0, inputs.y0, inputs.solver_state)
+    restarts = RestartRecord.allocate(0, problem.t0, inputs.y0, inputs.solver_state)
     final_state, aux_stats, _ = solve(inputs, problem, Record(None, restarts))
     return final_state, aux_stats
 
@@ -165,7 +225,7 @@ def solve_and_record(
     max_steps = check_max_steps(problem.max_steps)
     record = Record(
         StepRecord.allocate(max_steps, jnp.result_type(problem.t0)),
-        RestartRecord.allocate(checkpoints, inputs.y0, inputs.solver_state),
+        RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, inputs.solver_state),
     )
     final_state, aux_stats, record = solve(inputs, problem, record)
     assert record.steps is not None

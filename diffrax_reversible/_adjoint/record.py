@@ -5,12 +5,17 @@ from typing import cast
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._custom_types import BoolScalarLike, IntScalarLike, SolverState, Y
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+    RealScalarLike,
+    SolverState,
+    Y,
+)
 from .._diffrax import State
 
 
@@ -43,57 +48,51 @@ class StepRecord(eqx.Module):
 
 
 class RestartRecord(eqx.Module):
-    """What every step that began with a restart began with.
+    """Where, and with what, a solve was restarted.
 
     A restart cannot be undone. Those beyond the capacity are counted, but not stored.
     """
 
-    y: PyTree[eqxi.MaybeBuffer[Array]]
-    solver_state: PyTree[eqxi.MaybeBuffer[Array]]
-    # Which step it was, counting accepted steps from zero.
-    step: eqxi.MaybeBuffer[Int[Array, " capacity"]]
+    t: Float[Array, " capacity"]
+    y: PyTree[Array]
+    solver_state: PyTree[Array]
+    # How many steps had been accepted before.
+    step: Int[Array, " capacity"]
     count: Int[Array, ""]
-    capacity: int = eqx.field(static=True)
+
+    @property
+    def capacity(self) -> int:
+        return self.step.shape[0]
 
     @staticmethod
-    def allocate(capacity: int, y: Y, solver_state: SolverState) -> "RestartRecord":
-        def rows(x):
+    def allocate(
+        capacity: int, t: RealScalarLike, y: Y, solver_state: SolverState
+    ) -> "RestartRecord":
+        def zeros(x):
             x = jnp.asarray(x)
             return jnp.zeros((capacity, *x.shape), x.dtype)
 
-        y, solver_state = jtu.tree_map(rows, (y, solver_state))
         step = jnp.zeros(capacity, jnp.int32)
-        return RestartRecord(y, solver_state, step, jnp.array(0), capacity)
+        rows = (jtu.tree_map(zeros, x) for x in (t, y, solver_state))
+        return RestartRecord(*rows, step=step, count=jnp.array(0))
 
-    def append(
-        self, before: State, step: Int[Array, ""], restarted: BoolScalarLike
-    ) -> "RestartRecord":
+    def append(self, state: State, restarted: BoolScalarLike) -> "RestartRecord":
+        """Store the state before a restart, if it is `restarted`."""
         count = self.count + jnp.where(restarted, 1, 0)
         if self.capacity == 0:
             return eqx.tree_at(lambda r: r.count, self, count)
-
         stored = restarted & (self.count < self.capacity)
 
-        def write(value, buffer):
-            return _write(buffer, self.count, value, pred=stored)
+        def write(rows, value):
+            return rows.at[self.count].set(jnp.where(stored, value, rows[self.count]))
 
-        def store():
-            # Values first: a buffer is a PyTree of its own.
-            return (
-                jtu.tree_map(write, before.y, self.y),
-                jtu.tree_map(write, before.solver_state, self.solver_state),
-                write(step.astype(jnp.int32), self.step),
-            )
+        step = jnp.asarray(state.num_accepted_steps, jnp.int32)
+        values = (state.tprev, state.y, state.solver_state, step)
+        rows = (self.t, self.y, self.solver_state, self.step)
+        return RestartRecord(*jtu.tree_map(write, rows, values), count=count)
 
-        y, solver_state, steps = lax.cond(
-            eqxi.unvmap_any(stored),
-            store,
-            lambda: (self.y, self.solver_state, self.step),
-        )
-        return RestartRecord(y, solver_state, steps, count, self.capacity)
-
-    def read(self, i: IntScalarLike) -> tuple[Y, SolverState]:
-        return jtu.tree_map(lambda rows: rows[i], (self.y, self.solver_state))
+    def read(self, i: IntScalarLike) -> tuple[RealScalarLike, Y, SolverState]:
+        return jtu.tree_map(lambda rows: rows[i], (self.t, self.y, self.solver_state))
 
 
 class Record(eqx.Module):
@@ -104,18 +103,11 @@ class Record(eqx.Module):
 
     def buffers(self) -> list:
         """What `equinox.internal.while_loop` may update in place."""
-        restarts = [self.restarts.y, self.restarts.solver_state, self.restarts.step]
-        if self.restarts.capacity == 0:
-            restarts = []
-        if self.steps is None:
-            return restarts
-        return [self.steps.starts, self.steps.ends, *restarts]
+        return [] if self.steps is None else [self.steps.starts, self.steps.ends]
 
-    def append(self, before: State, after: State, restarts: BoolScalarLike) -> "Record":
+    def append(self, before: State, after: State) -> "Record":
         """Record the step from `before` to `after`, if it was accepted."""
+        if self.steps is None:
+            return self
         accepted = after.num_accepted_steps > before.num_accepted_steps
-        steps = None if self.steps is None else self.steps.append(before, accepted)
-        if restarts is False:
-            return Record(steps, self.restarts)
-        step = jnp.asarray(before.num_accepted_steps)
-        return Record(steps, self.restarts.append(before, step, accepted & restarts))
+        return Record(self.steps.append(before, accepted), self.restarts)

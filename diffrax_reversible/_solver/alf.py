@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, ControlTerm, RESULTS
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._coefficients.alf import alf2, alf4, alf6, alf8
 from .._coefficients.tableau import ALFTableau
@@ -26,7 +26,9 @@ from .._custom_types import (
 )
 from .._diffrax import WrapTerm
 from .._tree import tree_add, tree_axpy, tree_scale
-from .base import AbstractReversibleSolver, Cotangent, maybe_restart
+from .base import AbstractReversibleSolver, Cotangent
+from .deviation import DeviationWatch, watch_weights
+from .exact_sum import largest, LowPart, Sum
 from .interpolation import HermiteInterpolation
 
 
@@ -36,34 +38,27 @@ else:
     from equinox import AbstractVar
 
 
-# A restart where the deviation of `v`, times the step size, exceeds this many times the
-# Taylor term of the error estimate, or this power of the machine epsilon times the state.
-_restart_ratio = 3.0
-_restart_floor = 0.4
-_sample_size = 1024
-
-# Which linear functionals of a step are formed in full, and which on a sample.
-_sums = ("error", "y_mid", "k_mid")
-_watched = ("deviation", "error")
-
-
 class _SubStep(NamedTuple):
     """One sub-step's share of the tableau; stacked along the first axis for a step."""
 
     length: Array
     midpoint: Array
-    # The weight of the evaluation in each of the linear functionals of a step.
+    # The weight of the evaluation in each of the linear functionals of a step, and in
+    # those that watch the deviation.
     weights: dict[str, Array]
+    watch: Array | None
 
 
 class ALFState(eqx.Module):
-    """Solver state: `v`, and whether it has to be restarted before the next step.
+    """Solver state: `v`, whether it has to be restarted before the next step, and the low
+    parts of `z` and `v` if sub-steps are compensated.
 
-    Of a cotangent, `restart` is `None`.
+    Of a cotangent, all but `v` is `None`.
     """
 
     v: VF
     restart: BoolScalarLike | None
+    low: tuple[LowPart, LowPart] | None
 
 
 class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
@@ -83,6 +78,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     """
 
     tableau: AbstractVar[ALFTableau]
+    compensated: AbstractVar[bool]
 
     term_structure: ClassVar = AbstractTerm[Any, RealScalarLike]
     interpolation_cls: ClassVar = HermiteInterpolation
@@ -104,18 +100,22 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0: Y,
         args: Args,
     ) -> ALFState:
-        del t1
         _check_term(self, terms)
         _check_state(self, y0)
         # Checkpointed, as otherwise a gradient would hold on to the activations of this
         # evaluation for the length of the solve.
         v = eqx.filter_checkpoint(type(terms).vf)(terms, t0, y0, args)
-        return ALFState(v, jnp.array(False))
+        low = None
+        if self.compensated:
+            first_increment = largest(tree_scale(terms.contr(t0, t1), v))
+            y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
+            low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
+        return ALFState(v, jnp.array(False), low)
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return terms.vf(t0, y0, args)
 
-    def step(
+    def advance(
         self,
         terms: AbstractTerm,
         t0: RealScalarLike,
@@ -123,39 +123,41 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0: Y,
         args: Args,
         solver_state: ALFState,
-        made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, ALFState, RESULTS]:
-        v0 = maybe_restart(self, terms, t0, y0, args, solver_state, made_jump).v
+        v0 = solver_state.v
         control = terms.contr(t0, t1)
+        weights = watch_weights(self.tableau)
 
         def sub_step(carry, sub: _SubStep):
-            z, v, sums, samples = carry
+            z, v, sums, watch = carry
             half = control * sub.length / 2
-            k = tree_axpy(half, v, z)
-            u = terms.vf(t0 + sub.midpoint * (t1 - t0), k, args)
-            v = jtu.tree_map(lambda ui, vi: 2 * ui - vi, u, v)
-            z = tree_axpy(half, v, k)
-            sums = _accumulate(sums, sub.weights, u)
-            samples = _accumulate(samples, sub.weights, _sample(u))
-            return z, v, sums, samples
+            k = z.plus(tree_scale(half, v.high))
+            u = terms.vf(t0 + sub.midpoint * (t1 - t0), k.high, args)
+            new_v = v.reflect(u)
+            z = k.plus(tree_scale(half, new_v.high))
+            sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
+            watch = None if watch is None else watch.add(sub.watch, v.high, new_v.high)
+            return z, new_v, sums, watch
 
         functionals = self._functionals()
-        first = {name: w[0] for name, w in functionals.items()}
-        sums = {name: tree_scale(w, v0) for name, w in first.items() if name in _sums}
-        sample = _sample(v0)
-        samples = {n: tree_scale(w, sample) for n, w in first.items() if n in _watched}
-        carry = (y0, v0, sums, samples)
-        y1, v1, sums, samples = self._chain(sub_step, carry, functionals, t0)
+        sums = {name: tree_scale(w[0], v0) for name, w in functionals.items()}
+        watch = None
+        if weights is not None:
+            watch = DeviationWatch.start(weights[0], v0)
+        carry = (*_sums(y0, solver_state), sums, watch)
+        z, v, sums, watch = self._chain(sub_step, carry, functionals, t0, weights)
+        y1, v1, low = _split(z, v)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
-        samples = {name: tree_scale(control, total) for name, total in samples.items()}
         y_error = sums.pop("error")
-        restart = self._deviates(samples, _sample(y1))
+        restart = jnp.array(False)
+        if watch is not None:
+            restart = watch.deviates(control, self.tableau.error_scale, y1)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
-        return y1, y_error, dense_info, ALFState(v1, restart), RESULTS.successful
+        return y1, y_error, dense_info, ALFState(v1, restart, low), RESULTS.successful
 
     def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
-        if self.tableau.deviation_weights is None or solver_state.restart is None:
+        if watch_weights(self.tableau) is None or solver_state.restart is None:
             return False
         return solver_state.restart
 
@@ -167,27 +169,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
         solver_state: ALFState,
     ) -> ALFState:
-        del solver_state
-        return ALFState(terms.vf(t, y, args), jnp.array(False))
-
-    def _deviates(self, samples: dict[str, Y], y1: Y) -> BoolScalarLike:
-        """Whether the deviation of `v` threatens the accuracy of the next steps.
-
-        It is compared, times the step size, with the Taylor term that the error estimate
-        is made of, and with the size of the state where both are next to nothing.
-        """
-        if "deviation" not in samples:
-            return jnp.array(False)
-        ratio = _restart_ratio / self.tableau.error_scale
-
-        def deviates(d, e, y):
-            d, e, y = (jnp.max(jnp.abs(x), initial=0) for x in (d, e, y))
-            floor = jnp.finfo(y.dtype).eps ** _restart_floor
-            return d > jnp.maximum(ratio * e, floor * y)
-
-        watched = samples["deviation"], samples["error"], y1
-        leaves = jtu.tree_leaves(jtu.tree_map(deviates, *watched))
-        return jnp.any(jnp.stack(leaves)) if leaves else jnp.array(False)
+        v, low = terms.vf(t, y, args), solver_state.low
+        if low is not None:
+            low = low[0], LowPart.start(v, largest(v))
+        return ALFState(v, jnp.array(False), low)
 
     def inverse_step(
         self,
@@ -203,14 +188,15 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         def sub_step(carry, sub: _SubStep):
             z, v = carry
             half = control * sub.length / 2
-            k = tree_axpy(-half, v, z)
-            u = terms.vf(t0 + sub.midpoint * (t1 - t0), k, args)
-            v = jtu.tree_map(lambda ui, vi: 2 * ui - vi, u, v)
-            return tree_axpy(-half, v, k), v
+            k = z.minus(tree_scale(half, v.high))
+            u = terms.vf(t0 + sub.midpoint * (t1 - t0), k.high, args)
+            v = v.reflect(u)
+            return k.minus(tree_scale(half, v.high)), v
 
-        carry = (y1, solver_state.v)
-        y0, v0 = self._chain(sub_step, carry, {}, t0, reverse=True)
-        return y0, ALFState(v0, jnp.array(False))
+        carry = _sums(y1, solver_state)
+        z, v = self._chain(sub_step, carry, {}, t0, reverse=True)
+        y0, v0, low = _split(z, v)
+        return y0, ALFState(v0, jnp.array(False), low)
 
     def inverse_step_and_pullback(
         self,
@@ -226,50 +212,55 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         control = bind(params)[0].contr(t0, t1)
         start, functionals, sums_cotangent = None, {}, {}
         if dense_cotangent is not None:
-            start, end, sums_cotangent = _split(dense_cotangent, control)
+            start, end, sums_cotangent = _split_dense(dense_cotangent, control)
             cotangent = _add_state(cotangent, *end)
             functionals = {name: self._functionals()[name] for name in sums_cotangent}
             assert all(w[0] == 0 for w in functionals.values())
 
         def sub_step(carry, sub: _SubStep):
-            z, v, ct = carry
+            z, v, (z_bar, v_bar, params_bar) = carry
             half = control * sub.length / 2
-            k = tree_axpy(-half, v, z)
-            u, pull = _linearise_field(bind, t0 + sub.midpoint * (t1 - t0), k, params)
-            v = jtu.tree_map(lambda ui, vi: 2 * ui - vi, u, v)
-            z = tree_axpy(-half, v, k)
-            v_bar = tree_axpy(half, ct.y, ct.solver_state.v)
+            k = z.minus(tree_scale(half, v.high))
+            t = t0 + sub.midpoint * (t1 - t0)
+            u, pull = _linearise_field(bind, t, k.high, params)
+            v = v.reflect(u)
+            z = k.minus(tree_scale(half, v.high))
+            v_bar = tree_axpy(half, z_bar, v_bar)
             u_bar = tree_scale(2, v_bar)
             for name, weight in sub.weights.items():
                 u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
-            k_bar, params_bar = pull(u_bar)
-            z_bar = tree_add(ct.y, k_bar)
+            k_bar, more_params_bar = pull(u_bar)
+            z_bar = tree_add(z_bar, k_bar)
             v_bar = jtu.tree_map(jnp.subtract, tree_scale(half, z_bar), v_bar)
-            state_bar = ALFState(v_bar, None)
-            return z, v, Cotangent(z_bar, state_bar, tree_add(ct.params, params_bar))
+            return z, v, (z_bar, v_bar, tree_add(params_bar, more_params_bar))
 
-        carry = (y1, solver_state.v, cotangent)
-        y0, v0, cotangent = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        bars = (cotangent.y, cotangent.solver_state.v, cotangent.params)
+        carry = (*_sums(y1, solver_state), bars)
+        z, v, bars = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        y0, v0, low = _split(z, v)
+        z_bar, v_bar, params_bar = bars
+        cotangent = Cotangent(z_bar, _with_v(cotangent.solver_state, v_bar), params_bar)
         if start is not None:
             cotangent = _add_state(cotangent, *start)
-        return y0, ALFState(v0, jnp.array(False)), cotangent
+        return y0, ALFState(v0, jnp.array(False), low), cotangent
 
     def _functionals(self) -> dict[str, np.ndarray]:
         """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
         functionals = {"error": self.tableau.error_weights}
         if self.tableau.midpoint_weights is not None:
             functionals["y_mid"], functionals["k_mid"] = self.tableau.midpoint_weights
-        if self.tableau.deviation_weights is not None:
-            functionals["deviation"] = self.tableau.deviation_weights
         return functionals
 
-    def _chain(self, sub_step, carry, functionals, t0, reverse: bool = False):
+    def _chain(
+        self, sub_step, carry, functionals, t0, watch_weights=None, reverse: bool = False
+    ):
         """Scan `sub_step` over the sub-steps (compiles faster than unrolling them)."""
         dtype = jnp.result_type(t0)
         sub_steps = _SubStep(
             jnp.asarray(self.tableau.sub_steps, dtype),
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
+            None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
         )
         if self.tableau.stages == 1:
             return sub_step(carry, jtu.tree_map(lambda x: x[0], sub_steps))
@@ -282,26 +273,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         return carry
 
 
-def _accumulate(sums: dict[str, Y], weights: dict[str, Array], u: VF) -> dict[str, Y]:
-    return {name: tree_axpy(weights[name], u, total) for name, total in sums.items()}
-
-
-def _sample(x: PyTree[Array]) -> PyTree[Array]:
-    """About a thousand entries of every array that has many more, evenly spread.
-
-    The deviation of `v` is watched there, as to watch every entry would cost as many
-    passes over memory as a cheap vector field does. The stride is odd, for axes of even
-    length not to be sampled at the same places each time.
-    """
-
-    def sample(leaf):
-        if leaf.size <= 2 * _sample_size:
-            return leaf
-        return leaf.reshape(-1)[:: leaf.size // _sample_size | 1]
-
-    return jtu.tree_map(sample, x)
-
-
 def _linearise_field(bind: Bind, t: RealScalarLike, k: Y, params: Params):
     """The vector field at `(t, k)` and its pull-back, from one evaluation."""
 
@@ -312,7 +283,24 @@ def _linearise_field(bind: Bind, t: RealScalarLike, k: Y, params: Params):
     return jax.vjp(field, k, params)
 
 
-def _split(dense_cotangent: DenseInfo, control: RealScalarLike):
+def _sums(y: Y, solver_state: ALFState) -> tuple[Sum, Sum]:
+    """`z` and `v`, as they are added to."""
+    low_y, low_v = (None, None) if solver_state.low is None else solver_state.low
+    return LowPart.join(y, low_y), LowPart.join(solver_state.v, low_v)
+
+
+def _split(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
+    """The state, and what of the solver state is made of `z` and `v`."""
+    (y, low_y), (v_high, low_v) = LowPart.split(z), LowPart.split(v)
+    low = None if low_y is None or low_v is None else (low_y, low_v)
+    return y, v_high, low
+
+
+def _with_v(state: ALFState, v: VF) -> ALFState:
+    return ALFState(v, state.restart, state.low)
+
+
+def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):
     """Cotangents of `(y0, v0)`, of `(y1, v1)` and of the sums `Σ w_i u_i`."""
     ct = dict(dense_cotangent)
     start = ct.pop("y0"), tree_scale(control, ct.pop("k0"))
@@ -323,7 +311,7 @@ def _split(dense_cotangent: DenseInfo, control: RealScalarLike):
 def _add_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:
     return Cotangent(
         tree_add(cotangent.y, y),
-        ALFState(tree_add(cotangent.solver_state.v, v), None),
+        _with_v(cotangent.solver_state, tree_add(cotangent.solver_state.v, v)),
         cotangent.params,
     )
 
@@ -369,6 +357,7 @@ class ALF2(AbstractALF):
     """
 
     tableau: ClassVar[ALFTableau] = alf2
+    compensated: bool = eqx.field(default=False, static=True)
 
 
 class ALF4(AbstractALF):
@@ -389,6 +378,7 @@ class ALF4(AbstractALF):
     """
 
     tableau: ClassVar[ALFTableau] = alf4
+    compensated: bool = eqx.field(default=False, static=True)
 
 
 class ALF6(AbstractALF):
@@ -407,6 +397,7 @@ class ALF6(AbstractALF):
     """
 
     tableau: ClassVar[ALFTableau] = alf6
+    compensated: bool = eqx.field(default=False, static=True)
 
 
 class ALF8(AbstractALF):
@@ -425,6 +416,7 @@ class ALF8(AbstractALF):
     """
 
     tableau: ClassVar[ALFTableau] = alf8
+    compensated: bool = eqx.field(default=False, static=True)
 
 
 class ALF(AbstractALF):
@@ -435,6 +427,7 @@ class ALF(AbstractALF):
     """
 
     tableau: ALFTableau = eqx.field(static=True)
+    compensated: bool = eqx.field(default=False, static=True)
 
 
 for _cls in (ALF2, ALF4, ALF6, ALF8):

@@ -9,7 +9,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractSolver
+from diffrax import AbstractSolver, RESULTS
 from jaxtyping import PyTree
 
 from .._custom_types import (
@@ -47,17 +47,54 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     """A solver whose steps can be undone, for use with
     [`diffrax_reversible.ReversibleAdjoint`][].
 
-    On top of what [`diffrax.AbstractSolver`][] asks for, a subclass implements
-    `inverse_step`; nothing else is needed for exact gradients. One that now and then
-    replaces its solver state by something that the old one does not follow from says so
-    through `needs_restart` and `restart`. A subclass that can undo
+    Of what [`diffrax.AbstractSolver`][] asks for, a subclass implements `step` as
+    `advance`, and beyond it `inverse_step`; nothing else is needed for exact gradients.
+    One that now and then replaces its solver state by something that the old one does not
+    follow from says so through `needs_restart` and `restart`. A subclass that can undo
     and differentiate a step with the same vector-field evaluations overrides
     `inverse_step_and_pullback`, of which the default reconstructs the start of the step
-    with `inverse_step` and then differentiates `step`.
+    with `inverse_step` and then differentiates `advance`.
 
-    Interpolations have to be linear in the `dense_info` that `step` returns, as
+    Interpolations have to be linear in the `dense_info` that `advance` returns, as
     polynomial ones are.
     """
+
+    def step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
+        """Restart where it is due, and `advance`."""
+        due = restart_pending(self, solver_state, made_jump)
+        if due is not False:
+
+            def restart():
+                new = self.restart(terms, t0, y0, args, solver_state)
+                return jtu.tree_map(lambda n, o: jnp.where(due, n, o), new, solver_state)
+
+            # In a batch it is evaluated only in steps in which some element needs it.
+            solver_state = lax.cond(eqxi.unvmap_any(due), restart, lambda: solver_state)
+        return self.advance(terms, t0, t1, y0, args, solver_state)
+
+    @abc.abstractmethod
+    def advance(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
+        """A step, but for restarts.
+
+        Arguments and returns are those of [`diffrax.AbstractSolver.step`][].
+        """
 
     @abc.abstractmethod
     def inverse_step(
@@ -69,25 +106,25 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         args: Args,
         solver_state: _SolverState,
     ) -> tuple[Y, _SolverState]:
-        """Undo `step`.
+        """Undo `advance`.
 
         **Arguments:**
 
         - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
         - `t0`, `t1`: the very floats that the forward step was made from and to.
-        - `y1`, `solver_state`: what the forward step returned, that is at `t1`.
+        - `y1`, `solver_state`: what `advance` returned, that is at `t1`.
 
         **Returns:**
 
-        The state and the solver state at `t0`, equal to what `step` was given up to
+        The state and the solver state at `t0`, equal to what `advance` was given up to
         rounding.
         """
 
     def needs_restart(self, solver_state: _SolverState) -> BoolScalarLike:
-        """Whether the coming step begins by replacing its solver state.
+        """Whether the solver state has to be replaced before the next step.
 
-        Such a step cannot be undone by itself. `ReversibleAdjoint` stores the state and
-        the solver state that it began with, once for each restart.
+        That cannot be undone. `ReversibleAdjoint` stores the state and the solver state
+        before each restart.
         """
         del solver_state
         return False
@@ -100,10 +137,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         args: Args,
         solver_state: _SolverState,
     ) -> _SolverState:
-        """The solver state that a step goes on with after a restart or a jump.
-
-        `step` has to make it (see `maybe_restart`), and `inverse_step` to leave it be.
-        """
+        """The solver state to go on with after a restart or a jump."""
         del terms, t, y, args
         return solver_state
 
@@ -118,7 +152,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, _SolverState, Cotangent]:
-        """Undo `step` and pull a cotangent back through it.
+        """Undo `advance` and pull a cotangent back through it.
 
         **Arguments:**
 
@@ -126,7 +160,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             `params`.
         - `t0`, `t1`, `y1`, `solver_state`: as for `inverse_step`.
         - `cotangent`: at `t1`, with the sum of `params` so far.
-        - `dense_cotangent`: the cotangent of the `dense_info` that `step` returned, or
+        - `dense_cotangent`: the cotangent of the `dense_info` that `advance` returned, or
             `None` where nothing was interpolated.
 
         **Returns:**
@@ -139,36 +173,12 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         return y0, solver_state0, pull(cotangent, dense_cotangent)
 
 
-def maybe_restart(
-    solver: AbstractReversibleSolver,
-    terms: Terms,
-    t: RealScalarLike,
-    y: Y,
-    args: Args,
-    solver_state: SolverState,
-    made_jump: BoolScalarLike,
-) -> SolverState:
-    """For use at the beginning of `step`: restart where the solver or a jump asks for it.
-
-    In a batch the restart is evaluated only in steps in which some element needs it.
-    """
-    needed = restart_pending(solver, solver_state, made_jump)
-    if needed is False:
-        return solver_state
-
-    def restart():
-        new = solver.restart(terms, t, y, args, solver_state)
-        return jtu.tree_map(lambda n, o: jnp.where(needed, n, o), new, solver_state)
-
-    return lax.cond(eqxi.unvmap_any(needed), restart, lambda: solver_state)
-
-
 def restart_pending(
     solver: AbstractReversibleSolver,
     solver_state: SolverState,
     made_jump: BoolScalarLike,
 ) -> BoolScalarLike:
-    """Whether the coming step restarts; a Python `False` where that is known."""
+    """Whether a restart is due; a Python `False` where that is known."""
     needed = solver.needs_restart(solver_state)
     if needed is False and made_jump is False:
         return False
@@ -196,7 +206,7 @@ def linearise_step(
     def step(y: Y, diff_state: PyTree, params: Params):
         terms, args = bind(params)
         state = eqx.combine(diff_state, nondiff_state)
-        y, _, dense_info, state, _ = solver.step(terms, t0, t1, y, args, state, False)
+        y, _, dense_info, state, _ = solver.advance(terms, t0, t1, y, args, state)
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
     diff_state = eqx.filter(solver_state0, eqx.is_inexact_array)

@@ -1,0 +1,125 @@
+"""Sums without rounding, so that what was added can be taken off again to the last bit."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._tree import tree_add
+
+
+class Sum(eqx.Module):
+    """A PyTree of arrays to which increments are added: the state of a solve.
+
+    By default it is what it seems, `high`, and additions round. With `low` and `grid` it
+    is `high + low`, of twice the precision, and additions do not round, so that
+    `x.plus(p).minus(p)` is `x` to the last bit:
+
+    - Every increment is first rounded to a multiple of a fixed `δ`, by adding and
+      subtracting a number `grid` of which the last bit is `δ`. Sums are then numbers on a
+      lattice.
+    - `high` is the sum rounded to the nearest floating-point number, and `low` the rest.
+      Both come from error-free transformations (two-sum), and `low` is exact as long as
+      the sum is less than about `2^(2p) δ`, with `p` the bits of precision.
+
+    `δ` is `2^(-7p/4)` of the largest entry of the array where the solve began: sums may
+    grow by `2^(p/4 - 2)` before the last bits are rounded after all, and entries that are
+    `2^(-3p/4)` of the largest have full precision. In float64 that is by a factor of
+    2,000, and 1e-12; in float32 by 16, and 4e-6.
+
+    ??? cite "Reference"
+
+        Two-sum: Knuth (1969), *The Art of Computer Programming*, vol. 2; Møller (1965),
+        doi:10.1007/BF01975722. Integrating on a lattice: Levesque & Verlet (1993),
+        doi:10.1080/00268979300100761; Rein & Tamayo (2018), doi:10.1093/mnras/stx2516.
+    """
+
+    high: PyTree[Array]
+    low: PyTree[Array] | None
+    grid: PyTree[Float[Array, ""]] | None
+
+    def plus(self, p: PyTree[Array]) -> "Sum":
+        return self._plus(p, 1)
+
+    def minus(self, p: PyTree[Array]) -> "Sum":
+        return self._plus(p, -1)
+
+    def reflect(self, u: PyTree[Array]) -> "Sum":
+        """`2u` minus this."""
+        low = None if self.low is None else jtu.tree_map(jnp.negative, self.low)
+        negative = Sum(jtu.tree_map(jnp.negative, self.high), low, self.grid)
+        return negative.plus(jtu.tree_map(lambda x: 2 * x, u))
+
+    def _plus(self, p: PyTree[Array], sign: int) -> "Sum":
+        if self.low is None:
+            combine = jnp.add if sign == 1 else jnp.subtract
+            return Sum(jtu.tree_map(combine, self.high, p), None, None)
+        # Rounded before it is given its sign, as rounding to `grid` is not symmetric.
+        p = jtu.tree_map(lambda p, grid: sign * ((p + grid) - grid), p, self.grid)
+        total = tree_add(self.high, p)
+        error = jtu.tree_map(_rounding_error, self.high, p, total)
+        rest = tree_add(self.low, error)
+        high = tree_add(total, rest)
+        # Simpler, as `rest` is far smaller than `total` or a small multiple of `δ` as well.
+        low = jtu.tree_map(lambda r, h, t: r - lax.stop_gradient(h - t), rest, high, total)
+        return Sum(high, low, self.grid)
+
+
+def _rounding_error(a: Array, b: Array, total: Array) -> Array:
+    """`(a + b) - total`, exactly, with `total` their rounded sum. Has no derivative."""
+    a, b, total = lax.stop_gradient((a, b, total))
+    from_b = total - a
+    return (a - (total - from_b)) + (b - from_b)
+
+
+class LowPart(eqx.Module):
+    """What a `Sum` has beyond `high`, as bits: integers are not differentiated."""
+
+    low: PyTree[Array]
+    grid: PyTree[Array]
+
+    @staticmethod
+    def start(high: PyTree[Array], scale: PyTree[Float[Array, ""]]) -> "LowPart":
+        """For a `Sum` that begins at `high`, of which entries are as large as `scale`."""
+
+        def grid(scale):
+            precision = jnp.finfo(scale.dtype).nmant + 1
+            unit = 2.0 ** (precision - 1 - 7 * precision // 4)
+            return jnp.where(scale > 0, scale, 1) * jnp.asarray(unit, scale.dtype)
+
+        low = jtu.tree_map(jnp.zeros_like, high)
+        grid = jtu.tree_map(grid, lax.stop_gradient(scale))
+        return LowPart(*jtu.tree_map(_to_bits, (low, grid)))
+
+    @staticmethod
+    def split(total: Sum) -> tuple[PyTree[Array], "LowPart | None"]:
+        """The inverse of `join`."""
+        if total.low is None:
+            return total.high, None
+        return total.high, LowPart(*jtu.tree_map(_to_bits, (total.low, total.grid)))
+
+    @staticmethod
+    def join(high: PyTree[Array], low_part: "LowPart | None") -> Sum:
+        if low_part is None:
+            return Sum(high, None, None)
+        like = (high, high)
+        low, grid = jtu.tree_map(
+            lambda bits, like: lax.bitcast_convert_type(bits, like.dtype),
+            (low_part.low, low_part.grid),
+            like,
+        )
+        return Sum(high, low, grid)
+
+
+def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
+    """The largest entry of every array."""
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), x)
+
+
+def _to_bits(x: Array) -> Array:
+    dtype: Any = np.dtype(f"int{8 * x.dtype.itemsize}")
+    return lax.bitcast_convert_type(lax.stop_gradient(x), dtype)
