@@ -10,6 +10,8 @@ import diffrax_reversible as dr
 
 
 SOLVERS = (dr.ALF2(), dr.ALF4(), dr.ALF6(), dr.ALF8())
+COMPENSATED = dr.ALF4(compensated=True)
+BITWISE = dr.ALF4(bitwise=True)
 
 # (controller, dt0); the steps of the third end at given times.
 PID = dfx.PIDController(rtol=1e-4, atol=1e-4)

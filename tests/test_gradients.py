@@ -10,6 +10,8 @@ import pytest
 import diffrax_reversible as dr
 
 from .problems import (
+    BITWISE,
+    COMPENSATED,
     CONTROLLERS,
     InverseOnly,
     Network,
@@ -54,7 +56,7 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     return grad
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", (*SOLVERS, COMPENSATED, BITWISE), ids=repr)
 @pytest.mark.parametrize("controller, dt0", CONTROLLERS)
 def test_against_default(solver, controller, dt0):
     """With respect to the initial state, `args` and the network, for outputs between the

@@ -7,7 +7,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID, SOLVERS
+from .problems import COMPENSATED, PID, SOLVERS
 
 
 def field(t, y, scale):
@@ -56,6 +56,17 @@ def test_states(solver, controller):
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
     # Eight with fixed steps from JAX 0.10 on; nine, and a Boolean each entry, else.
     assert used < 9.2
+
+
+@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 4), (PID, 7)))
+def test_compensated(controller, states):
+    """So many more of them."""
+    size = 1_000_000
+    plain, compensated = (
+        temporary_bytes(solver, controller, size, 100) / (8 * size)
+        for solver in (SOLVERS[1], COMPENSATED)
+    )
+    assert 0 < compensated - plain < states + 0.2
 
 
 def test_checkpoints():

@@ -101,6 +101,7 @@ HARD = (
     (RELAXATION, dr.ALF6(), pid(1e-6), 400, 1e-6, 25),
     (RELAXATION, dr.ALF4(), pid(1e-6), 400, 1e-5, 40),
     (FAST_RELAXATION, dr.ALF6(), FIXED, 1600, 1e-10, 80),
+    (FAST_RELAXATION, dr.ALF6(), pid(1e-4), 1600, 1e-4, 80),
     (LORENZ, dr.ALF6(), FIXED, 1000, 1e-6, 12),
     (LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),
     (VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, 1e-4, 40),
@@ -124,7 +125,8 @@ def test_contracting_and_chaotic(problem, solver, controller, steps, error, rest
 def test_van_der_pol_evaluations():
     adjoint = dfx.RecursiveCheckpointAdjoint()
     sol = solve(VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, adjoint, *VAN_DER_POL[1:3])
-    assert 5 * sol.stats["num_steps"] < 1700
+    # With those of the start and of the restarts.
+    assert 5 * sol.stats["num_steps"] + 1 + 40 <= 1500
 
 
 @pytest.mark.parametrize("problem", (KEPLER, LOTKA_VOLTERRA, PENDULUM))

@@ -10,7 +10,15 @@ import pytest
 import diffrax_reversible as dr
 from diffrax_reversible._solver.base import linearise_step
 
-from .problems import as_vector, Network, network_args, relative_error, SOLVERS
+from .problems import (
+    as_vector,
+    BITWISE,
+    COMPENSATED,
+    Network,
+    network_args,
+    relative_error,
+    SOLVERS,
+)
 
 
 Y = jnp.array([1.0, 2.0, 0.5])
@@ -21,7 +29,7 @@ def term():
     return dfx.ODETerm(Network())
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", (*SOLVERS, COMPENSATED, BITWISE), ids=repr)
 def test_inverse_undoes_step(solver):
     args = network_args()
     state = solver.init(term(), T0, T1, Y, args)
@@ -34,7 +42,7 @@ def test_inverse_undoes_step(solver):
     assert np.max(np.abs(state0.v - state.v)) < 1e-14
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", (*SOLVERS, COMPENSATED, BITWISE), ids=repr)
 @pytest.mark.parametrize("interpolated", (False, True))
 def test_fused_pullback_is_the_default_one(solver, interpolated):
     """With cotangents of the end of the step, of what it interpolates with, and of all

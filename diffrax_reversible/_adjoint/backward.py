@@ -214,9 +214,10 @@ class _Walk(eqx.Module):
             return self.problem.solver.restart(terms, t, y, args, state)
 
         diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
-        restarted, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
+        _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
         y_bar, state_bar, params_bar = pull(ct.solver_state)
-        walked = self.drift(position, (y, restarted))
+        # Not what `filter_vjp` gives, which might round in another way than the solve did.
+        walked = self.drift(position, (y, restart(y, diff_state, self.params)))
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
         return _Position(
             position.step,
@@ -349,9 +350,10 @@ def _undo_all(walk: _Walk, position: _Position) -> _Position:
     """The whole walk, in two loops as in the forward pass."""
 
     def segment(position):
-        position = lax.while_loop(
-            lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
-        )
+        if walk.trace.restarts.capacity > 0:
+            position = lax.while_loop(
+                lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
+            )
         return lax.while_loop(
             lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
             lambda p: walk.undo_step(p),

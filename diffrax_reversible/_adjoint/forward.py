@@ -182,8 +182,9 @@ def solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dict
 
         def segment(carry):
             carry = steps_until_restart(carry)
-            due = eqxi.unvmap_any(restart_due(carry[0]))
-            return lax.cond(due, restart, lambda carry: carry, carry)
+            return lax.while_loop(
+                lambda c: eqxi.unvmap_any(restart_due(c[0])), restart, carry
+            )
 
         final_state, record = lax.while_loop(
             lambda carry: eqxi.unvmap_any(running(carry[0])),

@@ -40,7 +40,7 @@ alf2 = ALFTableau((1.0,), order=2, error_scale=1.0)
 alf4 = ALFTableau(
     _mirror([0.26833009578175992, 0.65133142723563993], -0.83932304603479971),
     order=4,
-    error_scale=2e-2,
+    error_scale=1e-2,
 )
 
 # Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, table 2, method S10 of order 6.

@@ -10,7 +10,9 @@ from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 
 
 # A restart where the deviation of `v`, times the step size, exceeds this many times the
-# Taylor term of the error estimate, or this power of the machine epsilon times the state.
+# Taylor term that the error estimate is a fraction of, and this power of the machine
+# epsilon times the state. A smaller ratio makes contracting problems more accurate, and
+# restarts conservative ones needlessly.
 _ratio = 3.0
 _floor = 0.4
 _sample_size = 1024
@@ -40,16 +42,13 @@ class DeviationWatch(eqx.Module):
     def start(weights: Float[Array, " 2"], v: VF) -> "DeviationWatch":
         return DeviationWatch(jtu.tree_map(lambda x: _outer(weights, _sample(x)), v))
 
-    def add(self, weights: Float[Array, " 2"], v0: VF, v1: VF) -> "DeviationWatch":
-        """Add `weights * u`, with `u = (v0 + v1) / 2` of a sub-step.
+    def add(self, weight: Float[Array, " 2"], u: VF) -> "DeviationWatch":
+        """Add `weight * u` of a sub-step."""
 
-        Unlike `u` itself, its halves are in memory anyway.
-        """
+        def add(total, u):
+            return total + _outer(weight, _sample(u))
 
-        def add(total, v0, v1):
-            return total + _outer(weights / 2, _sample(v0) + _sample(v1))
-
-        return DeviationWatch(jtu.tree_map(add, self.sums, v0, v1))
+        return DeviationWatch(jtu.tree_map(add, self.sums, u))
 
     def deviates(self, control: RealScalarLike, error_scale: float, y: Y) -> BoolScalarLike:
         """Whether the deviation threatens the accuracy of the next steps.

@@ -1,0 +1,253 @@
+"""Single and half precision, and sums without rounding."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import as_vector, BITWISE, COMPENSATED, kepler, lorenz
+
+
+def pendulum(t, y, args):
+    del t, args
+    return y[1], -jnp.sin(y[0])
+
+
+class Tanh(eqx.Module):
+    """A network of a few layers."""
+
+    mlp: eqx.nn.MLP
+
+    def __init__(self, size, width, dtype):
+        # Drawn in single precision, to be the same in all.
+        mlp = eqx.nn.MLP(
+            size,
+            size,
+            width,
+            2,
+            activation=jnp.tanh,
+            dtype=jnp.float32,
+            key=jax.random.key(0),
+        )
+        self.mlp = cast(mlp, dtype)
+
+    def __call__(self, t, y, args):
+        del t, args
+        return 2 * self.mlp(y)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, tree)
+
+
+def skew_network(t, y, args):
+    """Of which solutions stay bounded: it conserves the sum of `log(cosh(y))`."""
+    del t, args
+    w = jnp.arange(-6, 10).reshape(4, 4).astype(y.dtype) / 10
+    return (w - w.T) @ jnp.tanh(y)
+
+
+def initial(name, dtype):
+    y0 = {
+        "kepler": (jnp.array([0.4, 0.0]), jnp.array([0.0, 2.0])),
+        "pendulum": (jnp.array(1.0), jnp.array(0.3)),
+        "network": jnp.linspace(-1, 1, 4),
+    }[name]
+    return cast(y0, dtype)
+
+
+FIELDS = {"kepler": kepler, "pendulum": pendulum, "network": skew_network}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
+    solver, steps = COMPENSATED, 1_000_000
+    term, y0 = dfx.ODETerm(FIELDS[name]), initial(name, dtype)
+    # A few thousand different ones, as step sizes may vary.
+    h = jnp.asarray(0.01 + 0.005 * jnp.sin(jnp.arange(steps) % 5_000), dtype)
+    zero = jnp.zeros((), dtype)
+
+    def forward(state, h):
+        y, _, _, solver_state, _ = solver.advance(term, zero, h, state[0], None, state[1])
+        return (y, solver_state), state
+
+    def backward(carry, at):
+        state, wrong = carry
+        h, expected = at
+        state = solver.inverse_step(term, zero, h, state[0], None, state[1])
+        same = [
+            jnp.array_equal(x, e)
+            for x, e in zip(leaves(state), leaves(expected), strict=True)
+        ]
+        return (state, wrong + jnp.where(jnp.stack(same).all(), 0, 1)), None
+
+    def leaves(state):
+        y, solver_state = state
+        return jax.tree.leaves((y, solver_state.v, solver_state.low))
+
+    start = y0, solver.init(term, zero, h[0], y0, None)
+    end, states = jax.jit(lambda start, h: lax.scan(forward, start, h))(start, h)
+    assert np.max(np.abs(as_vector(end[0]) - as_vector(y0))) > 1e-2
+    walk = jax.jit(lambda *carry: lax.scan(backward, carry, (h, states), reverse=True)[0])
+    (y, _), wrong = walk(end, jnp.array(0))
+    assert wrong == 0
+    assert np.array_equal(as_vector(y), as_vector(y0))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_no_drift_in_gradients(name, dtype):
+    """Where the field is differentiated along, under step sizes that vary, and between
+    restarts."""
+
+    def gradient(solver):
+        @eqx.filter_jit
+        def final(y0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(FIELDS[name]),
+                solver,
+                jnp.zeros((), dtype),
+                jnp.asarray(50.0, dtype),
+                jnp.asarray(0.01, dtype),
+                y0,
+                stepsize_controller=dfx.PIDController(rtol=1e-5, atol=1e-5),
+                adjoint=dr.ReversibleAdjoint(drift_tol=0, checkpoints=50),
+                max_steps=20_000,
+            )
+            return sum(jnp.sum(y) for y in jax.tree.leaves(sol.ys))
+
+        return jax.grad(final)(initial(name, dtype))
+
+    assert np.all(np.isfinite(as_vector(gradient(BITWISE))))
+    with pytest.raises(RuntimeError, match="the walk back"):
+        gradient(dr.ALF4())
+
+
+@pytest.mark.parametrize("solver_cls", (dr.ALF4, dr.ALF6))
+@pytest.mark.parametrize("t1", (5.0, 20.0))
+def test_gradient_in_single_precision(solver_cls, t1):
+    """Against double precision, as good as that of the default adjoint, or better."""
+
+    def gradient(solver, adjoint, dtype):
+        @eqx.filter_jit
+        def final(diff, static, dt0):
+            field, y0 = eqx.combine(diff, static)
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, field: field(t, y, None)),
+                solver,
+                jnp.zeros((), dtype),
+                jnp.asarray(t1, dtype),
+                dt0,
+                y0,
+                field,
+                adjoint=adjoint,
+                max_steps=10_010,
+            )
+            return jnp.sum(sol.ys**2)
+
+        inputs = Tanh(8, 32, dtype), cast(jnp.linspace(-1, 1, 8), dtype)
+        diff, static = eqx.partition(inputs, eqx.is_inexact_array)
+
+        def of(steps):
+            return as_vector(jax.grad(final)(diff, static, jnp.asarray(t1 / steps, dtype)))
+
+        return of
+
+    compensated = solver_cls(compensated=True)
+    exact = gradient(solver_cls(), dfx.RecursiveCheckpointAdjoint(), jnp.float64)
+    default = gradient(solver_cls(), dfx.RecursiveCheckpointAdjoint(), jnp.float32)
+    ours = gradient(compensated, dr.ReversibleAdjoint(), jnp.float32)
+    for steps in (50, 500, 10_000):
+        reference = exact(steps)
+        error, default_error = (
+            np.linalg.norm(g - reference) / np.linalg.norm(reference)
+            for g in (ours(steps), default(steps))
+        )
+        assert error < 3 * default_error, steps
+
+
+def test_time_does_not_drift():
+    """`y' = 1`, of which the solution is the time, over a million steps."""
+
+    def final(solver):
+        @jax.jit
+        def run(dt0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, args: jnp.ones_like(y)),
+                solver,
+                jnp.float32(0),
+                jnp.float32(1000),
+                dt0,
+                jnp.float32(0),
+                saveat=dfx.SaveAt(t1=True),
+                max_steps=1_100_000,
+            )
+            return sol.ys[0], sol.ts[0], sol.stats["num_steps"]
+
+        y, t, steps = run(jnp.float32(0.001))
+        assert steps > 900_000
+        return abs(float(y) - float(t)) / np.spacing(np.float32(t))
+
+    assert final(COMPENSATED) <= 2
+    assert final(dr.ALF4()) > 200
+
+
+def test_chaos_within_the_default_tolerance():
+    """Where plain sums drift by more than it in the walk back between two restarts."""
+
+    def gradient(solver, adjoint):
+        @eqx.filter_jit
+        def final(y0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lorenz), solver, 0.0, 10.0, jnp.array(0.01), y0, adjoint=adjoint
+            )
+            return jnp.sum(sol.ys)
+
+        return jax.grad(final)(jnp.array([1.0, 2.0, 20.0]))
+
+    ours = dr.ReversibleAdjoint(checkpoints=12)
+    with pytest.raises(RuntimeError, match="the walk back"):
+        gradient(dr.ALF6(), ours)
+    solver = dr.ALF6(compensated=True)
+    expected = gradient(solver, dfx.RecursiveCheckpointAdjoint())
+    difference = np.abs(gradient(solver, ours) - expected)
+    assert np.max(difference) < 1e-9 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("compensated", (False, True))
+def test_half_precision(dtype, compensated):
+    """Of the state; time is in single precision."""
+
+    def gradient(adjoint):
+        # Diffrax scales by the size of the step in promotions of its own.
+        with jax.numpy_dtype_promotion("standard"):
+
+            @eqx.filter_jit
+            def final(w, y0):
+                sol = dfx.diffeqsolve(
+                    dfx.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
+                    dr.ALF4(compensated=compensated),
+                    jnp.float32(0),
+                    jnp.float32(1),
+                    jnp.float32(1 / 16),
+                    y0,
+                    w,
+                    adjoint=adjoint,
+                )
+                return jnp.sum(sol.ys.astype(jnp.float32) ** 2)
+
+            w = jax.random.normal(jax.random.key(0), (4, 4), dtype)
+            return jax.grad(final, argnums=(0, 1))(w, jnp.linspace(-1, 1, 4, dtype=dtype))
+
+    ours = gradient(dr.ReversibleAdjoint())
+    assert all(g.dtype == dtype for g in ours)
+    error = np.abs(as_vector(ours) - as_vector(gradient(dfx.RecursiveCheckpointAdjoint())))
+    size = np.max(np.abs(as_vector(ours)))
+    assert np.max(error) < 8 * float(jnp.finfo(dtype).eps) * size
