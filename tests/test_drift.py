@@ -87,3 +87,22 @@ def test_not_finite():
         gradient(jnp.array(1.0), field=blow_up)
     grads = gradient(jnp.array(1.0), field=blow_up, throw=False)
     assert all(np.all(np.isnan(g)) for g in grads)
+
+
+def test_start_next_to_zero():
+    """Is not measured by the size that it happens to have."""
+
+    @jax.jit
+    def run(y0):
+        def final(y0):
+            adjoint = dr.ReversibleAdjoint()
+            term = dfx.ODETerm(lambda t, y, args: jnp.cos(t) + 0.1 * y)
+            sol = dfx.diffeqsolve(
+                term, dr.ALF4(), 0.0, 5.0, jnp.array(0.01), y0, adjoint=adjoint
+            )
+            return jnp.sum(sol.ys)
+
+        return jax.grad(final)(y0)
+
+    for size in (0.0, 1e-30, 1e-12):
+        assert np.allclose(run(jnp.array([size, -size])), np.exp(0.5), rtol=1e-8)

@@ -25,7 +25,7 @@ from .._custom_types import (
 from .._diffrax import State
 from .._solver.base import Cotangent, linearise_step
 from .._tree import tree_add, tree_zeros_like
-from .drift import drift
+from .drift import drift, sizes
 from .forward import Inputs, Problem, save_states, SaveFns, sub_saveats, Trace
 
 
@@ -66,6 +66,9 @@ class _Position(eqx.Module):
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
+    # Sizes of the state and the solver state after this step.
+    sizes: list[Float[Array, ""]]
+    sized_step: IntScalarLike
 
 
 class _Walk(eqx.Module):
@@ -192,8 +195,11 @@ class _Walk(eqx.Module):
             )
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             ct = pull(ct, dense_bar)
-        undone = (step, y0, state0, ct, position.cursors)
-        return _Position(*undone, position.restarts, position.drifts)
+        return eqx.tree_at(
+            lambda p: (p.step, p.y, p.solver_state, p.cotangent),
+            position,
+            (step, y0, state0, ct),
+        )
 
     def restarted(self, position: _Position) -> BoolScalarLike:
         """Whether the solve was restarted where the walk is."""
@@ -219,20 +225,34 @@ class _Walk(eqx.Module):
         # Not what `filter_vjp` gives, which might round in another way than the solve did.
         walked = self.drift(position, (y, restart(y, diff_state, self.params)))
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
-        return _Position(
-            position.step,
-            y,
-            solver_state,
-            Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar)),
-            position.cursors,
-            position.restarts - 1,
-            drifts,
+        ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+        return eqx.tree_at(
+            lambda p: (p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
+            position,
+            (y, solver_state, ct, position.restarts - 1, drifts),
         )
+
+    def before_last_step(self, position: _Position) -> BoolScalarLike:
+        """Whether the next step is the last before a comparison, and not sized yet."""
+        stop = 0
+        if self.trace.restarts.capacity > 0:
+            i = position.restarts - 1
+            stop = jnp.where(i >= 0, self.trace.restarts.step[jnp.maximum(i, 0)], 0)
+        return (position.step == stop + 1) & (position.sized_step != position.step)
+
+    def size_up(self, position: _Position) -> _Position:
+        """Note how large everything is, for `drift`."""
+        due = self.before_last_step(position)
+        new = sizes((position.y, position.solver_state))
+        new = [jnp.where(due, n, o) for n, o in zip(new, position.sizes, strict=True)]
+        sized_step = jnp.where(due, position.step, position.sized_step)
+        return eqx.tree_at(lambda p: (p.sizes, p.sized_step), position, (new, sized_step))
 
     def drift(self, position: _Position, true: PyTree) -> list[Float[Array, ""]]:
         """How far the walk is off the true state and solver state."""
+        end = sizes((self.trace.y, self.trace.solver_state))
         walked = (position.y, position.solver_state)
-        return drift(walked, true, (self.trace.y, self.trace.solver_state))
+        return drift(walked, true, position.sizes, end)
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
@@ -347,15 +367,24 @@ def _outputs(problem: Problem, save_fns: SaveFns, structs, cotangent: State):
 
 
 def _undo_all(walk: _Walk, position: _Position) -> _Position:
-    """The whole walk, in two loops as in the forward pass."""
+    """The whole walk, in two loops as in the forward pass.
+
+    That over steps is left at a restart, and before the step that leads to one, or to the
+    start.
+    """
 
     def segment(position):
         if walk.trace.restarts.capacity > 0:
             position = lax.while_loop(
                 lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
             )
+        position = walk.size_up(position)
+
+        def interrupted(position):
+            return walk.restarted(position) | walk.before_last_step(position)
+
         return lax.while_loop(
-            lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
+            lambda p: (p.step > 0) & ~eqxi.unvmap_any(interrupted(p)),
             lambda p: walk.undo_step(p),
             position,
         )
@@ -394,6 +423,7 @@ def walk_back(
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
         dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
     walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff)
+    no_drift = [jnp.zeros_like(size) for size in sizes((trace.y, trace.solver_state))]
     position = _Position(
         trace.steps.count,
         trace.y,
@@ -405,11 +435,11 @@ def walk_back(
         ),
         [_Cursor(trace.save_index[i], trace.saveat_ts_index[i]) for i in indices],
         jnp.minimum(trace.restarts.count, trace.restarts.capacity),
-        [],
+        no_drift,
+        no_drift,
+        jnp.array(-1),
     )
     start = (inputs.y0, inputs.solver_state)
-    no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
-    position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_end(position)
     position = _undo_all(walk, position)
     position = walk.pull_start(position)

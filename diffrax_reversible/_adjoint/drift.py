@@ -31,20 +31,32 @@ _messages = [
 ]
 
 
-def drift(reconstructed: PyTree, true: PyTree, end: PyTree) -> list[Float[Array, ""]]:
+def sizes(tree: PyTree) -> list[Float[Array, ""]]:
+    """The largest entry of every leaf."""
+    return [jnp.max(jnp.abs(leaf)) for leaf in _inexact_leaves(tree)]
+
+
+def drift(
+    reconstructed: PyTree,
+    true: PyTree,
+    nearby: list[Float[Array, ""]],
+    end: list[Float[Array, ""]],
+) -> list[Float[Array, ""]]:
     """For every leaf, the largest error as a fraction of its largest entry.
 
-    Where a leaf is zero throughout, its size at the end of the solve takes its place.
+    That is the larger of the entry there and of the one `nearby`, at the other end of the
+    step that was undone last: a solve that starts next to zero is not measured by it. If
+    both are zero, then the size at the `end` of the solve takes their place.
     """
 
-    def leaf_drift(r, t, e):
-        size, end_size = jnp.max(jnp.abs(t)), jnp.max(jnp.abs(e))
+    def leaf_drift(r, t, near_size, end_size):
+        size = jnp.maximum(jnp.max(jnp.abs(t)), near_size)
         size = jnp.where(size == 0, end_size, size)
         error = jnp.max(jnp.abs(r - t))
         return jnp.where(error == 0, 0, error / jnp.where(size == 0, 1, size))
 
-    leaves = zip(*(map(_inexact_leaves, (reconstructed, true, end))), strict=True)
-    return [leaf_drift(*leaf) for leaf in leaves]
+    leaves = map(_inexact_leaves, (reconstructed, true))
+    return [leaf_drift(*leaf) for leaf in zip(*leaves, nearby, end, strict=True)]
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:
@@ -64,12 +76,10 @@ def refuse_wrong(
     checkpoints, or if the walk back went astray."""
     if len(drifts) == 0:
         return gradient
-    tols = [
-        jnp.finfo(d.dtype).eps ** 0.5 if drift_tol is None else drift_tol for d in drifts
-    ]
-    within: Bool[Array, ""] = jnp.stack(
-        [d <= tol for d, tol in zip(drifts, tols, strict=True)]
-    ).all()
+    if drift_tol is None:
+        # Arrays of the finer dtypes depend on those of the coarsest.
+        drift_tol = max(float(jnp.finfo(d.dtype).eps) for d in drifts) ** 0.5
+    within: Bool[Array, ""] = jnp.stack([d <= drift_tol for d in drifts]).all()
     exhausted = restarts > checkpoints
     wrong = exhausted | jnp.invert(within)
     if not throw:

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 from diffrax import (
     AbstractLocalInterpolation,
     AbstractStepSizeController,
+    RESULTS,
     SaveAt,
     SubSaveAt,
 )
@@ -64,6 +65,7 @@ class Trace(eqx.Module):
     solver_state: SolverState
     steps: StepRecord
     restarts: RestartRecord
+    result: RESULTS
     # For each `SubSaveAt`: how many outputs were written, and how many of its `ts`.
     save_index: list[IntScalarLike]
     saveat_ts_index: list[IntScalarLike]
@@ -237,6 +239,7 @@ def solve_and_record(
         final_state.solver_state,
         record.steps,
         record.restarts,
+        final_state.result,
         [s.save_index for s in saved],
         [s.saveat_ts_index for s in saved],
         jax.eval_shape(lambda: [s.ys for s in saved]),

@@ -1,0 +1,185 @@
+"""What goes wrong in a solve goes wrong as it does in Diffrax, and for nobody else."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import BITWISE, PID, relative_error
+
+
+FIXED = dfx.ConstantStepSize()
+T1 = 2.0
+TS = jnp.linspace(0.0, T1, 5)
+SOLVERS = (dr.ALF4(), BITWISE)
+DEFAULT = dfx.RecursiveCheckpointAdjoint()
+
+
+def field(t, y, args):
+    """Replaced by `fault` within a window of time, unless that is zero."""
+    rate, fault = args
+    healthy = rate * jnp.sin(y) + jnp.cos(t)
+    return jnp.where((fault != 0) & (t > 1) & (t < 1.2), fault, healthy)
+
+
+def solve(args, adjoint, solver, controller, field=field, max_steps=200, throw=False):
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        0.0,
+        T1,
+        jnp.array(0.05),
+        jnp.array([1.0, 0.3]),
+        args,
+        saveat=dfx.SaveAt(ts=TS, t1=True),
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=throw,
+    )
+
+
+def value_and_grad(args, adjoint, solver, controller, **kwargs):
+    """Of a sum over what was saved. The gradient is with respect to the rate."""
+
+    @jax.jit
+    @jax.vmap
+    def run(args):
+        def loss(rate):
+            sol = solve((rate, args[1]), adjoint, solver, controller, **kwargs)
+            saved = jnp.where(jnp.isinf(sol.ts)[:, None], 0, sol.ys)
+            return jnp.sum(saved**2), (sol.ts, sol.ys, sol.stats, sol.result)
+
+        return jax.value_and_grad(loss, has_aux=True)(args[0])
+
+    (_, outputs), grad = run(args)
+    return outputs, grad
+
+
+def assert_forward_as_default(ours, default):
+    ts, ys, stats, result = ours
+    default_ts, default_ys, default_stats, default_result = default
+    np.testing.assert_array_equal(ts, default_ts)
+    np.testing.assert_array_equal(ys, default_ys)
+    assert np.array_equal(stats["num_steps"], default_stats["num_steps"])
+    assert np.array_equal(result._value, default_result._value)
+
+
+RATES = jnp.array([0.5, 1.0, -0.7])
+
+
+@pytest.mark.parametrize("fault", (jnp.nan, jnp.inf))
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("controller", (FIXED, PID))
+def test_not_finite(fault, solver, controller):
+    """In the second of three elements of a batch."""
+    arguments = dr.ReversibleAdjoint(), solver, controller
+    args = RATES, jnp.array([0.0, fault, 0.0])
+    outputs, grad = value_and_grad(args, *arguments)
+    expected, _ = value_and_grad(args, DEFAULT, solver, controller)
+    assert_forward_as_default(outputs, expected)
+    _, _, _, result = outputs
+    healthy = np.array([0, 2])
+    assert np.all(result._value[healthy] == dfx.RESULTS.successful._value)
+    # No step leads through the window: adaptive steps shrink before it until they run out.
+    if controller is PID:
+        assert result._value[1] == dfx.RESULTS.max_steps_reached._value
+    else:
+        assert np.isnan(grad[1])
+    _, alone = value_and_grad((RATES, jnp.zeros(3)), *arguments)
+    np.testing.assert_allclose(grad[healthy], alone[healthy], rtol=1e-13)
+
+
+def test_not_finite_raises():
+    """The gradient, as Diffrax does not look at what it saves."""
+
+    def loss(rate):
+        sol = solve((rate, jnp.nan), dr.ReversibleAdjoint(), dr.ALF4(), FIXED, throw=True)
+        return jnp.sum(sol.ys)
+
+    assert np.isnan(loss(jnp.array(1.0)))
+    with pytest.raises(RuntimeError, match="not finite"):
+        eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_steps_run_out(solver):
+    """In the second of three elements of a batch, of which the gradient is that of what
+    it saved before."""
+
+    def oscillating(t, y, args):
+        rate, scale = args
+        return rate * jnp.sin(y) + scale * jnp.sin(20 * t) * y
+
+    args = RATES, jnp.array([0.0, 60.0, 0.0])
+
+    def run(adjoint):
+        return value_and_grad(args, adjoint, solver, PID, field=oscillating, max_steps=100)
+
+    outputs, grad = run(dr.ReversibleAdjoint(checkpoints=50))
+    expected, expected_grad = run(DEFAULT)
+    assert_forward_as_default(outputs, expected)
+    _, _, _, result = outputs
+    reached = result._value == dfx.RESULTS.max_steps_reached._value
+    assert np.array_equal(reached, [False, True, False])
+    assert relative_error(grad, expected_grad) < 1e-9
+
+
+def test_steps_run_out_raises():
+    """Even if nothing but the gradient is used."""
+
+    def loss(rate):
+        adjoint = dr.ReversibleAdjoint()
+        sol = solve((rate, 0.0), adjoint, dr.ALF4(), FIXED, max_steps=10, throw=True)
+        return jnp.sum(sol.ys)
+
+    with pytest.raises(RuntimeError, match="maximum number of solver steps"):
+        eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_step_size_underflows(solver):
+    """Where the field has a pole, in the last of three elements of a batch."""
+    controller = dfx.PIDController(rtol=1e-6, atol=1e-6, dtmin=1e-4, force_dtmin=False)
+
+    def pole(t, y, args):
+        rate, at = args
+        return rate * y / jnp.abs(t - at) ** 1.5
+
+    args = RATES, jnp.array([5.0, 4.0, 1.3])
+
+    def run(adjoint):
+        return value_and_grad(args, adjoint, solver, controller, field=pole, max_steps=2000)
+
+    outputs, grad = run(dr.ReversibleAdjoint(checkpoints=50))
+    expected, expected_grad = run(DEFAULT)
+    assert_forward_as_default(outputs, expected)
+    _, _, _, result = outputs
+    underflow = result._value == dfx.RESULTS.dt_min_reached._value
+    assert np.array_equal(underflow, [False, False, True])
+    assert relative_error(grad, expected_grad) < 1e-9
+
+
+def test_infinite_state_is_recovered_from():
+    """Diffrax divides the error by the state, and infinity by infinity would be NaN."""
+
+    def blowing_up(t, y, args):
+        return y**2 - jnp.exp(t) * y**5
+
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(blowing_up),
+        dr.ALF6(),
+        0.0,
+        1.0,
+        # Far too long a step, in which `y` overflows.
+        jnp.array(1.0),
+        jnp.array([30.0, 1.0]),
+        stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),
+        max_steps=2000,
+    )
+    assert sol.stats["num_rejected_steps"] > 0
+    assert np.all(np.isfinite(sol.ys))
