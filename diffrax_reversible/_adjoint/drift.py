@@ -18,8 +18,9 @@ def _message(size: str) -> str:
         "its gradient would be wrong. Either steps were too large to be stable (decrease "
         "the tolerances or `dt0`), or the solution contracts too strongly over the length "
         "of the solve (shorten it, or use `adjoint=RecursiveCheckpointAdjoint()`), or "
-        "rounding was too coarse (use float64). If a gradient of that accuracy will do, "
-        "increase `drift_tol`."
+        "rounding was too coarse (use float64, or a solver that does not round, as "
+        "`ALF4(compensated=True)`). If a gradient of that accuracy will do, increase "
+        "`drift_tol`."
     )
 
 

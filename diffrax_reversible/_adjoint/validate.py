@@ -46,8 +46,9 @@ def too_few(checkpoints: int) -> str:
     return (
         f"`ReversibleAdjoint(checkpoints={checkpoints})`: the solver restarted more than "
         f"{checkpoints} times, and the gradient needs the state at each restart. Pass a "
-        "larger number of `checkpoints` (`sol.stats['num_restarts']` of a plain solve "
-        "tells how many there are), or use `adjoint=RecursiveCheckpointAdjoint()`."
+        "larger number of `checkpoints` (with this adjoint `sol.stats['num_restarts']` "
+        "tells how many there are, also if nothing is differentiated), or use "
+        "`adjoint=RecursiveCheckpointAdjoint()`."
     )
 
 
