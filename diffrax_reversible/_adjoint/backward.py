@@ -26,19 +26,36 @@ from .._diffrax import State
 from .._solver.base import Cotangent, linearise_step
 from .._tree import tree_add, tree_zeros_like
 from .drift import drift, sizes
-from .forward import Inputs, Problem, save_states, SaveFns, sub_saveats, Trace
+from .forward import (
+    Inputs,
+    Problem,
+    save_states,
+    SaveFns,
+    sub_saveats,
+    Times,
+    Trace,
+)
+
+
+# A time as a function of those that are differentiated.
+_Time = Callable[[Times], RealScalarLike]
+
+
+# The cotangents of the time and of the state, or what was made of it, of one output.
+_Row = tuple[Float[Array, ""] | None, PyTree[Array]]
 
 
 class _Output(eqx.Module):
     """The cotangent of what one `SubSaveAt` wrote."""
 
     sub: SubSaveAt
-    rows: PyTree[Array]
+    # Of the times, `None` if none are differentiated, and of what was saved at them.
+    rows: tuple[Float[Array, " rows"] | None, PyTree[Array]]
     # Which of `Inputs.save_fns` made it.
     index: int = eqx.field(static=True)
     saves_state: bool = eqx.field(static=True)
 
-    def row(self, i: IntScalarLike, written: BoolScalarLike = True) -> PyTree[Array]:
+    def row(self, i: IntScalarLike, written: BoolScalarLike = True) -> _Row:
         """The cotangent of the `i`-th output, zero unless it was `written`."""
 
         def get(rows):
@@ -78,49 +95,47 @@ class _Walk(eqx.Module):
     trace: Trace
     outputs: list[_Output]
     dense_rows: DenseInfo | None
-    # Those leaves of `(terms, args, save_fns)` that are differentiated, and the others.
+    # Those leaves of `(terms, args, save_fns, times)` that are differentiated, and the
+    # others.
     params: Params
     nondiff: PyTree
+    differentiates_times: bool = eqx.field(static=True)
 
     def bind(self, params: Params) -> tuple[Terms, Args]:
-        terms, args, _ = self._bind_all(params)
+        terms, args, _, _ = self._bind_all(params)
         return terms, args
 
-    def _bind_all(self, params: Params) -> tuple[Terms, Args, SaveFns]:
+    def _bind_all(self, params: Params) -> tuple[Terms, Args, SaveFns, Times]:
         return eqx.combine(params, self.nondiff)
 
+    def _times(self, params: Params) -> Times:
+        _, _, _, times = self._bind_all(params)
+        return times
+
     def pull_output(
-        self,
-        output: _Output,
-        row: PyTree[Array],
-        t: RealScalarLike,
-        y: Y,
-        params_cotangent: Params,
+        self, output: _Output, row: _Row, time: _Time, y: Y, params_cotangent: Params
     ) -> tuple[Y, Params]:
         """Pull the cotangent of one output back to the state that it was made of."""
-        if output.saves_state:
-            return row, params_cotangent
+        t_bar, saved_bar = row
+        if output.saves_state and t_bar is None:
+            return saved_bar, params_cotangent
 
         def save(y, params):
-            _, args, save_fns = self._bind_all(params)
-            fn = save_fns[output.index]
-            assert fn is not None
-            return eqx.filter(fn(t, y, args), eqx.is_inexact_array)
+            _, args, save_fns, times = self._bind_all(params)
+            t, fn = time(times), save_fns[output.index]
+            saved = y if fn is None else fn(t, y, args)
+            return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
         _, pull = jax.vjp(save, y, self.params)
         y_bar, params_bar = pull(row)
         return y_bar, tree_add(params_cotangent, params_bar)
 
     def pull_into_state(
-        self,
-        position: _Position,
-        output: _Output,
-        row: PyTree[Array],
-        t: RealScalarLike,
+        self, position: _Position, output: _Output, row: _Row, time: _Time
     ) -> _Position:
         """As `pull_output`, for an output made of the state where the walk is."""
         ct = position.cotangent
-        y_bar, params_bar = self.pull_output(output, row, t, position.y, ct.params)
+        y_bar, params_bar = self.pull_output(output, row, time, position.y, ct.params)
         ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
         return eqx.tree_at(lambda p: p.cotangent, position, ct)
 
@@ -135,7 +150,9 @@ class _Walk(eqx.Module):
             if written is not False:
                 position, save_index = _take(position, i, 1)
                 row = output.row(save_index, written)
-                position = self.pull_into_state(position, output, row, self.trace.t)
+                position = self.pull_into_state(
+                    position, output, row, lambda times: times.of(self.trace.t)
+                )
             if sub.ts is not None:
                 position = self._pull_trivial(position, i)
         return position
@@ -153,14 +170,33 @@ class _Walk(eqx.Module):
             return jnp.where(trivial, jnp.sum(window, axis=0), 0)
 
         row = jtu.tree_map(total, output.rows)
-        return self.pull_into_state(position, output, row, self.trace.t)
+        return self.pull_into_state(position, output, row, lambda times: times.t0)
+
+    def pull_dense_times(self, position: _Position, cotangent: State) -> _Position:
+        """The times that dense output is between."""
+        leaves = jtu.tree_leaves(cotangent.dense_ts)
+        if not self.differentiates_times or len(leaves) == 0:
+            return position
+        (ts_bar,) = leaves
+        steps = self.trace.steps
+        written = jnp.arange(len(ts_bar)) <= steps.count
+
+        def dense_ts(params):
+            times = self._times(params)
+            ends = jnp.asarray(steps.ends)
+            return jax.vmap(times.of)(jnp.append(self.problem.t0, ends))
+
+        _, pull = jax.vjp(dense_ts, self.params)
+        (params_bar,) = pull(jnp.where(written, ts_bar, 0))
+        params_bar = tree_add(position.cotangent.params, params_bar)
+        return eqx.tree_at(lambda p: p.cotangent.params, position, params_bar)
 
     def pull_start(self, position: _Position) -> _Position:
         """Outputs that were written before the first step."""
         for output in self.outputs:
             if output.sub.t0:
                 position = self.pull_into_state(
-                    position, output, output.row(0), self.problem.t0
+                    position, output, output.row(0), lambda times: times.t0
                 )
         return position
 
@@ -174,7 +210,8 @@ class _Walk(eqx.Module):
         interpolated = [
             i for i, output in enumerate(self.outputs) if output.sub.ts is not None
         ]
-        if all(self.outputs[i].saves_state for i in interpolated):
+        linear = all(self.outputs[i].saves_state for i in interpolated)
+        if linear and not self.differentiates_times:
             dense_bar = None
             if len(interpolated) > 0 or self.dense_rows is not None:
                 # Nothing but its shapes is used: interpolations are linear.
@@ -187,8 +224,13 @@ class _Walk(eqx.Module):
                 self.bind, self.params, t0, t1, *state, ct, dense_bar
             )
         else:
+
+            def step_times(params):
+                times = self._times(params)
+                return times.of(t0), times.of(t1)
+
             y0, state0, dense_info, pull = linearise_step(
-                solver, self.bind, self.params, t0, t1, *state
+                solver, self.bind, self.params, t0, t1, *state, step_times
             )
             dense_bar, ct, cursors = self._pull_dense(
                 position, interpolated, t0, t1, dense_info
@@ -215,9 +257,9 @@ class _Walk(eqx.Module):
         nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
 
         def restart(y, diff_state, params):
-            terms, args = self.bind(params)
+            terms, args, _, times = self._bind_all(params)
             state = eqx.combine(diff_state, nondiff_state)
-            return self.problem.solver.restart(terms, t, y, args, state)
+            return self.problem.solver.restart(terms, times.of(t), y, args, state)
 
         diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
         _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
@@ -263,7 +305,9 @@ class _Walk(eqx.Module):
             written = True if steps == 1 else position.step % steps == 0
             position, save_index = _take(position, i, jnp.where(written, 1, 0))
             row = output.row(save_index, written)
-            position = self.pull_into_state(position, output, row, t1)
+            position = self.pull_into_state(
+                position, output, row, lambda times: times.of(t1)
+            )
         return position
 
     def _dense_struct(self, t0, t1, y, solver_state) -> DenseInfo:
@@ -321,16 +365,31 @@ class _Walk(eqx.Module):
         def pull(carry):
             dense_bar, params_bar, cursor = carry
             cursor = _Cursor(cursor.save_index - 1, cursor.ts_index - 1)
-            t = ts[cursor.ts_index]
 
-            def evaluate(dense_info):
-                interpolation_cls = self.problem.solver.interpolation_cls
-                return interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t)
+            def time(times):
+                ts = times.ts[output.index]
+                assert ts is not None
+                return ts[cursor.ts_index]
 
-            y = None if output.saves_state else evaluate(dense_info)
+            def evaluate(dense_info, params):
+                times = self._times(params)
+                ends = dict(t0=times.of(t0), t1=times.of(t1))
+                interpolation = self.problem.solver.interpolation_cls(**ends, **dense_info)
+                return interpolation.evaluate(time(times))
+
+            linear = output.saves_state and not self.differentiates_times
+            y = None if linear else evaluate(dense_info, self.params)
             row = output.row(cursor.save_index)
-            y_bar, params_bar = self.pull_output(output, row, t, y, params_bar)
-            (new_bar,) = jax.linear_transpose(evaluate, dense_info)(y_bar)
+            y_bar, params_bar = self.pull_output(output, row, time, y, params_bar)
+            if self.differentiates_times:
+                _, pull = jax.vjp(evaluate, dense_info, self.params)
+                new_bar, more_bar = pull(y_bar)
+                params_bar = tree_add(params_bar, more_bar)
+            else:
+                transpose = jax.linear_transpose(
+                    lambda info: evaluate(info, self.params), dense_info
+                )
+                (new_bar,) = transpose(y_bar)
             return tree_add(dense_bar, new_bar), params_bar, cursor
 
         return lax.while_loop(more, pull, carry)
@@ -353,15 +412,17 @@ def _materialise(cotangent: PyTree, like: PyTree) -> PyTree[Array]:
     )
 
 
-def _outputs(problem: Problem, save_fns: SaveFns, structs, cotangent: State):
+def _outputs(problem: Problem, inputs: Inputs, structs, cotangent: State, with_times: bool):
     """The outputs of which some cotangent is not known to be zero."""
     outputs, cursors = [], []
     for i, (sub, struct, saved) in enumerate(
         zip(sub_saveats(problem.saveat), structs, save_states(cotangent), strict=True)
     ):
-        if len(jtu.tree_leaves(saved.ys)) > 0:
-            rows = _materialise(saved.ys, struct)
-            outputs.append(_Output(sub, rows, i, save_fns[i] is None))
+        rows = (saved.ts if with_times else None, saved.ys)
+        if len(jtu.tree_leaves(rows)) > 0:
+            ts, ys = _materialise(rows, struct)
+            rows = (ts if with_times else None, ys)
+            outputs.append(_Output(sub, rows, i, inputs.save_fns[i] is None))
             cursors.append(i)
     return outputs, cursors
 
@@ -415,14 +476,17 @@ def walk_back(
 
     The cotangent of `inputs`, and how far the walk was off where it could be checked.
     """
-    everything = (inputs.terms, inputs.args, inputs.save_fns)
-    mask = (perturbed.terms, perturbed.args, perturbed.save_fns)
+    everything = (inputs.terms, inputs.args, inputs.save_fns, inputs.times)
+    mask = (perturbed.terms, perturbed.args, perturbed.save_fns, perturbed.times)
     params, nondiff = eqx.partition(everything, mask)
-    outputs, indices = _outputs(problem, inputs.save_fns, trace.output_structs, cotangent)
+    with_times = any(jtu.tree_leaves(perturbed.times))
+    outputs, indices = _outputs(
+        problem, inputs, trace.output_structs, cotangent, with_times
+    )
     dense_rows = None
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
         dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
-    walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff)
+    walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff, with_times)
     no_drift = [jnp.zeros_like(size) for size in sizes((trace.y, trace.solver_state))]
     position = _Position(
         trace.steps.count,
@@ -440,6 +504,7 @@ def walk_back(
         jnp.array(-1),
     )
     start = (inputs.y0, inputs.solver_state)
+    position = walk.pull_dense_times(position, cotangent)
     position = walk.pull_end(position)
     position = _undo_all(walk, position)
     position = walk.pull_start(position)

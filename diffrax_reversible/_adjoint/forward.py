@@ -17,7 +17,7 @@ from diffrax import (
     SaveAt,
     SubSaveAt,
 )
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
@@ -30,6 +30,25 @@ from .validate import check_max_steps
 SaveFns = tuple[Callable | None, ...]
 
 
+class Times(eqx.Module):
+    """The times that a solve is differentiated with respect to.
+
+    For everything else the copies of them in `Problem` serve, which are held fixed.
+    """
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    # Of every `SubSaveAt` in order.
+    ts: tuple[Array | None, ...]
+
+    def of(self, t: RealScalarLike) -> RealScalarLike:
+        """`t`, with the derivative of an end of the solve if it is one.
+
+        Where the other ends of steps are does not depend on anything.
+        """
+        return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
+
+
 class Inputs(eqx.Module):
     """All that a solve is differentiated with respect to."""
 
@@ -38,6 +57,7 @@ class Inputs(eqx.Module):
     terms: Terms
     args: Args
     save_fns: SaveFns
+    times: Times
 
 
 class Problem(eqx.Module):
@@ -69,8 +89,9 @@ class Trace(eqx.Module):
     # For each `SubSaveAt`: how many outputs were written, and how many of its `ts`.
     save_index: list[IntScalarLike]
     saveat_ts_index: list[IntScalarLike]
-    # Shapes of what each `SubSaveAt` wrote, and of what dense output is made of.
-    output_structs: list[PyTree[jax.ShapeDtypeStruct]]
+    # Shapes of the times and of what each `SubSaveAt` wrote at them, and of what dense
+    # output is made of.
+    output_structs: list[tuple[Any, PyTree[jax.ShapeDtypeStruct]]]
     dense_structs: PyTree[jax.ShapeDtypeStruct]
 
 
@@ -99,6 +120,10 @@ def with_fns(saveat: SaveAt, fns: SaveFns) -> SaveAt:
         saveat,
         [save_y if fn is None else fn for fn in fns],
     )
+
+
+def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:
+    return Times(t0, t1, tuple(sub.ts for sub in sub_saveats(saveat)))
 
 
 def take_state(init_state: State) -> State:
@@ -242,7 +267,7 @@ def solve_and_record(
         final_state.result,
         [s.save_index for s in saved],
         [s.saveat_ts_index for s in saved],
-        jax.eval_shape(lambda: [s.ys for s in saved]),
+        jax.eval_shape(lambda: [(s.ts, s.ys) for s in saved]),
         jax.eval_shape(lambda: final_state.dense_infos),
     )
     return final_state, aux_stats, trace

@@ -19,10 +19,12 @@ from .forward import (
     save_states,
     solve_and_record,
     solve_plainly,
+    sub_saveats,
     take_fns,
     take_state,
+    take_times,
 )
-from .validate import check_supported, hold_fixed, too_few
+from .validate import check_supported, hold_fixed, moving_steps, too_few
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -30,8 +32,13 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     For use with an [`diffrax_reversible.AbstractReversibleSolver`][]. The gradient is that
     of the numerical solution itself, as under [`diffrax.RecursiveCheckpointAdjoint`][]
-    with the same solver, up to the rounding of the reconstructed states. Step locations
-    are held fixed, as [`diffrax.PIDController`][] does by itself.
+    with the same solver, up to the rounding of the reconstructed states.
+
+    Step locations other than `t0` and `t1` are held fixed. Under
+    [`diffrax.PIDController`][] they do not depend on the state anyway, as far as gradients
+    go, nor on `t1`. What they have to do with `t0`, and under
+    [`diffrax.ConstantStepSize`][] with `t1`, is left out of gradients with respect to
+    those, which are thus right to the accuracy of the solve.
 
     A solver that restarts (see [`diffrax_reversible.ALF4`][]) or crosses a jump makes a
     step that cannot be undone by itself, and the state before it is stored.
@@ -40,7 +47,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     `max_steps` steps (16 bytes a step in float64).
 
     Work: for the solvers of this package one evaluation of the vector field and one
-    pull-back through it for each evaluation of the forward pass.
+    pull-back through it for each evaluation of the forward pass. If a `SaveAt(fn=...)`
+    interpolates, or if times are differentiated, then half as much again.
 
     Where the walk back comes to a stored state, and where it ends, it is compared with what
     was there in the forward pass. If they differ too much, then the gradient is an error,
@@ -81,23 +89,27 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ):
-        del passed_solver_state, passed_controller_state
+        del passed_solver_state
         check_supported(solver, terms, event)
         y0, solver_state = init_state.y, init_state.solver_state
         saveat, save_fns = take_fns(
             saveat, lambda fn: eqx.filter_closure_convert(fn, t0, y0, args)
         )
         terms = close_terms(solver, terms, t0, y0, args)
-        inputs = Inputs(y0, solver_state, terms, args, save_fns)
+        times = take_times(t0, t1, saveat)
+        inputs = Inputs(y0, solver_state, terms, args, save_fns, times)
+        t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
+        if passed_controller_state:
+            hold_fixed(init_state.controller_state, "`controller_state`")
         # In this order, as everything that comes later may depend on what comes first.
         problem = Problem(
-            t0=hold_fixed(t0, "`t0`"),
-            t1=hold_fixed(t1, "`t1`"),
+            t0=t0,
+            t1=t1,
             dt0=hold_fixed(dt0, "`dt0`"),
-            saveat=hold_fixed(saveat, "`SaveAt(ts=...)`"),
+            saveat=saveat,
             solver=hold_fixed(solver, "`solver`"),
             stepsize_controller=hold_fixed(stepsize_controller, "`stepsize_controller`"),
-            init_state=hold_fixed(take_state(init_state), "the step locations"),
+            init_state=jtu.tree_map(_detach, take_state(init_state)),
             progress_meter=progress_meter,
             max_steps=max_steps,
         )
@@ -123,18 +135,20 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `ValueError` for solvers that are not reversible, and for `max_steps=None` if
     differentiated.
-- `NotImplementedError` for events.
+- `NotImplementedError` for events, and for gradients with respect to `t0` or `t1` of what
+    `SaveAt(steps=...)` saves.
 - `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
     the walk back misses a state that it can be compared with.
 """
 
 
 def _differentiate_outputs_only(final_state: State) -> State:
-    """Detach what the walk back holds fixed, times above all, and what is not real."""
+    """Detach what the walk back holds fixed, and what is not real."""
 
     def outputs(state):
-        saved = [save_state.ys for save_state in save_states(state)]
-        outputs = [*saved, state.dense_infos, state.y, state.solver_state]
+        saved = [(save_state.ts, save_state.ys) for save_state in save_states(state)]
+        outputs = [x for pair in saved for x in pair]
+        outputs += [state.dense_ts, state.dense_infos, state.y, state.solver_state]
         return [output for output in outputs if output is not None]
 
     detached = jtu.tree_map(_detach, final_state)
@@ -161,7 +175,10 @@ def _reversible_loop(inputs: Inputs, problem: Problem, checkpoints, drift_tol, t
 def _reversible_loop_fwd(
     perturbed, inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw
 ):
-    del perturbed, drift_tol
+    del drift_tol
+    moving = perturbed.times.t0 or perturbed.times.t1
+    if moving and any(sub.steps != 0 for sub in sub_saveats(problem.saveat)):
+        raise NotImplementedError(moving_steps)
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:
         # As early as can be; the backward pass raises it too, should this not be used.

@@ -52,6 +52,14 @@ def too_few(checkpoints: int) -> str:
     )
 
 
+moving_steps = (
+    f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
+    "`t0` or `t1` of the outputs of `SaveAt(steps=...)`, which move with them. Save at "
+    f"times of your own, by `SaveAt(ts=...)`, or detach `t0` and `t1` with "
+    f"`jax.lax.stop_gradient`. {_remedy} otherwise."
+)
+
+
 def hold_fixed(x: PyTree, name: str) -> PyTree:
     """Raise an error if `x` is differentiated: dropping its gradient would be silent."""
     return eqxi.nondifferentiable(

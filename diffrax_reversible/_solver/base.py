@@ -194,10 +194,12 @@ def linearise_step(
     t1: RealScalarLike,
     y1: Y,
     solver_state: SolverState,
+    step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
 ) -> tuple[Y, SolverState, DenseInfo, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
     """Undo a step, make it again, and return what it interpolated with and its pull-back.
 
-    Costs an inverse step, a step, and the memory of all the stages of a step.
+    If `t0` and `t1` depend on `params`, then `step_times` says how. Costs an inverse step,
+    a step, and the memory of all the stages of a step.
     """
     terms, args = bind(params)
     y0, solver_state0 = solver.inverse_step(terms, t0, t1, y1, args, solver_state)
@@ -206,7 +208,8 @@ def linearise_step(
     def step(y: Y, diff_state: PyTree, params: Params):
         terms, args = bind(params)
         state = eqx.combine(diff_state, nondiff_state)
-        y, _, dense_info, state, _ = solver.advance(terms, t0, t1, y, args, state)
+        times = (t0, t1) if step_times is None else step_times(params)
+        y, _, dense_info, state, _ = solver.advance(terms, *times, y, args, state)
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
     diff_state = eqx.filter(solver_state0, eqx.is_inexact_array)

@@ -1,0 +1,157 @@
+"""Gradients with respect to the times of a solve, and of its outputs."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import BITWISE, Network, network_args, relative_error, sum_of_squares
+
+
+Y0 = jnp.array([1.0, 2.0, 0.5])
+T0, T1 = jnp.array(0.2), jnp.array(3.0)
+# One of them is the end of the solve, which has a gradient of its own.
+TS = jnp.array([0.3, 1.1, 1.15, 2.7, 3.0])
+FIXED = dfx.ConstantStepSize()
+PID = dfx.PIDController(rtol=1e-7, atol=1e-7)
+STEP_TO = dfx.StepTo(jnp.concatenate([T0[None], jnp.linspace(0.4, 2.7, 40), T1[None]]))
+JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.8, 1.9]))
+
+
+def moments(t, y, args):
+    return {"t": t, "moment": jnp.sin(t) * y**2}
+
+
+SAVEATS = {
+    "ends": lambda ts: dfx.SaveAt(t0=True, t1=True),
+    "ts": lambda ts: dfx.SaveAt(ts=ts),
+    "fn": lambda ts: dfx.SaveAt(t0=True, t1=True, ts=ts, fn=moments),
+    "subs": lambda ts: dfx.SaveAt(
+        subs=[dfx.SubSaveAt(ts=ts[:3]), dfx.SubSaveAt(t1=True, ts=ts, fn=moments)]
+    ),
+    "dense": lambda ts: dfx.SaveAt(dense=True, t1=True, solver_state=True),
+}
+
+
+def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0):
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(Network()),
+        solver,
+        t0,
+        t1,
+        None if isinstance(controller, dfx.StepTo) else jnp.array(0.04),
+        y0,
+        network_args(),
+        saveat=SAVEATS[saveat](ts),
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=300,
+    )
+    times = [jnp.sin(t) for t in jax.tree.leaves(sol.ts)]
+    total = sum_of_squares(sol.ys) + sum_of_squares(times)
+    if saveat == "dense":
+        # The first and the last step among them.
+        at = jnp.array([0.21, 0.5, 1.1, 2.3, 2.99])
+        total += sum_of_squares((jax.vmap(sol.evaluate)(at), jax.vmap(sol.derivative)(at)))
+        total += sum_of_squares(sol.solver_state.v)
+    return total
+
+
+def gradients(controller, saveat, solver, argnums):
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def of(*times):
+            return loss(adjoint, controller, saveat, solver, *times)
+
+        return jax.grad(of, argnums)(T0, T1, TS)
+
+    return gradient(dr.ReversibleAdjoint()), gradient(dfx.RecursiveCheckpointAdjoint())
+
+
+@pytest.mark.parametrize("saveat", SAVEATS)
+@pytest.mark.parametrize("controller", (FIXED, PID, STEP_TO, JUMPS))
+def test_against_default(saveat, controller):
+    """Equal where step locations do not depend on times, and else to the accuracy of the
+    solve."""
+    ours, default = gradients(controller, saveat, dr.ALF4(), (0, 1, 2))
+    scale = max(float(jnp.max(jnp.abs(g))) for g in default)
+    for g, e, name in zip(ours, default, ("t0", "t1", "ts"), strict=True):
+        moving = {"t0": controller is not STEP_TO, "t1": controller is FIXED, "ts": False}
+        tol = 1e-6 if moving[name] else 1e-10
+        assert np.max(np.abs(g - e)) < tol * scale, name
+    # They are none of them zero where they are not.
+    assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
+
+
+@pytest.mark.parametrize("solver", (dr.ALF2(), dr.ALF6(), BITWISE), ids=repr)
+def test_solvers(solver):
+    ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
+    assert relative_error(ours, default) < 1e-10
+
+
+@pytest.mark.parametrize("argnums", ((0,), (1,), (2,)))
+def test_one_at_a_time(argnums):
+    ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
+    assert relative_error(ours, default) < 1e-10
+
+
+def test_closed_form():
+    """`y' = cos(t) y` from `t0` to `t1`."""
+
+    @jax.jit
+    def run(t0, t1):
+        def final(t0, t1):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, args: jnp.cos(t) * y),
+                dr.ALF6(),
+                t0,
+                t1,
+                jnp.sign(jax.lax.stop_gradient(t1 - t0)) * 0.05,
+                jnp.array(1.0),
+                adjoint=dr.ReversibleAdjoint(),
+            )
+            return sol.ys[0]
+
+        return final(t0, t1), *jax.grad(final, (0, 1))(t0, t1)
+
+    for t0, t1 in ((0.3, 2.0), (2.0, 0.3)):
+        y1, t0_bar, t1_bar = run(jnp.array(t0), jnp.array(t1))
+        assert abs(y1 - np.exp(np.sin(t1) - np.sin(t0))) < 1e-9
+        assert abs(t0_bar + y1 * np.cos(t0)) < 1e-8
+        assert abs(t1_bar - y1 * np.cos(t1)) < 1e-8
+
+
+def test_batch():
+    """Of solves of different lengths, which are learned."""
+
+    @jax.jit
+    def run(t1s):
+        def final(t1):
+            adjoint = dr.ReversibleAdjoint()
+            return loss(adjoint, PID, "ends", dr.ALF4(), T0, t1, TS)
+
+        return jax.vmap(jax.grad(final))(t1s), jnp.stack([jax.grad(final)(t) for t in t1s])
+
+    batched, alone = run(jnp.array([0.5, 1.0, 2.5]))
+    assert relative_error(batched, alone) < 1e-12
+
+
+def test_no_steps():
+    """If `t0 == t1`, then only what is saved depends on times."""
+
+    def gradient(adjoint):
+        def of(t0, t1, ts):
+            return loss(adjoint, FIXED, "ts", dr.ALF4(), t0, t1, ts)
+
+        return jax.grad(of, (0, 1, 2))(T1, T1, jnp.array([3.0, 3.0]))
+
+    ours, default = (
+        gradient(adjoint)
+        for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+    )
+    for g, e in zip(ours, default, strict=True):
+        assert np.allclose(g, e)
