@@ -3,9 +3,11 @@
 from typing import Any
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from ._custom_types import RealScalarLike
 
@@ -28,3 +30,23 @@ def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
 def tree_zeros_like(x: PyTree[Any]) -> PyTree[Any]:
     """Zeros for every floating-point leaf, `None` for every other."""
     return jtu.tree_map(jnp.zeros_like, eqx.filter(x, eqx.is_inexact_array))
+
+
+def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
+    """The largest entry of every array."""
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), x)
+
+
+def to_bits(x: PyTree[Array]) -> PyTree[Array]:
+    """As integers, which are not differentiated, nor compared with in the walk back."""
+
+    def convert(x):
+        dtype: Any = np.dtype(f"int{8 * x.dtype.itemsize}")
+        return lax.bitcast_convert_type(lax.stop_gradient(x), dtype)
+
+    return jtu.tree_map(convert, x)
+
+
+def from_bits(bits: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """The inverse of `to_bits`, in the dtypes of `like`."""
+    return jtu.tree_map(lambda b, l: lax.bitcast_convert_type(b, l.dtype), bits, like)

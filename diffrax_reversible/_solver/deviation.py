@@ -3,10 +3,11 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
+from .._tree import from_bits, to_bits
 
 
 # A restart where the deviation of `v`, times the step size, exceeds this many times the
@@ -15,6 +16,10 @@ from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 # restarts conservative ones needlessly.
 _ratio = 3.0
 _floor = 0.4
+# And where it has grown by this power of the machine epsilon since the last restart, as by
+# so much rounding errors grow in the walk back: to about a hundredth of the square root of
+# the machine epsilon.
+_growth = -0.37
 _sample_size = 1024
 
 
@@ -26,6 +31,21 @@ def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
     if tableau.deviation_weights is None:
         return None
     return jnp.stack([tableau.deviation_weights, tableau.error_weights], axis=1)
+
+
+class Deviation(eqx.Module):
+    """What is known of the deviation of `v` after a step: part of the solver state."""
+
+    # Whether `v` has to be restarted before the next step.
+    restart: BoolScalarLike
+    # For every array, the size of the deviation after the first step since the last
+    # restart, as bits. Zero before that.
+    seeds: PyTree[Int[Array, ""]]
+
+    @staticmethod
+    def none(v: VF) -> "Deviation":
+        seeds = jtu.tree_map(lambda x: jnp.zeros((), x.dtype), v)
+        return Deviation(jnp.array(False), to_bits(seeds))
 
 
 class DeviationWatch(eqx.Module):
@@ -50,22 +70,34 @@ class DeviationWatch(eqx.Module):
 
         return DeviationWatch(jtu.tree_map(add, self.sums, u))
 
-    def deviates(self, control: RealScalarLike, error_scale: float, y: Y) -> BoolScalarLike:
-        """Whether the deviation threatens the accuracy of the next steps.
+    def judge(
+        self, control: RealScalarLike, error_scale: float, y: Y, v: VF, before: Deviation
+    ) -> Deviation:
+        """Whether the deviation threatens the accuracy of the next steps, or the walk back.
 
-        It is compared, times the step size, with the Taylor term that the error estimate
-        is made of, and with the size of the state where both are next to nothing.
+        For the accuracy it is compared, times the step size, with the Taylor term that the
+        error estimate is made of, and with the size of the state where both are next to
+        nothing; for the walk back with its own size after the last restart.
         """
 
-        def deviates(sums, y):
-            sums = jnp.asarray(control, sums.dtype) * sums
-            sums = jnp.concatenate([sums, _sample(y)[None]])
-            d, e, y = jnp.max(jnp.abs(sums), axis=1, initial=0)
-            floor = jnp.finfo(y.dtype).eps ** _floor
-            return d > jnp.maximum(_ratio / error_scale * e, floor * y)
+        def judge(sums, y, v, seed):
+            both = jnp.stack([_sample(y), _sample(v)])
+            sizes = jnp.max(jnp.abs(jnp.concatenate([sums, both])), axis=1, initial=0)
+            deviation, error, y_size, v_size = sizes
+            eps = jnp.finfo(y.dtype).eps
+            seed = jnp.where(seed == 0, jnp.maximum(deviation, eps * v_size), seed)
+            h = jnp.abs(jnp.asarray(control, y.dtype))
+            harmless = jnp.maximum(_ratio / error_scale * h * error, eps**_floor * y_size)
+            restart = (h * deviation > harmless) | (deviation > eps**_growth * seed)
+            return restart, seed
 
-        leaves = jtu.tree_leaves(jtu.tree_map(deviates, self.sums, y))
-        return jnp.any(jnp.stack(leaves)) if leaves else jnp.array(False)
+        seeds = from_bits(before.seeds, v)
+        judged = jtu.tree_map(judge, self.sums, y, v, seeds)
+        restarts = jtu.tree_map(lambda _, pair: pair[0], v, judged)
+        seeds = jtu.tree_map(lambda _, pair: pair[1], v, judged)
+        leaves = jtu.tree_leaves(restarts)
+        restart = jnp.any(jnp.stack(leaves)) if leaves else jnp.array(False)
+        return Deviation(restart, to_bits(seeds))
 
 
 def _outer(weights: Float[Array, " 2"], x: Float[Array, " n"]) -> Float[Array, "2 n"]:

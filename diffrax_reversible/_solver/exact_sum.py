@@ -1,15 +1,12 @@
 """Sums without rounding, so that what was added can be taken off again to the last bit."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .._tree import tree_add
+from .._tree import from_bits, to_bits, tree_add
 
 
 class Sum(eqx.Module):
@@ -77,7 +74,7 @@ def _rounding_error(a: Array, b: Array, total: Array) -> Array:
 
 
 class LowPart(eqx.Module):
-    """What a `Sum` has beyond `high`, as bits: integers are not differentiated."""
+    """What a `Sum` has beyond `high`, as bits."""
 
     low: PyTree[Array]
     grid: PyTree[Array]
@@ -93,33 +90,18 @@ class LowPart(eqx.Module):
 
         low = jtu.tree_map(jnp.zeros_like, high)
         grid = jtu.tree_map(grid, lax.stop_gradient(scale))
-        return LowPart(*jtu.tree_map(_to_bits, (low, grid)))
+        return LowPart(*to_bits((low, grid)))
 
     @staticmethod
     def split(total: Sum) -> tuple[PyTree[Array], "LowPart | None"]:
         """The inverse of `join`."""
         if total.low is None:
             return total.high, None
-        return total.high, LowPart(*jtu.tree_map(_to_bits, (total.low, total.grid)))
+        return total.high, LowPart(*to_bits((total.low, total.grid)))
 
     @staticmethod
     def join(high: PyTree[Array], low_part: "LowPart | None") -> Sum:
         if low_part is None:
             return Sum(high, None, None)
-        like = (high, high)
-        low, grid = jtu.tree_map(
-            lambda bits, like: lax.bitcast_convert_type(bits, like.dtype),
-            (low_part.low, low_part.grid),
-            like,
-        )
+        low, grid = from_bits((low_part.low, low_part.grid), (high, high))
         return Sum(high, low, grid)
-
-
-def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
-    """The largest entry of every array."""
-    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), x)
-
-
-def _to_bits(x: Array) -> Array:
-    dtype: Any = np.dtype(f"int{8 * x.dtype.itemsize}")
-    return lax.bitcast_convert_type(lax.stop_gradient(x), dtype)

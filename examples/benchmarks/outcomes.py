@@ -210,7 +210,10 @@ def sweep(problems, solvers, steps) -> list[tuple[str, str, str, list[Outcome]]]
         for dtype in DTYPES:
             ours = gradient(problem, solver, WALK_BACK, dtype)
             stored = gradient(problem, solver, STORE, dtype)
-            row = [outcome(*ours(n), stored(n)[0], exact(n)[0], dtype) for n in steps]
+            row = []
+            for n in steps:
+                grad, restarts = ours(n)
+                row.append(outcome(grad, restarts, stored(n)[0], exact(n)[0], dtype))
             rows.append((name, solver_name, jnp.dtype(dtype).name, row))
         jax.clear_caches()
     return rows
