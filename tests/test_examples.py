@@ -8,7 +8,8 @@ import sys
 import pytest
 
 
-EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -20,3 +21,12 @@ def test_example(path, tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"
     assert script.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_outcomes():
+    """No gradient is wrong, in a part of the sweep."""
+    script = FOLDER / "benchmarks" / "outcomes.py"
+    command = [sys.executable, script, "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines()[-1] == "OK"
