@@ -49,9 +49,11 @@ def assert_same(saveat, solver, read):
 
     (value, out), grad = gradient(dr.ReversibleAdjoint())
     (expected_value, expected), expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
-    assert value == expected_value
+    # They are compiled apart, and their last bits may differ.
+    rounding = dict(rtol=100 * np.finfo(np.float64).eps, atol=0)
+    np.testing.assert_allclose(value, expected_value, **rounding)
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
-        assert np.array_equal(x, y)
+        np.testing.assert_allclose(x, y, **rounding)
     assert relative_error(grad, expected_grad) < 1e-10
 
 

@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    problems = list(PROBLEMS)[::4] if quick else list(PROBLEMS)
+    problems = list(PROBLEMS)[::5] if quick else list(PROBLEMS)
     solvers = list(SOLVERS)[1::3] if quick else list(SOLVERS)
     steps = STEPS[1::2] if quick else STEPS
     rows = sweep(problems, solvers, steps)
