@@ -58,7 +58,7 @@ def test_states(solver, controller):
     assert used < 9.2
 
 
-@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 4), (PID, 7)))
+@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 5), (PID, 7)))
 def test_compensated(controller, states):
     """So many more of them."""
     size = 1_000_000
