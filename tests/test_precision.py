@@ -66,15 +66,12 @@ FIELDS = {"kepler": kepler, "pendulum": pendulum, "network": skew_network}
 
 @pytest.mark.parametrize(
     "name, dtype",
-    (
-        ("kepler", jnp.float32),
-        ("kepler", jnp.float64),
-        ("pendulum", jnp.float64),
-        ("network", jnp.float32),
-    ),
+    # In float32, and without the restarts that a solve makes, the 1,600 orbits of Kepler's
+    # problem end by outgrowing the lattice, more than sixteenfold.
+    (("kepler", jnp.float64), ("pendulum", jnp.float32), ("network", jnp.float32)),
 )
 def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
-    solver, steps = COMPENSATED, 1_000_000
+    solver, steps = BITWISE, 1_000_000
     term, y0 = dfx.ODETerm(FIELDS[name]), initial(name, dtype)
     # A few thousand different ones, as step sizes may vary.
     h = jnp.asarray(0.01 + 0.005 * jnp.sin(jnp.arange(steps) % 5_000), dtype)

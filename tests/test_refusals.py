@@ -61,6 +61,19 @@ def grad_wrt_steps():
     return jax.grad(total)(jnp.array([0.0, 0.4, 1.0]))
 
 
+def grad_wrt_controller_state():
+    saveat = dfx.SaveAt(t1=True, controller_state=True)
+    state = solve(saveat=saveat).controller_state
+
+    def total(scale):
+        scaled = jax.tree.map(
+            lambda x: x * scale if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+        return jnp.sum(solve(controller_state=scaled).ys)
+
+    return jax.jit(jax.grad(total))(jnp.array(1.0))
+
+
 JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.5]))
 
 # name, call, exception, parts of the message
@@ -106,6 +119,12 @@ REFUSALS = (
         grad_wrt_steps,
         RuntimeError,
         ("gradients with respect to `stepsize_controller`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to controller_state",
+        grad_wrt_controller_state,
+        RuntimeError,
+        ("gradients with respect to `controller_state`", "stop_gradient"),
     ),
     (
         "settings that are none: tolerance",

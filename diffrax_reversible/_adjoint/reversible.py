@@ -100,7 +100,12 @@ class ReversibleAdjoint(AbstractAdjoint):
         inputs = Inputs(y0, solver_state, terms, args, save_fns, times)
         t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
         if passed_controller_state:
-            hold_fixed(init_state.controller_state, "`controller_state`")
+            init_state = eqx.tree_at(
+                lambda s: s.controller_state,
+                init_state,
+                hold_fixed(init_state.controller_state, "`controller_state`"),
+                is_leaf=lambda x: x is None,
+            )
         # In this order, as everything that comes later may depend on what comes first.
         problem = Problem(
             t0=t0,
