@@ -4,53 +4,108 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
-from diffrax import AbstractSolver, AbstractTerm
 from jax.core import Tracer
+from jaxtyping import PyTree
 
-from .._custom_types import Args, RealScalarLike, Terms, VF, Y
-
-
-class _ClosedTerm(AbstractTerm):
-    """A term of which the vector field holds all that it closes over as leaves."""
-
-    term: AbstractTerm
-    vector_field: Callable[[RealScalarLike, Y, Args], VF]
-
-    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
-        return self.vector_field(t, y, args)
-
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> Any:
-        return self.term.contr(t0, t1, **kwargs)
-
-    def prod(self, vf: VF, control: Any) -> Y:
-        return self.term.prod(vf, control)
+from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
+from .._solver.base import AbstractReversibleSolver
+from .validate import hidden_closure
 
 
 def close_terms(
-    solver: AbstractSolver, terms: Terms, t: RealScalarLike, y: Y, args: Args
-) -> Terms:
-    """`terms`, but if a vector field closes over traced values then with those as leaves.
+    solver: AbstractReversibleSolver,
+    terms: Terms,
+    args: Args,
+    t: RealScalarLike,
+    y: Y,
+    solver_state: SolverState,
+) -> tuple[Terms, Args]:
+    """`terms` and `args`, but with the traced values that functions among their leaves
+    close over as leaves too.
 
-    A custom gradient cannot see a closed-over value, and would drop its cotangent.
+    A custom gradient cannot see a closed-over value, and would drop its cotangent. Only
+    these functions are replaced, so that terms remain of the type that they were.
     """
-    closed = eqx.filter_closure_convert(
-        lambda t, y, args: solver.func(terms, t, y, args), t, y, args
-    )
-    known = {id(leaf) for leaf in jtu.tree_leaves((terms, args))}
-    captured = [
-        leaf
-        for leaf in jtu.tree_leaves(closed)
-        if isinstance(leaf, Tracer) and id(leaf) not in known
-    ]
-    if len(captured) == 0:
-        return terms
-    if not isinstance(terms, AbstractTerm):
-        raise NotImplementedError(
-            "`diffeqsolve(..., adjoint=ReversibleAdjoint())`: with several terms a "
-            "vector field may not close over traced values. Pass them through `args`, or "
-            "as fields of an `equinox.Module`."
+
+    def there_and_back(terms, args, t, y, solver_state):
+        y, _, _, solver_state, _ = solver.advance(terms, t, t, y, args, solver_state)
+        return solver.inverse_step(terms, t, t, y, args, solver_state)
+
+    def captures(terms, args):
+        known = (solver, terms, args, t, y, solver_state)
+        step = eqx.filter_closure_convert(
+            lambda *x: solver.advance(terms, x[0], x[0], x[1], args, x[2])[:2],
+            t,
+            y,
+            solver_state,
         )
-    return _ClosedTerm(
-        terms, eqx.filter_closure_convert(lambda *a: terms.vf(*a), t, y, args)
+        return _captured(step, known)
+
+    if not captures(terms, args):
+        return terms, args
+    spies = jtu.tree_map(lambda x: _Spy(x) if _is_function(x) else x, (terms, args))
+    eqx.filter_eval_shape(there_and_back, *spies, t, y, solver_state)
+    terms, args = jtu.tree_map(_close, spies)
+    if captures(terms, args):
+        raise NotImplementedError(hidden_closure)
+    return terms, args
+
+
+def _is_function(x: Any) -> bool:
+    return callable(x) and not eqx.is_array(x) and not isinstance(x, type)
+
+
+def _captured(closed: Callable, known: PyTree) -> bool:
+    """Whether what was closed over has traced values that are not `known`."""
+    ids = {id(leaf) for leaf in jtu.tree_leaves(known)}
+    leaves = jtu.tree_leaves(closed)
+    return any(isinstance(leaf, Tracer) and id(leaf) not in ids for leaf in leaves)
+
+
+def _structure(x: PyTree) -> PyTree:
+    """`x` with shapes and dtypes in place of arrays."""
+    return jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x, x
     )
+
+
+class _Spy:
+    """A function that notes with what it is called."""
+
+    def __init__(self, fn: Callable):
+        self.fn = fn
+        self.calls: list[PyTree] = []
+
+    def __call__(self, *args, **kwargs):
+        call = _structure((args, kwargs))
+        if not any(eqx.tree_equal(call, earlier) for earlier in self.calls):
+            self.calls.append(call)
+        return self.fn(*args, **kwargs)
+
+
+class _Closed(eqx.Module):
+    """A function with what it closes over as leaves, one version for each kind of call."""
+
+    versions: list[Callable]
+
+    def __call__(self, *args, **kwargs):
+        call = _structure((args, kwargs))
+        for version in self.versions[:-1]:
+            if eqx.tree_equal(call, _structure(version.in_struct)):
+                return version(*args, **kwargs)
+        # It says how it was called, should it not fit either.
+        return self.versions[-1](*args, **kwargs)
+
+
+def _close(x: Any) -> Any:
+    """What is to stand in place of a leaf, given what a spy has seen."""
+    if not isinstance(x, _Spy):
+        return x
+    versions = [
+        eqx.filter_closure_convert(x.fn, *args, **kwargs) for args, kwargs in x.calls
+    ]
+    if any(_captured(version, ()) for version in versions):
+        return _Closed(versions)
+    return x.fn

@@ -95,7 +95,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         saveat, save_fns = take_fns(
             saveat, lambda fn: eqx.filter_closure_convert(fn, t0, y0, args)
         )
-        terms = close_terms(solver, terms, t0, y0, args)
+        terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
         times = take_times(t0, t1, saveat)
         inputs = Inputs(y0, solver_state, terms, args, save_fns, times)
         t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))

@@ -52,6 +52,12 @@ def too_few(checkpoints: int) -> str:
     )
 
 
+hidden_closure = (
+    f"{call}: a function that is not visible as a leaf of `terms` or `args`, such as a "
+    "static field of a module, closes over traced values, and their gradient would be "
+    "lost. Pass them through `args`, or as fields of an `equinox.Module`."
+)
+
 moving_steps = (
     f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
     "`t0` or `t1` of the outputs of `SaveAt(steps=...)`, which move with them. Save at "

@@ -1,6 +1,6 @@
 """Asynchronous leapfrog and its compositions."""
 
-from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
+from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax import AbstractAdaptiveSolver, AbstractTerm, ControlTerm, RESULTS
+from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 from jaxtyping import Array
 
 from .._coefficients.alf import alf2, alf4, alf6, alf8
@@ -25,12 +25,12 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._diffrax import WrapTerm
 from .._tree import largest, tree_add, tree_axpy, tree_scale
 from .base import AbstractReversibleSolver, Cotangent
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .exact_sum import LowPart, Sum
 from .interpolation import HermiteInterpolation
+from .ode_term import as_ode_term
 
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     compensated: AbstractVar[bool]
     bitwise: AbstractVar[bool]
 
-    term_structure: ClassVar = AbstractTerm[Any, RealScalarLike]
+    # Which terms these may be, `as_ode_term` checks.
+    term_structure: ClassVar = AbstractTerm
     interpolation_cls: ClassVar = HermiteInterpolation
 
     def order(self, terms: Terms) -> int:
@@ -102,20 +103,20 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0: Y,
         args: Args,
     ) -> ALFState:
-        _check_term(self, terms)
+        term = as_ode_term(self, terms)
         _check_state(self, y0)
         # Checkpointed, as otherwise a gradient would hold on to the activations of this
         # evaluation for the length of the solve.
-        v = eqx.filter_checkpoint(self._field)(terms, t0, y0, args)
+        v = eqx.filter_checkpoint(self._field)(term, t0, y0, args)
         low = None
         if self.compensated or self.bitwise:
-            first_increment = largest(tree_scale(terms.contr(t0, t1), v))
+            first_increment = largest(tree_scale(term.contr(t0, t1), v))
             y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
             low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
         return ALFState(v, self._no_deviation(v), low)
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
-        return terms.vf(t0, y0, args)
+        return as_ode_term(self, terms).vf(t0, y0, args)
 
     def advance(
         self,
@@ -127,14 +128,15 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         solver_state: ALFState,
     ) -> tuple[Y, Y, DenseInfo, ALFState, RESULTS]:
         v0 = solver_state.v
-        control = terms.contr(t0, t1)
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
         weights = watch_weights(self.tableau)
 
         def sub_step(carry, sub: _SubStep):
             z, v, sums, watch = carry
             half = control * sub.length / 2
             k = z.plus(tree_scale(half, v.high))
-            u = self._field(terms, t0 + sub.midpoint * (t1 - t0), k.high, args)
+            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
             new_v = v.reflect(u)
             z = k.plus(tree_scale(half, new_v.high))
             sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
@@ -175,7 +177,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
         solver_state: ALFState,
     ) -> ALFState:
-        v, low = self._field(terms, t, y, args), solver_state.low
+        v = self._field(as_ode_term(self, terms), t, y, args)
+        low = solver_state.low
         if low is not None:
             low = low[0], LowPart.start(v, largest(v))
         return ALFState(v, self._no_deviation(v), low)
@@ -193,7 +196,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         `y` as far as its size in the length of the solve: a solve may start at zero, or at
         rest."""
         v_scale = largest(solver_state.v)
-        step = jnp.abs(terms.contr(t0, t1))
+        step = jnp.abs(as_ode_term(self, terms).contr(t0, t1))
         y_scale = jtu.tree_map(jnp.maximum, largest(y0), tree_scale(step, v_scale))
         v_scale = jtu.tree_map(
             lambda v, y: jnp.maximum(v, y / jnp.asarray(jnp.abs(length), y.dtype)),
@@ -211,13 +214,14 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
         solver_state: ALFState,
     ) -> tuple[Y, ALFState]:
-        control = terms.contr(t0, t1)
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
 
         def sub_step(carry, sub: _SubStep):
             z, v = carry
             half = control * sub.length / 2
             k = z.minus(tree_scale(half, v.high))
-            u = self._field(terms, t0 + sub.midpoint * (t1 - t0), k.high, args)
+            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
             v = v.reflect(u)
             return k.minus(tree_scale(half, v.high)), v
 
@@ -237,7 +241,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, ALFState, Cotangent]:
-        control = bind(params)[0].contr(t0, t1)
+        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
         start, functionals, sums_cotangent = None, {}, {}
         if dense_cotangent is not None:
             start, end, sums_cotangent = _split_dense(dense_cotangent, control)
@@ -272,7 +276,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             cotangent = _add_state(cotangent, *start)
         return y0, ALFState(v0, solver_state.deviation, low), cotangent
 
-    def _field(self, terms: Terms, t: RealScalarLike, y: Y, args: Args) -> VF:
+    def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
         """The vector field, and if `bitwise` then in a computation of its own.
 
         That is a branch of a conditional of which the compiler does not know that it is
@@ -280,11 +284,11 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         something else, and so it rounds alike.
         """
         if not self.bitwise:
-            return terms.vf(t, y, args)
+            return term.vf(t, y, args)
         # The same for all elements of a batch, or both branches would be evaluated.
         always = eqxi.unvmap_any(t == t)
         return lax.cond(
-            always, lambda y: terms.vf(t, y, args), lambda y: tree_scale(jnp.nan, y), y
+            always, lambda y: term.vf(t, y, args), lambda y: tree_scale(jnp.nan, y), y
         )
 
     def _linearise_field(self, bind: Bind, t: RealScalarLike, k: Y, params: Params):
@@ -295,12 +299,12 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 
         def field(k, params):
             terms, args = bind(params)
-            return terms.vf(t, k, args)
+            return as_ode_term(self, terms).vf(t, k, args)
 
         u, pull = jax.vjp(field, k, params)
         if self.bitwise:
             terms, args = bind(params)
-            u = self._field(terms, t, k, args)
+            u = self._field(as_ode_term(self, terms), t, k, args)
         return u, pull
 
     def _no_deviation(self, v: VF) -> Deviation | None:
@@ -367,18 +371,6 @@ def _add_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:
         _with_v(cotangent.solver_state, tree_add(cotangent.solver_state.v, v)),
         cotangent.params,
     )
-
-
-def _check_term(solver: AbstractALF, term: AbstractTerm) -> None:
-    while isinstance(term, WrapTerm):
-        term = term.term
-    if isinstance(term, ControlTerm):
-        raise ValueError(
-            f"`diffeqsolve(..., solver={type(solver).__name__}())` solves ordinary "
-            "differential equations and got a `ControlTerm`. If the control is "
-            "differentiable use `ControlTerm(...).to_ode()`; for stochastic differential "
-            "equations use for example `diffrax.ReversibleHeun()`."
-        )
 
 
 def _check_state(solver: AbstractALF, y0: Y) -> None:

@@ -1,0 +1,72 @@
+"""What a solver for ordinary differential equations accepts as its terms."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractSolver, AbstractTerm, ControlTerm, MultiTerm, ODETerm
+
+from .._custom_types import Args, RealScalarLike, Terms, VF, Y
+from .._diffrax import WrapTerm
+from .._tree import tree_add
+
+
+class _SumTerm(AbstractTerm):
+    """The sum of vector fields that are all integrated with respect to time."""
+
+    terms: tuple[AbstractTerm, ...]
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        first, *others = self.terms
+        total = first.vf(t, y, args)
+        for term in others:
+            total = tree_add(total, term.vf(t, y, args))
+        return total
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
+        return self.terms[0].contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: RealScalarLike) -> Y:
+        return self.terms[0].prod(vf, control)
+
+
+def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
+    """A single term of which the vector field is that of the equation.
+
+    **Raises:**
+
+    `ValueError` for terms that are not integrated with respect to time.
+    """
+    call = f"`diffeqsolve(..., solver={type(solver).__name__}())`"
+    ode = f"{call} solves ordinary differential equations and got"
+    if isinstance(terms, MultiTerm):
+        parts = tuple(as_ode_term(solver, term) for term in terms.terms)
+        if not all(isinstance(_unwrap(part), ODETerm | _SumTerm) for part in parts):
+            raise ValueError(
+                f"{ode} a `MultiTerm` of terms that are not all `ODETerm`s. Write them as "
+                "the sum of vector fields in a single `ODETerm`."
+            )
+        return _SumTerm(parts)
+    if isinstance(_unwrap(terms), ControlTerm):
+        raise ValueError(
+            f"{ode} a `ControlTerm`. If the control is differentiable, use "
+            "`ControlTerm(...).to_ode()`: between the steps of a control its derivative is "
+            "needed for the order. If it is noise, use for example "
+            "`diffrax.ReversibleHeun()`: the second approximation to the vector field that "
+            "this solver carries along, `v`, is off by what noise adds up to, and does not "
+            "converge with the step."
+        )
+    time = jnp.asarray(0.0)
+    control = eqx.filter_eval_shape(terms.contr, time, time)
+    is_leaf = jtu.tree_structure(control) == jtu.tree_structure(0)
+    if not is_leaf or getattr(control, "shape", ()) != ():
+        raise ValueError(
+            f"{ode} a `{type(_unwrap(terms)).__name__}` of which the control is not the "
+            "scalar `t1 - t0`. Write it as an `ODETerm`."
+        )
+    return terms
+
+
+def _unwrap(term: AbstractTerm) -> AbstractTerm:
+    while isinstance(term, WrapTerm):
+        term = term.term
+    return term
