@@ -85,12 +85,6 @@ REFUSALS = (
         ("`Tsit5` is not", "ALF2", "ALF8", "AbstractReversibleSolver"),
     ),
     (
-        "events",
-        lambda: solve(event=dfx.Event(lambda t, y, args, **kw: y[0] < 0.5)),
-        NotImplementedError,
-        ("`event=...`", "RecursiveCheckpointAdjoint"),
-    ),
-    (
         "more restarts than checkpoints",
         lambda: grad(stepsize_controller=JUMPS, adjoint=dr.ReversibleAdjoint(0)),
         RuntimeError,
@@ -107,6 +101,12 @@ REFUSALS = (
         lambda: grad_wrt("t1", jnp.array(0.9), saveat=dfx.SaveAt(steps=True)),
         NotImplementedError,
         ("`t0` or `t1`", "`SaveAt(steps=...)`", "SaveAt(ts=...)", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to t0 or t1, if an event is not located",
+        lambda: grad_wrt("t0", jnp.array(0.1), event=dfx.Event(lambda *a, **k: a[1][0])),
+        NotImplementedError,
+        ("`t0` or `t1`", "`root_finder`", "stop_gradient"),
     ),
     (
         "gradients with respect to dt0",

@@ -8,8 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import SubSaveAt
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._custom_types import (
     Args,
@@ -24,52 +23,16 @@ from .._custom_types import (
 )
 from .._diffrax import State
 from .._solver.base import Cotangent, linearise_step
-from .._tree import tree_add, tree_zeros_like
+from .._tree import tree_add
 from .drift import drift
-from .forward import (
-    Inputs,
-    Problem,
-    save_states,
-    SaveFns,
-    sub_saveats,
-    Times,
-    Trace,
-)
+from .finish import pull_finish
+from .forward import Trace
+from .outputs import Cursor, materialise, Output, Row
+from .problem import Context, Inputs, Problem, save_states, Times
 
 
 # A time as a function of those that are differentiated.
 _Time = Callable[[Times], RealScalarLike]
-
-
-# The cotangents of the time and of the state, or what was made of it, of one output.
-_Row = tuple[Float[Array, ""] | None, PyTree[Array]]
-
-
-class _Output(eqx.Module):
-    """The cotangent of what one `SubSaveAt` wrote."""
-
-    sub: SubSaveAt
-    # Of the times, `None` if none are differentiated, and of what was saved at them.
-    rows: tuple[Float[Array, " rows"] | None, PyTree[Array]]
-    # Which of `Inputs.save_fns` made it.
-    index: int = eqx.field(static=True)
-    saves_state: bool = eqx.field(static=True)
-
-    def row(self, i: IntScalarLike, written: BoolScalarLike = True) -> _Row:
-        """The cotangent of the `i`-th output, zero unless it was `written`."""
-
-        def get(rows):
-            row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
-            return row if written is True else jnp.where(written, row, 0)
-
-        return jtu.tree_map(get, self.rows)
-
-
-class _Cursor(eqx.Module):
-    """How many outputs, and how many of its `ts`, a `SubSaveAt` has left to read."""
-
-    save_index: IntScalarLike
-    ts_index: IntScalarLike
 
 
 class _Position(eqx.Module):
@@ -79,7 +42,7 @@ class _Position(eqx.Module):
     y: Y
     solver_state: SolverState
     cotangent: Cotangent
-    cursors: list[_Cursor]
+    cursors: list[Cursor]
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
@@ -90,27 +53,24 @@ class _Walk(eqx.Module):
 
     problem: Problem
     trace: Trace
-    outputs: list[_Output]
+    outputs: list[Output]
     dense_rows: DenseInfo | None
-    # Those leaves of `(terms, args, save_fns, times)` that are differentiated, and the
-    # others.
+    # Of what the last step interpolated with, if an event was located within it.
+    end_dense: DenseInfo | None
+    # Those leaves of `Inputs.context` that are differentiated, and the others.
     params: Params
-    nondiff: PyTree
+    nondiff: Context
     differentiates_times: bool = eqx.field(static=True)
 
     def bind(self, params: Params) -> tuple[Terms, Args]:
-        terms, args, _, _ = self._bind_all(params)
-        return terms, args
+        context = self.context(params)
+        return context.terms, context.args
 
-    def _bind_all(self, params: Params) -> tuple[Terms, Args, SaveFns, Times]:
+    def context(self, params: Params) -> Context:
         return eqx.combine(params, self.nondiff)
 
-    def _times(self, params: Params) -> Times:
-        _, _, _, times = self._bind_all(params)
-        return times
-
     def pull_output(
-        self, output: _Output, row: _Row, time: _Time, y: Y, params_cotangent: Params
+        self, output: Output, row: Row, time: _Time, y: Y, params_cotangent: Params
     ) -> tuple[Y, Params]:
         """Pull the cotangent of one output back to the state that it was made of."""
         t_bar, saved_bar = row
@@ -118,9 +78,9 @@ class _Walk(eqx.Module):
             return saved_bar, params_cotangent
 
         def save(y, params):
-            _, args, save_fns, times = self._bind_all(params)
-            t, fn = time(times), save_fns[output.index]
-            saved = y if fn is None else fn(t, y, args)
+            context = self.context(params)
+            t, fn = time(context.times), context.save_fns[output.index]
+            saved = y if fn is None else fn(t, y, context.args)
             return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
         _, pull = jax.vjp(save, y, self.params)
@@ -128,46 +88,13 @@ class _Walk(eqx.Module):
         return y_bar, tree_add(params_cotangent, params_bar)
 
     def pull_into_state(
-        self, position: _Position, output: _Output, row: _Row, time: _Time
+        self, position: _Position, output: Output, row: Row, time: _Time
     ) -> _Position:
         """As `pull_output`, for an output made of the state where the walk is."""
         ct = position.cotangent
         y_bar, params_bar = self.pull_output(output, row, time, position.y, ct.params)
         ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
         return eqx.tree_at(lambda p: p.cotangent, position, ct)
-
-    def pull_end(self, position: _Position) -> _Position:
-        """Outputs that were written after the last step."""
-        for i, output in enumerate(self.outputs):
-            sub = output.sub
-            written = sub.t1 and sub.steps != 1
-            if sub.steps > 1:
-                # Diffrax counts this output even where it does not write it.
-                written = sub.t1 & (position.step % sub.steps != 0)
-            if written is not False:
-                position, save_index = _take(position, i, 1)
-                row = output.row(save_index, written)
-                position = self.pull_into_state(
-                    position, output, row, lambda times: times.of(self.trace.t)
-                )
-            if sub.ts is not None:
-                position = self._pull_trivial(position, i)
-        return position
-
-    def _pull_trivial(self, position: _Position, i: int) -> _Position:
-        """If `t0 == t1`, then all of `ts` were written at once."""
-        output = self.outputs[i]
-        ts = output.sub.ts
-        assert ts is not None
-        trivial = self.problem.t0 == self.problem.t1
-        position, save_index = _take(position, i, jnp.where(trivial, len(ts), 0))
-
-        def total(rows):
-            window = lax.dynamic_slice_in_dim(rows, save_index, len(ts))
-            return jnp.where(trivial, jnp.sum(window, axis=0), 0)
-
-        row = jtu.tree_map(total, output.rows)
-        return self.pull_into_state(position, output, row, lambda times: times.t0)
 
     def pull_dense_times(self, position: _Position, cotangent: State) -> _Position:
         """The times that dense output is between."""
@@ -179,7 +106,7 @@ class _Walk(eqx.Module):
         written = jnp.arange(len(ts_bar)) <= steps.count
 
         def dense_ts(params):
-            times = self._times(params)
+            times = self.context(params).times
             ends = jnp.asarray(steps.ends)
             return jax.vmap(times.of)(jnp.append(self.problem.t0, ends))
 
@@ -210,7 +137,7 @@ class _Walk(eqx.Module):
         linear = all(self.outputs[i].saves_state for i in interpolated)
         if linear and not self.differentiates_times:
             dense_bar = None
-            if len(interpolated) > 0 or self.dense_rows is not None:
+            if len(interpolated) > 0 or self._with_dense:
                 # Nothing but its shapes is used: interpolations are linear.
                 dense_info = self._dense_struct(t0, t1, *state)
                 dense_bar, ct, cursors = self._pull_dense(
@@ -223,7 +150,7 @@ class _Walk(eqx.Module):
         else:
 
             def step_times(params):
-                times = self._times(params)
+                times = self.context(params).times
                 return times.of(t0), times.of(t1)
 
             y0, state0, dense_info, pull = linearise_step(
@@ -254,9 +181,11 @@ class _Walk(eqx.Module):
         nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
 
         def restart(y, diff_state, params):
-            terms, args, _, times = self._bind_all(params)
+            context = self.context(params)
             state = eqx.combine(diff_state, nondiff_state)
-            return self.problem.solver.restart(terms, times.of(t), y, args, state)
+            return self.problem.solver.restart(
+                context.terms, context.times.of(t), y, context.args, state
+            )
 
         diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
         _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
@@ -278,8 +207,8 @@ class _Walk(eqx.Module):
         length = self.problem.t1 - self.problem.t0
         step = steps.starts[position.step], steps.ends[position.step]
         scales = self.problem.solver.error_scales(terms, *step, length, *true)
-        walked = (position.y, position.solver_state)
-        return drift(walked, true, scales, (self.trace.y, self.trace.solver_state))
+        walked, end = (position.y, position.solver_state), self.trace.end
+        return drift(walked, true, scales, (end.y, end.solver_state))
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
@@ -295,6 +224,10 @@ class _Walk(eqx.Module):
             )
         return position
 
+    @property
+    def _with_dense(self) -> bool:
+        return self.dense_rows is not None or self.end_dense is not None
+
     def _dense_struct(self, t0, t1, y, solver_state) -> DenseInfo:
         terms, args = self.bind(self.params)
         _, _, dense_info, _, _ = eqx.filter_eval_shape(
@@ -309,13 +242,17 @@ class _Walk(eqx.Module):
         t0: RealScalarLike,
         t1: RealScalarLike,
         dense_info: DenseInfo,
-    ) -> tuple[DenseInfo, Cotangent, list[_Cursor]]:
+    ) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
         """Outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
         step = position.step - 1
         if self.dense_rows is None:
             dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
         else:
             dense_bar = jtu.tree_map(lambda rows: rows[step], self.dense_rows)
+        if self.end_dense is not None:
+            last = position.step == self.trace.steps.count
+            end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), self.end_dense)
+            dense_bar = tree_add(dense_bar, end_dense)
         cursors = list(position.cursors)
         params_bar = position.cotangent.params
         # `ts` were written in the first step that ends at or after them.
@@ -332,11 +269,11 @@ class _Walk(eqx.Module):
 
     def _pull_ts(
         self,
-        output: _Output,
+        output: Output,
         in_step: Callable[[RealScalarLike], BoolScalarLike],
         interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
-        carry: tuple[DenseInfo, Params, _Cursor],
-    ) -> tuple[DenseInfo, Params, _Cursor]:
+        carry: tuple[DenseInfo, Params, Cursor],
+    ) -> tuple[DenseInfo, Params, Cursor]:
         """Every remaining output of `SaveAt(ts=...)` in the step."""
         t0, t1, dense_info = interpolation
         ts = output.sub.ts
@@ -349,7 +286,7 @@ class _Walk(eqx.Module):
 
         def pull(carry):
             dense_bar, params_bar, cursor = carry
-            cursor = _Cursor(cursor.save_index - 1, cursor.ts_index - 1)
+            cursor = Cursor(cursor.save_index - 1, cursor.ts_index - 1)
 
             def time(times):
                 ts = times.ts[output.index]
@@ -357,7 +294,7 @@ class _Walk(eqx.Module):
                 return ts[cursor.ts_index]
 
             def evaluate(dense_info, params):
-                times = self._times(params)
+                times = self.context(params).times
                 ends = dict(t0=times.of(t0), t1=times.of(t1))
                 interpolation = self.problem.solver.interpolation_cls(**ends, **dense_info)
                 return interpolation.evaluate(time(times))
@@ -386,30 +323,6 @@ def _take(
     """Move the cursor of the `i`-th output back by `count` outputs."""
     save_index = position.cursors[i].save_index - count
     return eqx.tree_at(lambda p: p.cursors[i].save_index, position, save_index), save_index
-
-
-def _materialise(cotangent: PyTree, like: PyTree) -> PyTree[Array]:
-    """Zeros for the leaves of `like` that have no cotangent."""
-    return jtu.tree_map(
-        lambda l, c: jnp.zeros(l.shape, l.dtype) if c is None else c,
-        eqx.filter(like, lambda l: jnp.issubdtype(l.dtype, jnp.inexact)),
-        cotangent,
-    )
-
-
-def _outputs(problem: Problem, inputs: Inputs, structs, cotangent: State, with_times: bool):
-    """The outputs of which some cotangent is not known to be zero."""
-    outputs, cursors = [], []
-    for i, (sub, struct, saved) in enumerate(
-        zip(sub_saveats(problem.saveat), structs, save_states(cotangent), strict=True)
-    ):
-        rows = (saved.ts if with_times else None, saved.ys)
-        if len(jtu.tree_leaves(rows)) > 0:
-            ts, ys = _materialise(rows, struct)
-            rows = (ts if with_times else None, ys)
-            outputs.append(_Output(sub, rows, i, inputs.save_fns[i] is None))
-            cursors.append(i)
-    return outputs, cursors
 
 
 def _undo_all(walk: _Walk, position: _Position) -> _Position:
@@ -452,27 +365,34 @@ def walk_back(
 
     The cotangent of `inputs`, and how far the walk was off where it could be checked.
     """
-    everything = (inputs.terms, inputs.args, inputs.save_fns, inputs.times)
-    mask = (perturbed.terms, perturbed.args, perturbed.save_fns, perturbed.times)
-    params, nondiff = eqx.partition(everything, mask)
-    with_times = any(jtu.tree_leaves(perturbed.times))
-    outputs, indices = _outputs(
-        problem, inputs, trace.output_structs, cotangent, with_times
-    )
+    params, nondiff = eqx.partition(inputs.context, perturbed.context)
+    with_times = any(jtu.tree_leaves(perturbed.context.times))
+    end = trace.end
+    pulled = pull_finish(inputs, params, nondiff, problem, trace, cotangent, with_times)
     dense_rows = None
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
-        dense_rows = _materialise(cotangent.dense_infos, trace.dense_structs)
-    walk = _Walk(problem, trace, outputs, dense_rows, params, nondiff, with_times)
+        dense_rows = materialise(cotangent.dense_infos, trace.dense_structs)
+    walk = _Walk(
+        problem,
+        trace,
+        pulled.outputs,
+        dense_rows,
+        pulled.end_dense,
+        params,
+        nondiff,
+        with_times,
+    )
+    saved = [save_states(end)[output.index] for output in pulled.outputs]
     position = _Position(
         trace.steps.count,
-        trace.y,
-        trace.solver_state,
+        end.y,
+        end.solver_state,
         Cotangent(
-            _materialise(cotangent.y, trace.y),
-            _materialise(cotangent.solver_state, trace.solver_state),
-            tree_zeros_like(params),
+            tree_add(materialise(cotangent.y, end.y), pulled.y),
+            materialise(cotangent.solver_state, end.solver_state),
+            pulled.params,
         ),
-        [_Cursor(trace.save_index[i], trace.saveat_ts_index[i]) for i in indices],
+        [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
         jnp.minimum(trace.restarts.count, trace.restarts.capacity),
         [],
     )
@@ -480,9 +400,8 @@ def walk_back(
     no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
     position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_dense_times(position, cotangent)
-    position = walk.pull_end(position)
     position = _undo_all(walk, position)
     position = walk.pull_start(position)
     ct = position.cotangent
-    gradient = Inputs(ct.y, ct.solver_state, *ct.params)
+    gradient = Inputs(ct.y, ct.solver_state, ct.params)
     return gradient, jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))

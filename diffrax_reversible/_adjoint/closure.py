@@ -35,13 +35,12 @@ def close_terms(
 
     def captures(terms, args):
         known = (solver, terms, args, t, y, solver_state)
-        step = eqx.filter_closure_convert(
-            lambda *x: solver.advance(terms, x[0], x[0], x[1], args, x[2])[:2],
-            t,
-            y,
-            solver_state,
-        )
-        return _captured(step, known)
+
+        def step(t, y, solver_state):
+            y, _, _, solver_state, _ = solver.advance(terms, t, t, y, args, solver_state)
+            return y, solver_state
+
+        return _captured(eqx.filter_closure_convert(step, t, y, solver_state), known)
 
     if not captures(terms, args):
         return terms, args
@@ -88,7 +87,8 @@ class _Spy:
 class _Closed(eqx.Module):
     """A function with what it closes over as leaves, one version for each kind of call."""
 
-    versions: list[Callable]
+    # Of the type that `equinox.filter_closure_convert` returns.
+    versions: list[Any]
 
     def __call__(self, *args, **kwargs):
         call = _structure((args, kwargs))

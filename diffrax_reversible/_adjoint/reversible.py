@@ -13,14 +13,14 @@ from .._diffrax import State
 from .backward import walk_back
 from .closure import close_terms
 from .drift import refuse_wrong
-from .forward import (
+from .forward import solve_and_record, solve_plainly
+from .problem import (
+    Context,
     Inputs,
     Problem,
     save_states,
-    solve_and_record,
-    solve_plainly,
-    sub_saveats,
-    take_fns,
+    take_event_fns,
+    take_save_fns,
     take_state,
     take_times,
 )
@@ -90,14 +90,31 @@ class ReversibleAdjoint(AbstractAdjoint):
         progress_meter,
     ):
         del passed_solver_state
-        check_supported(solver, terms, event)
+        check_supported(solver, terms)
         y0, solver_state = init_state.y, init_state.solver_state
-        saveat, save_fns = take_fns(
+        terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
+        event_kwargs = dict(
+            solver=solver,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            saveat=saveat,
+            stepsize_controller=stepsize_controller,
+            max_steps=max_steps,
+        )
+        event, event_fns = take_event_fns(
+            event,
+            lambda fn: eqx.filter_closure_convert(
+                lambda t, y, args, terms: fn(t, y, args, terms=terms, **event_kwargs),
+                *(t0, y0, args, terms),
+            ),
+        )
+        saveat, save_fns = take_save_fns(
             saveat, lambda fn: eqx.filter_closure_convert(fn, t0, y0, args)
         )
-        terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
         times = take_times(t0, t1, saveat)
-        inputs = Inputs(y0, solver_state, terms, args, save_fns, times)
+        context = Context(terms, args, save_fns, event_fns, times)
+        inputs = Inputs(y0, solver_state, context)
         t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
         if passed_controller_state:
             init_state = eqx.tree_at(
@@ -112,6 +129,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             t1=t1,
             dt0=hold_fixed(dt0, "`dt0`"),
             saveat=saveat,
+            event=hold_fixed(event, "`event`"),
             solver=hold_fixed(solver, "`solver`"),
             stepsize_controller=hold_fixed(stepsize_controller, "`stepsize_controller`"),
             init_state=jtu.tree_map(_detach, take_state(init_state)),
@@ -181,8 +199,8 @@ def _reversible_loop_fwd(
     perturbed, inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw
 ):
     del drift_tol
-    moving = perturbed.times.t0 or perturbed.times.t1
-    if moving and any(sub.steps != 0 for sub in sub_saveats(problem.saveat)):
+    times = perturbed.context.times
+    if (times.t0 or times.t1) and problem.saves_ends_of_steps:
         raise NotImplementedError(moving_steps)
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:

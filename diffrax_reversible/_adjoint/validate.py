@@ -1,7 +1,7 @@
 """What `ReversibleAdjoint` refuses, one message for each."""
 
 import equinox.internal as eqxi
-from diffrax import AbstractSolver, Event
+from diffrax import AbstractSolver
 from jaxtyping import PyTree
 
 from .._custom_types import Terms
@@ -13,7 +13,7 @@ call = "`diffeqsolve(..., adjoint=ReversibleAdjoint())`"
 _remedy = "Use `adjoint=RecursiveCheckpointAdjoint()`"
 
 
-def check_supported(solver: AbstractSolver, terms: Terms, event: Event | None) -> None:
+def check_supported(solver: AbstractSolver, terms: Terms) -> None:
     """Raise an error for what cannot be walked back."""
     if not isinstance(solver, AbstractReversibleSolver):
         raise ValueError(
@@ -21,8 +21,6 @@ def check_supported(solver: AbstractSolver, terms: Terms, event: Event | None) -
             "Use `diffrax_reversible.ALF2`, `ALF4`, `ALF6` or `ALF8`, or a subclass of "
             "`diffrax_reversible.AbstractReversibleSolver` of your own."
         )
-    if event is not None:
-        raise NotImplementedError(f"{call} does not support `event=...` yet. {_remedy}.")
     if is_unsafe_sde(terms):
         raise ValueError(
             f"{call} cannot walk back along an `UnsafeBrownianPath`, which gives another "
@@ -60,8 +58,9 @@ hidden_closure = (
 
 moving_steps = (
     f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
-    "`t0` or `t1` of the outputs of `SaveAt(steps=...)`, which move with them. Save at "
-    f"times of your own, by `SaveAt(ts=...)`, or detach `t0` and `t1` with "
+    "`t0` or `t1` of what is saved at the end of a step, by `SaveAt(steps=...)` or where "
+    "an `Event` stops that is Boolean or has no `root_finder`. Save at times of your own, "
+    "by `SaveAt(ts=...)`, locate the event, or detach `t0` and `t1` with "
     f"`jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 

@@ -158,8 +158,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y_error = sums.pop("error")
         deviation = solver_state.deviation
         if watch is not None and deviation is not None:
-            scale = self.tableau.error_scale
-            deviation = watch.judge(control, scale, y1, v1, deviation)
+            deviation = watch.judge(self.tableau, control, y1, v1, deviation)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
         return y1, y_error, dense_info, ALFState(v1, deviation, low), RESULTS.successful

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._coefficients.tableau import ALFTableau
@@ -71,23 +72,26 @@ class DeviationWatch(eqx.Module):
         return DeviationWatch(jtu.tree_map(add, self.sums, u))
 
     def judge(
-        self, control: RealScalarLike, error_scale: float, y: Y, v: VF, before: Deviation
+        self, tableau: ALFTableau, control: RealScalarLike, y: Y, v: VF, before: Deviation
     ) -> Deviation:
         """Whether the deviation threatens the accuracy of the next steps, or the walk back.
 
         For the accuracy it is compared, times the step size, with the Taylor term that the
         error estimate is made of, and with the size of the state where both are next to
-        nothing; for the walk back with its own size after the last restart.
+        nothing; for the walk back with its own size after the last restart, or with what it
+        may be by rounding alone if that is more.
         """
+        noise = np.sum(np.abs(tableau.deviation_weights))
 
         def judge(sums, y, v, seed):
             both = jnp.stack([_sample(y), _sample(v)])
             sizes = jnp.max(jnp.abs(jnp.concatenate([sums, both])), axis=1, initial=0)
             deviation, error, y_size, v_size = sizes
             eps = jnp.finfo(y.dtype).eps
-            seed = jnp.where(seed == 0, jnp.maximum(deviation, eps * v_size), seed)
+            rounding = jnp.asarray(noise * eps, v.dtype) * v_size
+            seed = jnp.where(seed == 0, jnp.maximum(deviation, rounding), seed)
             h = jnp.abs(jnp.asarray(control, y.dtype))
-            harmless = jnp.maximum(_ratio / error_scale * h * error, eps**_floor * y_size)
+            harmless = jnp.maximum(_ratio / tableau.error_scale * h * error, eps**_floor * y_size)
             restart = (h * deviation > harmless) | (deviation > eps**_growth * seed)
             return restart, seed
 

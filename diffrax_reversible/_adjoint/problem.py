@@ -1,0 +1,195 @@
+"""What is solved: all that is differentiated, and all that is held fixed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractStepSizeController, Event, SaveAt, SubSaveAt
+from jaxtyping import Array, PyTree
+
+from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
+from .._diffrax import loop, save_y, SaveState, State
+from .._solver.base import AbstractReversibleSolver
+
+
+# The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
+SaveFns = tuple[Callable | None, ...]
+
+# The conditions of an event in order, as functions of `(t, y, args, terms)`.
+EventFns = tuple[Callable, ...]
+
+
+class Times(eqx.Module):
+    """The times that a solve is differentiated with respect to.
+
+    For everything else the copies of them in `Problem` serve, which are held fixed.
+    """
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    # Of every `SubSaveAt` in order.
+    ts: tuple[Array | None, ...]
+
+    def of(self, t: RealScalarLike) -> RealScalarLike:
+        """`t`, with the derivative of an end of the solve if it is one.
+
+        Where the other ends of steps are does not depend on anything.
+        """
+        return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
+
+
+class Context(eqx.Module):
+    """What the whole of a solve depends on, and is differentiated with respect to."""
+
+    terms: Terms
+    args: Args
+    save_fns: SaveFns
+    event_fns: EventFns
+    times: Times
+
+
+class Inputs(eqx.Module):
+    """All that a solve is differentiated with respect to."""
+
+    y0: Y
+    solver_state: SolverState
+    context: Context
+
+
+class Problem(eqx.Module):
+    """All that is held fixed. `saveat`, `event` and `init_state` lack what is in
+    `Inputs`."""
+
+    solver: AbstractReversibleSolver
+    stepsize_controller: AbstractStepSizeController
+    saveat: SaveAt
+    event: Event | None
+    t0: RealScalarLike
+    t1: RealScalarLike
+    dt0: RealScalarLike | None
+    init_state: State
+    progress_meter: Any
+    max_steps: int | None = eqx.field(static=True)
+
+    @property
+    def finds_roots(self) -> bool:
+        """Whether the solve may end within a step."""
+        return self.event is not None and self.event.root_finder is not None
+
+    @property
+    def saves_ends_of_steps(self) -> bool:
+        """Whether outputs can be made at the end of a step other than the last."""
+        by_event = self.event is not None and (
+            self.event.root_finder is None
+            or any(
+                jnp.result_type(value) == jnp.dtype(bool)
+                for value in jtu.tree_leaves(self.init_state.event_values)
+            )
+        )
+        return by_event or any(sub.steps != 0 for sub in sub_saveats(self.saveat))
+
+    def at(self, times: Times) -> "Problem":
+        """With the ends of the solve at `times`."""
+        return eqx.tree_at(lambda p: (p.t0, p.t1), self, (times.t0, times.t1))
+
+    def run(self, inputs: Inputs, solver: Any, outer_while_loop: Callable) -> State:
+        """Diffrax's forward pass, with `outer_while_loop` for its loop over steps."""
+        context = inputs.context
+        final_state, _ = loop(
+            solver=solver,
+            stepsize_controller=self.stepsize_controller,
+            event=_with_event_fns(self.event, context.event_fns),
+            saveat=_with_save_fns(self.saveat, context.save_fns),
+            t0=self.t0,
+            t1=self.t1,
+            dt0=self.dt0,
+            max_steps=self.max_steps,
+            terms=context.terms,
+            args=context.args,
+            init_state=_replace_state(self.init_state, inputs.y0, inputs.solver_state),
+            inner_while_loop=_while_loop,
+            outer_while_loop=outer_while_loop,
+            progress_meter=self.progress_meter,
+        )
+        return final_state
+
+
+def _while_loop(*args, **kwargs):
+    return eqxi.while_loop(*args, kind="lax", **kwargs)
+
+
+def sub_saveats(saveat: SaveAt) -> list[SubSaveAt]:
+    """Every `SubSaveAt`, in the order that `save_states` has them too."""
+    return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, SubSaveAt))
+
+
+def save_states(state: State) -> list[SaveState]:
+    """What every `SubSaveAt` has written."""
+    return jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+
+
+def take_save_fns(saveat: SaveAt, close: Callable) -> tuple[SaveAt, SaveFns]:
+    """Split the `fn` of every `SubSaveAt` off, through `close`."""
+    fns = tuple(None if sub.fn is save_y else close(sub.fn) for sub in sub_saveats(saveat))
+    return _with_save_fns(saveat, tuple(None for _ in fns)), fns
+
+
+def _with_save_fns(saveat: SaveAt, fns: SaveFns) -> SaveAt:
+    """The inverse of `take_save_fns`."""
+    if len(fns) == 0:
+        return saveat
+    return eqx.tree_at(
+        lambda s: [sub.fn for sub in sub_saveats(s)],
+        saveat,
+        [save_y if fn is None else fn for fn in fns],
+    )
+
+
+def take_event_fns(event: Event | None, close: Callable) -> tuple[Event | None, EventFns]:
+    """Split the conditions of an event off, through `close`."""
+    if event is None:
+        return None, ()
+    fns = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+    return _replace_cond_fns(event, [_taken for _ in fns]), tuple(map(close, fns))
+
+
+def _with_event_fns(event: Event | None, fns: EventFns) -> Event | None:
+    """The inverse of `take_event_fns`."""
+    if event is None:
+        return None
+
+    def condition(fn):
+        return lambda t, y, args, *, terms, **kwargs: fn(t, y, args, terms)
+
+    return _replace_cond_fns(event, [condition(fn) for fn in fns])
+
+
+def _taken(*args, **kwargs):
+    raise AssertionError
+
+
+def _replace_cond_fns(event: Event, fns: list[Callable]) -> Event:
+    structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
+    cond_fn = jtu.tree_unflatten(structure, fns)
+    return eqx.tree_at(lambda e: e.cond_fn, event, cond_fn, is_leaf=callable)
+
+
+def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:
+    return Times(t0, t1, tuple(sub.ts for sub in sub_saveats(saveat)))
+
+
+def take_state(init_state: State) -> State:
+    """`init_state` without what is differentiated."""
+    return _replace_state(init_state, None, None)
+
+
+def _replace_state(state: State, y: Y | None, solver_state: PyTree) -> State:
+    return eqx.tree_at(
+        lambda s: (s.y, s.solver_state),
+        state,
+        (y, solver_state),
+        is_leaf=lambda x: x is None,
+    )
