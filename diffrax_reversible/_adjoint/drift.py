@@ -73,7 +73,7 @@ def refuse_wrong(
     exhausted = restarts > checkpoints
     wrong = exhausted | jnp.invert(within)
     if not throw:
-        return jtu.tree_map(lambda g: jnp.where(wrong, jnp.nan, g), gradient)
+        return _poison(wrong, gradient)
     worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
     decade = jnp.floor(jnp.log10(worst)) - _decades[0]
     index = jnp.where(
@@ -81,4 +81,10 @@ def refuse_wrong(
     ).astype(jnp.int32)
     messages = [*_messages, too_few(checkpoints)]
     index = jnp.where(exhausted, len(messages) - 1, index)
-    return eqx.internal.branched_error_if(gradient, wrong, index, messages)
+    # But a Boolean goes through the error, as what does is gathered on one device.
+    wrong = eqx.internal.branched_error_if(wrong, wrong, index, messages)
+    return _poison(wrong, gradient)
+
+
+def _poison(wrong: Bool[Array, ""], gradient: PyTree) -> PyTree:
+    return jtu.tree_map(lambda g: jnp.where(wrong, jnp.nan, g), gradient)

@@ -24,7 +24,8 @@ from .problem import (
     take_state,
     take_times,
 )
-from .validate import check_supported, hold_fixed, moving_steps, too_few
+from .reverse_only import reverse_only
+from .validate import check_supported, differentiate_once, hold_fixed, moving_steps, too_few
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -137,7 +138,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             max_steps=max_steps,
         )
         final_state, aux_stats = _reversible_loop(
-            inputs, problem, self.checkpoints, self.drift_tol, throw
+            reverse_only(inputs), problem, self.checkpoints, self.drift_tol, throw
         )
         return _differentiate_outputs_only(final_state), aux_stats
 
@@ -205,9 +206,11 @@ def _reversible_loop_fwd(
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:
         # As early as can be; the backward pass raises it too, should this not be used.
+        # Diffrax looks at the result, if at nothing else.
         exhausted = trace.restarts.count > checkpoints
-        final_state = eqx.error_if(final_state, exhausted, too_few(checkpoints))
-    return (final_state, aux_stats), trace
+        result = eqx.error_if(final_state.result, exhausted, too_few(checkpoints))
+        final_state = eqx.tree_at(lambda s: s.result, final_state, result)
+    return (differentiate_once(final_state), aux_stats), trace
 
 
 @_reversible_loop.def_bwd
@@ -223,8 +226,9 @@ def _reversible_loop_bwd(
 ):
     state_cotangent: State = cotangent[0]
     gradient, drifts = walk_back(inputs, perturbed, problem, trace, state_cotangent)
+    restarts = trace.restarts.count
     if throw:
         # As Diffrax raises it from the solution, which need not be used.
-        gradient = trace.result.error_if(gradient, ~is_okay(trace.result))
-    restarts = trace.restarts.count
-    return refuse_wrong(gradient, drifts, restarts, checkpoints, drift_tol, throw)
+        restarts = trace.result.error_if(restarts, ~is_okay(trace.result))
+    gradient = refuse_wrong(gradient, drifts, restarts, checkpoints, drift_tol, throw)
+    return differentiate_once(gradient)

@@ -56,6 +56,12 @@ hidden_closure = (
     "lost. Pass them through `args`, or as fields of an `equinox.Module`."
 )
 
+forward_mode = (
+    f"{call} is for reverse mode, and `jax.jvp` or `jax.jacfwd` asked for forward "
+    "mode. Use `adjoint=diffrax.ForwardMode()`; for second derivatives, forward mode over "
+    "reverse mode, as in `jax.jvp(jax.grad(...), ...)`."
+)
+
 moving_steps = (
     f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
     "`t0` or `t1` of what is saved at the end of a step, by `SaveAt(steps=...)` or where "
@@ -72,5 +78,18 @@ def hold_fixed(x: PyTree, name: str) -> PyTree:
         msg=(
             f"{call} does not give gradients with respect to {name} yet. {_remedy}, or "
             "hold it fixed with `jax.lax.stop_gradient`."
+        ),
+    )
+
+
+def differentiate_once(x: PyTree) -> PyTree:
+    """Raise an error if `x`, of a gradient, is differentiated again in reverse mode."""
+    return eqxi.nondifferentiable_backward(
+        x,
+        msg=(
+            f"{call}: a gradient cannot be differentiated again in reverse mode, as in "
+            "`jax.grad(jax.grad(...))`. For second derivatives use forward mode over "
+            "reverse mode, as `jax.jvp(jax.grad(...), ...)` and `jax.hessian(...)` do, or "
+            "use `adjoint=diffrax.DirectAdjoint()`."
         ),
     )

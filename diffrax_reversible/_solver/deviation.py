@@ -91,7 +91,8 @@ class DeviationWatch(eqx.Module):
             rounding = jnp.asarray(noise * eps, v.dtype) * v_size
             seed = jnp.where(seed == 0, jnp.maximum(deviation, rounding), seed)
             h = jnp.abs(jnp.asarray(control, y.dtype))
-            harmless = jnp.maximum(_ratio / tableau.error_scale * h * error, eps**_floor * y_size)
+            taylor_term = h * error / tableau.error_scale
+            harmless = jnp.maximum(_ratio * taylor_term, eps**_floor * y_size)
             restart = (h * deviation > harmless) | (deviation > eps**_growth * seed)
             return restart, seed
 

@@ -1,0 +1,145 @@
+"""Data parallelism: a batch stays sharded, through forward and backward.
+
+Each test runs in a process of its own, which is made to see eight CPU devices.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import diffrax_reversible as dr
+
+
+DEVICES = 8
+SAVEAT = dfx.SaveAt(t1=True, ts=jnp.linspace(0, 1, 5))
+PID = dfx.PIDController(rtol=1e-5, atol=1e-5)
+
+
+def inputs(size):
+    params = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8), "b": jnp.linspace(0, 1, 8)}
+    return params, jnp.sin(jnp.arange(8.0 * size)).reshape(size, 8)
+
+
+def field(t, y, params):
+    return jnp.tanh(y @ params["w"] + params["b"] * t)
+
+
+def solve(params, y0, controller=PID, throw=False, **kwargs):
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dr.ALF4(),
+        0.0,
+        1.0,
+        0.1,
+        y0,
+        params,
+        saveat=SAVEAT,
+        stepsize_controller=controller,
+        adjoint=dr.ReversibleAdjoint(),
+        max_steps=64,
+        throw=throw,
+        **kwargs,
+    )
+
+
+def batch_loss(params, batch):
+    """Every element takes its own steps."""
+    ys = jax.vmap(lambda y0: solve(params, y0).ys)(batch)
+    return jnp.mean(ys**2)
+
+
+def state_loss(params, batch):
+    """The whole batch is one state, with the same steps for all."""
+    return jnp.mean(solve(params, batch).ys ** 2)
+
+
+def assert_close(x, y):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def check_sharding(loss):
+    """`jit` with sharded and donated inputs: only scalars, gradients of the parameters,
+    and samples of the state pass between devices."""
+    params, batch = inputs(4096)
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
+    gradient = jax.grad(loss, argnums=(0, 1))
+    alone = jax.jit(gradient)(params, batch)
+    sharded = jax.jit(
+        gradient,
+        in_shardings=(everywhere, split),
+        out_shardings=(everywhere, split),
+        donate_argnums=1,
+    )
+    params, batch = jax.device_put(params, everywhere), jax.device_put(batch, split)
+    text = sharded.lower(params, batch).compile().as_text()
+    gathers = r"= (\(.*?\)|\S+) (all-gather|all-to-all|all-gather-start)\("
+    assert re.findall(gathers, text) == []
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-reduce|collective-permute)", text)
+    assert len(moved) > 0
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in moved]
+    # Entries of a shard of the state.
+    assert max(sizes) < batch.size / DEVICES, sorted(set(moved))
+    out = sharded(params, batch)
+    assert batch.is_deleted()
+    assert_close(out, alone)
+    assert out[1].sharding.is_equivalent_to(split, 2)
+
+
+def check_shard_map():
+    """Every device loops by itself. JAX's check of what varies from one to the other is
+    off, as Diffrax's own loop does not pass it."""
+    if hasattr(jax, "shard_map"):
+        shard_map = functools.partial(jax.shard_map, check_vma=False)
+    else:
+        from jax.experimental.shard_map import shard_map as old_shard_map
+
+        shard_map = functools.partial(old_shard_map, check_rep=False)
+    params, batch = inputs(16)
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+
+    def shard_gradient(params, batch):
+        by_params, by_batch = jax.grad(batch_loss, argnums=(0, 1))(params, batch)
+        return jax.lax.pmean(by_params, "batch"), by_batch / DEVICES
+
+    kwargs = dict(mesh=mesh, in_specs=(P(), P("batch")), out_specs=(P(), P("batch")))
+    parallel = jax.jit(shard_map(shard_gradient, **kwargs))
+    alone = jax.jit(jax.grad(batch_loss, argnums=(0, 1)))(params, batch)
+    assert_close(parallel(params, batch), alone)
+
+
+CHECKS = {
+    "batch": lambda: check_sharding(batch_loss),
+    "state": lambda: check_sharding(state_loss),
+    "shard_map": check_shard_map,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_eight_devices(name):
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    root = pathlib.Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.test_sharding", name],
+        cwd=root,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == DEVICES
+    CHECKS[sys.argv[1]]()
