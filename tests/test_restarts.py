@@ -15,7 +15,6 @@ from .problems import (
     PID,
     reference,
     relative_error,
-    sum_of_squares,
 )
 
 
@@ -186,40 +185,6 @@ def test_batch():
     batched = jax.vmap(jax.grad(lambda r: final(r, dr.ReversibleAdjoint(20))))(rates)
     alone = [jax.grad(final)(rate, dfx.RecursiveCheckpointAdjoint()) for rate in rates]
     assert relative_error(batched, jnp.stack(alone)) < 1e-9
-
-
-@pytest.mark.parametrize("solver", (dr.ALF2(), dr.ALF4(), dr.ALF6()))
-def test_jumps(solver):
-    """A jump restarts the solver, and its gradient is that of the default adjoint."""
-    ts = jnp.linspace(0.0, 3.0, 7)
-    jumps = jnp.array([0.8, 1.9])
-    controller = dfx.ClipStepSizeController(PID, jump_ts=jumps)
-
-    def field(t, y, w):
-        return jnp.where(t < jumps[0], w * jnp.sin(y), jnp.where(t < jumps[1], -y, w))
-
-    def gradient(adjoint):
-        @eqx.filter_jit
-        def loss(y0, w):
-            sol = dfx.diffeqsolve(
-                dfx.ODETerm(field),
-                solver,
-                0.0,
-                3.0,
-                jnp.array(0.3),
-                y0,
-                w,
-                saveat=dfx.SaveAt(ts=ts, steps=2),
-                stepsize_controller=controller,
-                adjoint=adjoint,
-                max_steps=500,
-            )
-            return sum_of_squares(sol.ys)
-
-        return jax.grad(loss, argnums=(0, 1))(jnp.array([1.0, -0.4]), jnp.array(0.7))
-
-    ours = gradient(dr.ReversibleAdjoint())
-    assert relative_error(ours, gradient(dfx.RecursiveCheckpointAdjoint())) < 1e-10
 
 
 def test_large_state_is_watched_on_a_sample():

@@ -109,3 +109,8 @@ def test_solver_state():
 
     saveat = dfx.SaveAt(ts=TS, solver_state=True, controller_state=True, made_jump=True)
     assert_same(saveat, dr.ALF4(), read)
+
+
+def test_dense_only():
+    read = lambda sol: jnp.sum(sol.evaluate(1.3) ** 2)
+    assert_same(dfx.SaveAt(dense=True), dr.ALF4(), read)

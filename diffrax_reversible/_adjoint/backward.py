@@ -22,7 +22,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._solver.base import Cotangent, linearise_step
+from .._solver.base import before_jump, Cotangent, linearise_step
 from .._tree import tree_add
 from .drift import drift
 from .finish import pull_finish
@@ -161,10 +161,47 @@ class _Walk(eqx.Module):
             )
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             ct = pull(ct, dense_bar)
+        if self.trace.steps.crossed is not None:
+            crossed = self.trace.steps.crossed[step]
+            state0, ct = lax.cond(
+                eqxi.unvmap_any(crossed),
+                lambda: self._undo_jump(crossed, t0, y0, state0, ct),
+                lambda: (state0, ct),
+            )
         return eqx.tree_at(
             lambda p: (p.step, p.y, p.solver_state, p.cotangent),
             position,
             (step, y0, state0, ct),
+        )
+
+    def _undo_jump(
+        self,
+        crossed: BoolScalarLike,
+        t: RealScalarLike,
+        y: Y,
+        solver_state: SolverState,
+        ct: Cotangent,
+    ) -> tuple[SolverState, Cotangent]:
+        """Undo the crossing of a jump just before `t`, if it was `crossed`."""
+        solver = self.problem.solver
+        terms, args = self.bind(self.params)
+        before, _ = solver.cross_jump(terms, t, before_jump(t), y, args, solver_state)
+        diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
+
+        def cross(y, diff_state, params):
+            context = self.context(params)
+            after = context.times.of(t)
+            state = eqx.combine(diff_state, nondiff_state)
+            state, _ = solver.cross_jump(
+                context.terms, before_jump(after), after, y, context.args, state
+            )
+            return eqx.filter(state, eqx.is_inexact_array)
+
+        _, pull = eqx.filter_vjp(cross, y, diff_state, self.params)
+        y_bar, state_bar, params_bar = pull(ct.solver_state)
+        new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+        return jtu.tree_map(
+            lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
         )
 
     def restarted(self, position: _Position) -> BoolScalarLike:

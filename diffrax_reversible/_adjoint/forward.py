@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import RealScalarLike, Terms
 from .._diffrax import State
-from .._solver.base import AbstractReversibleSolver, restart_pending
+from .._solver.base import AbstractReversibleSolver, interrupt
 from .problem import Inputs, Problem, save_states
 from .record import Record, RestartRecord, StepRecord
 from .validate import check_max_steps
@@ -59,8 +59,8 @@ class _Advancing(eqx.Module):
 class _Steps:
     """A loop over steps that is not differentiated, and records what happens.
 
-    It is left where a restart is due in any element of a batch, so that the steps between
-    pay for nothing that belongs to restarts.
+    It is left where a restart is due or a jump was made in any element of a batch, so that
+    the steps between pay for nothing that belongs to these.
     """
 
     def __init__(self, inputs: Inputs, problem: Problem, record: Record):
@@ -75,19 +75,29 @@ class _Steps:
             within = True if max_steps is None else state.num_steps < max_steps
             return cond_fun(state) & within
 
-        def restart_due(state):
-            solver = self.problem.solver
-            due = restart_pending(solver, state.solver_state, state.made_jump)
-            return running(state) & due
+        def interruptions(state):
+            restarts = self.problem.solver.needs_restart(state.solver_state)
+            made_jump = self.problem.with_jumps and state.made_jump
+            return restarts, made_jump
+
+        def interrupted(state):
+            restarts, made_jump = interruptions(state)
+            return running(state) & jnp.logical_or(restarts, made_jump)
 
         def step(carry):
             before, record = carry
             after = body_fun(before)
             return after, record.append(before, after)
 
-        def steps_until_restart(carry):
+        def interrupt_once(carry):
+            state, record = carry
+            goes_on = running(state)
+            due = (d is not False and d & goes_on for d in interruptions(state))
+            return self._interrupt(state, record, *due)
+
+        def steps_until_interruption(carry):
             return eqxi.while_loop(
-                lambda c: running(c[0]) & ~eqxi.unvmap_any(restart_due(c[0])),
+                lambda c: running(c[0]) & ~eqxi.unvmap_any(interrupted(c[0])),
                 step,
                 carry,
                 max_steps=None,
@@ -96,11 +106,10 @@ class _Steps:
             )
 
         def segment(carry):
-            carry = steps_until_restart(carry)
             return lax.while_loop(
-                lambda c: eqxi.unvmap_any(restart_due(c[0])),
-                lambda c: self._restart(*c, restart_due(c[0])),
-                carry,
+                lambda c: eqxi.unvmap_any(interrupted(c[0])),
+                interrupt_once,
+                steps_until_interruption(carry),
             )
 
         self.end, self.record = lax.while_loop(
@@ -110,18 +119,22 @@ class _Steps:
         )
         return self.end
 
-    def _restart(self, state: State, record: Record, due) -> tuple[State, Record]:
+    def _interrupt(self, state: State, record: Record, restarts, made_jump):
         context = self.inputs.context
-        new = self.problem.solver.restart(
-            context.terms, state.tprev, state.y, context.args, state.solver_state
+        solver_state, restarted, crossed = interrupt(
+            self.problem.solver,
+            context.terms,
+            state.tprev,
+            state.y,
+            context.args,
+            state.solver_state,
+            restarts,
+            made_jump,
         )
-        new = jtu.tree_map(lambda n, o: jnp.where(due, n, o), new, state.solver_state)
-        record = eqx.tree_at(
-            lambda r: r.restarts, record, record.restarts.append(state, due)
-        )
-        made_jump = jnp.where(due, False, state.made_jump)
+        record = record.interrupt(state, restarted, crossed)
+        made_jump = jnp.where(made_jump, False, state.made_jump)
         state = eqx.tree_at(
-            lambda s: (s.solver_state, s.made_jump), state, (new, made_jump)
+            lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
         )
         return state, record
 
@@ -145,7 +158,7 @@ def solve_and_record(
     """As `solve_plainly`, and keep what the walk back needs."""
     max_steps = check_max_steps(problem.max_steps)
     record = Record(
-        StepRecord.allocate(max_steps, jnp.result_type(problem.t0)),
+        StepRecord.allocate(max_steps, jnp.result_type(problem.t0), problem.with_jumps),
         RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, inputs.solver_state),
     )
     final_state, aux_stats, steps = _solve(inputs, problem, record)

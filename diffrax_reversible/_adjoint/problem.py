@@ -73,6 +73,8 @@ class Problem(eqx.Module):
     init_state: State
     progress_meter: Any
     max_steps: int | None = eqx.field(static=True)
+    # Whether steps can begin at a jump.
+    with_jumps: bool = eqx.field(static=True)
 
     @property
     def finds_roots(self) -> bool:
@@ -128,7 +130,9 @@ def sub_saveats(saveat: SaveAt) -> list[SubSaveAt]:
 
 def save_states(state: State) -> list[SaveState]:
     """What every `SubSaveAt` has written."""
-    return jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+    leaves = jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+    # There are none with `SaveAt(dense=True)`, but `equinox.tree_at` has a leaf there.
+    return [leaf for leaf in leaves if isinstance(leaf, SaveState)]
 
 
 def take_save_fns(saveat: SaveAt, close: Callable) -> tuple[SaveAt, SaveFns]:
@@ -175,6 +179,21 @@ def _replace_cond_fns(event: Event, fns: list[Callable]) -> Event:
     structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
     cond_fn = jtu.tree_unflatten(structure, fns)
     return eqx.tree_at(lambda e: e.cond_fn, event, cond_fn, is_leaf=callable)
+
+
+def makes_jumps(
+    controller: AbstractStepSizeController, solver, terms, args, init_state: State
+) -> bool:
+    """Whether steps can begin at a jump. Diffrax too tells at trace time that they cannot,
+    by what is a Python `False`."""
+    y, t = init_state.y, jnp.asarray(init_state.tprev)
+    _, _, _, made_jump, _, _ = eqx.filter_eval_shape(
+        controller.adapt_step_size,
+        *(t, t, y, y, args, y),
+        solver.error_order(terms),
+        init_state.controller_state,
+    )
+    return not (made_jump is False and init_state.made_jump is False)
 
 
 def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:

@@ -7,7 +7,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import (
     BoolScalarLike,
@@ -27,22 +27,34 @@ class StepRecord(eqx.Module):
     """Both ends of every accepted step: two times a step, whatever the state.
 
     They are the very floats that the solver was called with. The end of one step and the
-    start of the next may differ, so both are kept.
+    start of the next may differ, so both are kept. If there can be jumps, also whether one
+    was crossed before the step.
     """
 
     starts: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
     ends: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
+    crossed: Bool[Array, " max_steps"] | None
     count: Int[Array, ""]
 
     @staticmethod
-    def allocate(max_steps: int, dtype) -> "StepRecord":
+    def allocate(max_steps: int, dtype, with_jumps: bool) -> "StepRecord":
         times = jnp.zeros(max_steps, dtype)
-        return StepRecord(times, times, jnp.array(0))
+        crossed = jnp.zeros(max_steps, bool) if with_jumps else None
+        return StepRecord(times, times, crossed, jnp.array(0))
+
+    def cross(self, crossed: BoolScalarLike) -> "StepRecord":
+        """Record whether a jump was crossed before the next step."""
+        if self.crossed is None:
+            return self
+        i = self.count
+        flags = self.crossed.at[i].set(self.crossed[i] | crossed)
+        return eqx.tree_at(lambda r: r.crossed, self, flags)
 
     def append(self, before: State, accepted: BoolScalarLike) -> "StepRecord":
         return StepRecord(
             _write(self.starts, self.count, before.tprev, pred=accepted),
             _write(self.ends, self.count, before.tnext, pred=accepted),
+            self.crossed,
             self.count + jnp.where(accepted, 1, 0),
         )
 
@@ -111,3 +123,10 @@ class Record(eqx.Module):
             return self
         accepted = after.num_accepted_steps > before.num_accepted_steps
         return Record(self.steps.append(before, accepted), self.restarts)
+
+    def interrupt(
+        self, state: State, restarted: BoolScalarLike, crossed: BoolScalarLike
+    ) -> "Record":
+        """Record that at `state` there was a restart, or a jump was crossed."""
+        steps = None if self.steps is None else self.steps.cross(crossed)
+        return Record(steps, self.restarts.append(state, restarted))

@@ -17,6 +17,7 @@ from .forward import solve_and_record, solve_plainly
 from .problem import (
     Context,
     Inputs,
+    makes_jumps,
     Problem,
     save_states,
     take_event_fns,
@@ -136,6 +137,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             init_state=jtu.tree_map(_detach, take_state(init_state)),
             progress_meter=progress_meter,
             max_steps=max_steps,
+            with_jumps=makes_jumps(stepsize_controller, solver, terms, args, init_state),
         )
         final_state, aux_stats = _reversible_loop(
             reverse_only(inputs), problem, self.checkpoints, self.drift_tol, throw

@@ -51,8 +51,8 @@ class _SubStep(NamedTuple):
 
 
 class ALFState(eqx.Module):
-    """Solver state: `v`, what is known of its deviation, and the low parts of `z` and `v`
-    if sub-steps are compensated.
+    """Solver state: `v`, what is known of its deviation, the low parts of `z` and `v` if
+    sub-steps are compensated, and whether `v` was evaluated where the state is.
 
     Of a cotangent, all but `v` is `None`.
     """
@@ -60,6 +60,7 @@ class ALFState(eqx.Module):
     v: VF
     deviation: Deviation | None
     low: tuple[LowPart, LowPart] | None
+    fresh: BoolScalarLike | None
 
 
 class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
@@ -113,7 +114,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             first_increment = largest(tree_scale(term.contr(t0, t1), v))
             y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
             low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
-        return ALFState(v, self._no_deviation(v), low)
+        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return as_ode_term(self, terms).vf(t0, y0, args)
@@ -161,7 +162,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             deviation = watch.judge(self.tableau, control, y1, v1, deviation)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
-        return y1, y_error, dense_info, ALFState(v1, deviation, low), RESULTS.successful
+        solver_state = ALFState(v1, deviation, low, jnp.array(False))
+        return y1, y_error, dense_info, solver_state, RESULTS.successful
 
     def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
         if solver_state.deviation is None:
@@ -180,7 +182,28 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         low = solver_state.low
         if low is not None:
             low = low[0], LowPart.start(v, largest(v))
-        return ALFState(v, self._no_deviation(v), low)
+        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
+
+    def cross_jump(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> tuple[ALFState, BoolScalarLike]:
+        """`v <- v - f(t0, y) + f(t1, y)`, unless it was evaluated at `t1`.
+
+        The deviation of `v` is carried over, and so is its order.
+        """
+        term = as_ode_term(self, terms)
+        z, v = _sums(y, solver_state)
+        v = v.minus(self._field(term, t0, y, args)).plus(self._field(term, t1, y, args))
+        _, v, low = _split(z, v)
+        crossed = ALFState(v, solver_state.deviation, low, solver_state.fresh)
+        assert solver_state.fresh is not None
+        return crossed, jnp.logical_not(solver_state.fresh)
 
     def error_scales(
         self,
@@ -202,7 +225,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             v_scale,
             y_scale,
         )
-        return y_scale, ALFState(v_scale, None, None)
+        return y_scale, ALFState(v_scale, None, None, None)
 
     def inverse_step(
         self,
@@ -227,7 +250,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         carry = _sums(y1, solver_state)
         z, v = self._chain(sub_step, carry, {}, t0, reverse=True)
         y0, v0, low = _split(z, v)
-        return y0, ALFState(v0, solver_state.deviation, low)
+        return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False))
 
     def inverse_step_and_pullback(
         self,
@@ -273,7 +296,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         cotangent = Cotangent(z_bar, _with_v(cotangent.solver_state, v_bar), params_bar)
         if start is not None:
             cotangent = _add_state(cotangent, *start)
-        return y0, ALFState(v0, solver_state.deviation, low), cotangent
+        solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
+        return y0, solver_state, cotangent
 
     def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
         """The vector field, and if `bitwise` then in a computation of its own.
@@ -353,7 +377,7 @@ def _split(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
 
 
 def _with_v(state: ALFState, v: VF) -> ALFState:
-    return ALFState(v, state.deviation, state.low)
+    return ALFState(v, state.deviation, state.low, state.fresh)
 
 
 def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):

@@ -50,7 +50,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     Of what [`diffrax.AbstractSolver`][] asks for, a subclass implements `step` as
     `advance`, and beyond it `inverse_step`; nothing else is needed for exact gradients.
     One that now and then replaces its solver state by something that the old one does not
-    follow from says so through `needs_restart` and `restart`. A subclass that can undo
+    follow from says so through `needs_restart` and `restart`; one whose solver state
+    depends on the vector field implements `cross_jump`. A subclass that can undo
     and differentiate a step with the same vector-field evaluations overrides
     `inverse_step_and_pullback`, of which the default reconstructs the start of the step
     with `inverse_step` and then differentiates `advance`.
@@ -69,16 +70,17 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
-        """Restart where it is due, and `advance`."""
-        due = restart_pending(self, solver_state, made_jump)
-        if due is not False:
-
-            def restart():
-                new = self.restart(terms, t0, y0, args, solver_state)
-                return jtu.tree_map(lambda n, o: jnp.where(due, n, o), new, solver_state)
-
-            # In a batch it is evaluated only in steps in which some element needs it.
-            solver_state = lax.cond(eqxi.unvmap_any(due), restart, lambda: solver_state)
+        """Restart or cross a jump where it is due, and `advance`."""
+        solver_state, _, _ = interrupt(
+            self,
+            terms,
+            t0,
+            y0,
+            args,
+            solver_state,
+            self.needs_restart(solver_state),
+            made_jump,
+        )
         return self.advance(terms, t0, t1, y0, args, solver_state)
 
     @abc.abstractmethod
@@ -137,9 +139,31 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         args: Args,
         solver_state: _SolverState,
     ) -> _SolverState:
-        """The solver state to go on with after a restart or a jump."""
+        """The solver state to go on with after a restart."""
         del terms, t, y, args
         return solver_state
+
+    def cross_jump(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[_SolverState, BoolScalarLike]:
+        """The solver state at `t1`, from that at `t0`, between which there is nothing but a
+        discontinuity of the vector field.
+
+        They are a few floats apart, and `y` is the same. With `t0` and `t1` exchanged this
+        has to undo itself.
+
+        **Returns:**
+
+        The solver state, and whether it had to change.
+        """
+        del terms, t0, t1, y, args
+        return solver_state, False
 
     def error_scales(
         self,
@@ -199,17 +223,59 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         return y0, solver_state0, pull(cotangent, dense_cotangent)
 
 
-def restart_pending(
+def interrupt(
     solver: AbstractReversibleSolver,
+    terms: Terms,
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
     solver_state: SolverState,
+    restarts: BoolScalarLike,
     made_jump: BoolScalarLike,
-) -> BoolScalarLike:
-    """Whether a restart is due; a Python `False` where that is known."""
-    needed = solver.needs_restart(solver_state)
-    if needed is False and made_jump is False:
-        return False
-    # Also strips tangents, which JAX gives to Booleans too.
-    return jnp.logical_or(needed, made_jump)
+) -> tuple[SolverState, BoolScalarLike, BoolScalarLike]:
+    """What comes between two steps.
+
+    **Returns:**
+
+    The solver state to go on with, whether there was a restart, and whether the solver
+    state crossed a jump, which a restart takes the place of. Python `False` where that is
+    known.
+    """
+
+    def choose(pred, new):
+        return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, solver_state)
+
+    def restart():
+        return choose(restarts, solver.restart(terms, t, y, args, solver_state))
+
+    def cross():
+        new, changed = solver.cross_jump(terms, before_jump(t), t, y, args, solver_state)
+        changed = jnp.logical_and(crosses, changed)
+        return choose(changed, new), changed
+
+    # In a batch they are evaluated only in steps in which some element needs it. Logical
+    # operations also strip tangents, which JAX gives to Booleans too.
+    crosses = made_jump
+    if made_jump is not False:
+        crosses = jnp.logical_and(made_jump, jnp.logical_not(restarts))
+        solver_state, crosses = lax.cond(
+            eqxi.unvmap_any(crosses), cross, lambda: (solver_state, crosses)
+        )
+    if restarts is not False:
+        restarts = jnp.logical_or(restarts, False)
+        solver_state = lax.cond(eqxi.unvmap_any(restarts), restart, lambda: solver_state)
+    return solver_state, restarts, crosses
+
+
+def before_jump(t: RealScalarLike) -> RealScalarLike:
+    """A time on the other side of the jump that a step begins after, at `t`.
+
+    Diffrax' steps end and begin one float to either side of a jump.
+    """
+    t = jnp.asarray(t)
+    info = jnp.finfo(t.dtype)
+    ulps = jnp.maximum(info.eps * jnp.abs(t), info.tiny)
+    return t - lax.stop_gradient(4 * ulps)
 
 
 def linearise_step(

@@ -81,6 +81,7 @@ class DeviationWatch(eqx.Module):
         nothing; for the walk back with its own size after the last restart, or with what it
         may be by rounding alone if that is more.
         """
+        assert tableau.deviation_weights is not None
         noise = np.sum(np.abs(tableau.deviation_weights))
 
         def judge(sums, y, v, seed):

@@ -1,0 +1,183 @@
+"""Discontinuities of the vector field: the order is kept, and nothing is stored."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import BITWISE, PID, relative_error, sum_of_squares
+
+
+Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
+# The first is where floats are closest.
+JUMPS = jnp.array([0.0, 0.8, 1.9])
+TS = jnp.linspace(-1.0, 3.0, 7)
+SOLVERS = (dr.ALF2(), dr.ALF4(), dr.ALF6(), BITWISE)
+
+
+def field(t, y, w):
+    """Another one between any two jumps."""
+    fields = (w * jnp.sin(y), -y * jnp.cos(t), w * jnp.cos(y + t), jnp.cos(w * y) - t)
+    return jnp.stack(fields)[jnp.searchsorted(JUMPS, t, side="right")]
+
+
+def solve(adjoint, solver, y0=Y0, w=W, field=field, t0=-1.0, t1=3.0, **kwargs):
+    defaults = dict(
+        dt0=jnp.array(0.3),
+        saveat=dfx.SaveAt(ts=TS, steps=2),
+        stepsize_controller=dfx.ClipStepSizeController(PID, jump_ts=JUMPS),
+        max_steps=500,
+    )
+    kwargs = defaults | kwargs
+    dt0 = kwargs.pop("dt0")
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field), solver, t0, t1, dt0, y0, w, adjoint=adjoint, **kwargs
+    )
+
+
+def gradients(loss, *args, checkpoints=0):
+    def of(adjoint):
+        argnums = tuple(range(1, len(args) + 1))
+        return eqx.filter_jit(jax.value_and_grad(loss, argnums))(adjoint, *args)
+
+    ours, default = (
+        of(dr.ReversibleAdjoint(checkpoints)),
+        of(dfx.RecursiveCheckpointAdjoint()),
+    )
+    np.testing.assert_allclose(ours[0], default[0], rtol=1e-13)
+    assert relative_error(ours[1], default[1]) < 1e-10
+    return ours[1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_gradients(solver):
+    """Without room for a single state, those of the default adjoint."""
+
+    def loss(adjoint, y0, w):
+        return sum_of_squares(solve(adjoint, solver, y0, w).ys)
+
+    gradients(loss, Y0, W)
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
+def test_order(solver):
+    """With steps that end at the jumps, and no controller to make them smaller there."""
+
+    def error(n):
+        ends = [-1.0, *JUMPS.tolist(), 3.0]
+        final, state, made_jump = Y0, None, None
+        for t0, t1 in zip(ends[:-1], ends[1:], strict=True):
+            # Diffrax' own bookkeeping at jumps, by hand: steps of equal length on either
+            # side of it.
+            start = t0 if t0 == -1.0 else np.nextafter(t0, np.inf)
+            stop = t1 if t1 == 3.0 else np.nextafter(t1, -np.inf)
+            sol = solve(
+                dr.ReversibleAdjoint(),
+                solver,
+                final,
+                t0=start,
+                t1=stop,
+                dt0=None,
+                solver_state=state,
+                made_jump=made_jump,
+                stepsize_controller=dfx.StepTo(jnp.linspace(start, stop, n + 1)),
+                saveat=dfx.SaveAt(t1=True, solver_state=True),
+            )
+            final, state, made_jump = sol.ys[-1], sol.solver_state, jnp.array(True)
+        return np.max(np.abs(final - exact))
+
+    exact = Y0
+    for t0, t1, index in ((-1.0, 0.0, 0), (0.0, 0.8, 1), (0.8, 1.9, 2), (1.9, 3.0, 3)):
+        exact = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, w, i=index: piece(i, t, y, w)),
+            dfx.Dopri8(),
+            t0,
+            t1,
+            None,
+            exact,
+            W,
+            stepsize_controller=dfx.PIDController(rtol=1e-13, atol=1e-13),
+        ).ys[-1]
+    steps = np.array([4, 8, 16])
+    errors = [error(n) for n in steps]
+    slope = np.log(errors[0] / errors[-1]) / np.log(steps[-1] / steps[0])
+    assert slope > solver.order(None) - 0.3, errors
+
+
+def piece(i, t, y, w):
+    return (w * jnp.sin(y), -y * jnp.cos(t), w * jnp.cos(y + t), jnp.cos(w * y) - t)[i]
+
+
+def test_many_jumps():
+    """A field that is switched on and off a hundred times takes no restarts."""
+    jumps = jnp.linspace(-0.99, 2.99, 100)
+    switched = lambda t, y, w: jnp.where(
+        jnp.searchsorted(jumps, t) % 2 == 0, w * jnp.sin(y), -y
+    )
+    controller = dfx.ClipStepSizeController(PID, jump_ts=jumps)
+
+    def loss(adjoint, y0, w):
+        sol = solve(
+            adjoint, dr.ALF4(), y0, w, field=switched, stepsize_controller=controller
+        )
+        return sum_of_squares(sol.ys)
+
+    gradients(loss, Y0, W)
+    sol = solve(
+        dr.ReversibleAdjoint(),
+        dr.ALF4(),
+        field=switched,
+        stepsize_controller=controller,
+    )
+    assert sol.stats["num_restarts"] == 0
+
+
+def test_batch():
+    """Every element has jumps, and restarts, of its own."""
+    jumps = jnp.array([[0.3, 0.9], [-0.5, 1.3], [2.2, 2.5]])
+
+    def loss(adjoint, y0, w):
+        def element(jumps):
+            controller = dfx.ClipStepSizeController(PID, jump_ts=jumps)
+            own = lambda t, y, w: jnp.where(
+                (t > jumps[0]) & (t < jumps[1]), w * y**2, jnp.sin(t) - y
+            )
+            sol = solve(
+                adjoint, dr.ALF4(), y0, w, field=own, stepsize_controller=controller
+            )
+            return sum_of_squares(sol.ys)
+
+        return jnp.sum(jax.vmap(element)(jumps))
+
+    gradients(loss, Y0, W, checkpoints=8)
+
+
+@pytest.mark.parametrize("fresh", (False, True))
+def test_from_a_jump(fresh):
+    """A solve that begins at a jump crosses it, unless it has evaluated `v` behind it."""
+
+    def loss(adjoint, y0, w):
+        whole = dict(saveat=dfx.SaveAt(t1=True, solver_state=True, made_jump=True))
+        first = solve(adjoint, dr.ALF4(), y0, w, t1=0.8, **whole)
+        second = solve(
+            adjoint,
+            dr.ALF4(),
+            first.ys[-1],
+            w,
+            t0=0.8,
+            solver_state=None if fresh else first.solver_state,
+            made_jump=jnp.array(True) if fresh else first.made_jump,
+            saveat=dfx.SaveAt(t1=True),
+        )
+        return sum_of_squares(second.ys)
+
+    grads = gradients(loss, Y0, W, checkpoints=8)
+    whole = lambda adjoint, y0, w: sum_of_squares(
+        solve(adjoint, dr.ALF4(), y0, w, saveat=dfx.SaveAt(t1=True)).ys
+    )
+    # With other steps.
+    assert relative_error(grads, gradients(whole, Y0, W, checkpoints=8)) < 1e-3
