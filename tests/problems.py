@@ -116,3 +116,36 @@ class InverseOnly(dr.AbstractReversibleSolver):
         v, count = solver_state
         y0, v = self._midpoint(terms, t0, t1, y1, v, args, -1)
         return y0, (v, count - 1)
+
+
+class ReversibleHeun(dr.AbstractReversibleSolver, dfx.AbstractStratonovichSolver):
+    """Reversible Heun of Kidger et al. (2021), arXiv:2105.13493, for terms of any kind, as
+    someone else would add it."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def strong_order(self, terms):
+        return 0.5
+
+    def init(self, terms, t0, t1, y0, args):
+        return y0
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def advance(self, terms, t0, t1, y0, args, solver_state):
+        control = terms.contr(t0, t1)
+        f0 = terms.vf_prod(t0, solver_state, args, control)
+        z1 = 2 * y0 - solver_state + f0
+        y1 = y0 + (f0 + terms.vf_prod(t1, z1, args, control)) / 2
+        return y1, None, dict(y0=y0, y1=y1), z1, dfx.RESULTS.successful
+
+    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+        control = terms.contr(t0, t1)
+        f1 = terms.vf_prod(t1, solver_state, args, control)
+        z0 = 2 * y1 - solver_state - f1
+        return y1 - (terms.vf_prod(t0, z0, args, control) + f1) / 2, z0

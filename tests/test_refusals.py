@@ -3,6 +3,7 @@
 import warnings
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -74,6 +75,40 @@ def grad_wrt_controller_state():
     return jax.jit(jax.grad(total))(jnp.array(1.0))
 
 
+def grad_with_restarts():
+    terms = dfx.ODETerm(lambda t, y, args: -30.0 * (y - jnp.cos(t)))
+    return grad(terms=terms, dt0=jnp.array(0.01), adjoint=dr.ReversibleAdjoint(0))
+
+
+def total(y0):
+    return jnp.sum(solve(y0).ys ** 2)
+
+
+class Static(eqx.Module):
+    fn: object = eqx.field(static=True)
+
+    def __call__(self, t, y, args):
+        return self.fn(t, y, args)
+
+
+def grad_wrt_static():
+    def total(w):
+        return jnp.sum(solve(terms=dfx.ODETerm(Static(lambda t, y, args: w * y))).ys)
+
+    return jax.grad(total)(jnp.array(1.3))
+
+
+class TwoControls(dfx.AbstractTerm):
+    def vf(self, t, y, args):
+        return jnp.stack([y, y], axis=-1)
+
+    def contr(self, t0, t1, **kwargs):
+        return jnp.stack([t1 - t0, t1**2 - t0**2])
+
+    def prod(self, vf, control):
+        return vf @ control
+
+
 JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.5]))
 
 # name, call, exception, parts of the message
@@ -86,7 +121,7 @@ REFUSALS = (
     ),
     (
         "more restarts than checkpoints",
-        lambda: grad(stepsize_controller=JUMPS, adjoint=dr.ReversibleAdjoint(0)),
+        grad_with_restarts,
         RuntimeError,
         ("`ReversibleAdjoint(checkpoints=0)`", "more than 0 times", "num_restarts"),
     ),
@@ -127,6 +162,30 @@ REFUSALS = (
         ("gradients with respect to `controller_state`", "stop_gradient"),
     ),
     (
+        "`grad` of `grad`",
+        lambda: jax.grad(lambda y0: jnp.sum(jax.grad(total)(y0)))(Y0),
+        RuntimeError,
+        ("`jax.grad(jax.grad(...))`", "`jax.hessian(...)`", "DirectAdjoint"),
+    ),
+    (
+        "forward mode: `jvp`, `jacfwd`",
+        lambda: jax.jvp(total, (Y0,), (Y0,)),
+        RuntimeError,
+        ("`jax.jvp`", "ForwardMode"),
+    ),
+    (
+        "reverse over forward mode",
+        lambda: jax.grad(lambda y0: jax.jvp(total, (y0,), (y0,))[1])(Y0),
+        RuntimeError,
+        ("`jax.jvp`", "ForwardMode", "forward mode over reverse mode"),
+    ),
+    (
+        "closed-over values in what is not a leaf",
+        grad_wrt_static,
+        NotImplementedError,
+        ("static field", "closes over", "through `args`"),
+    ),
+    (
         "settings that are none: tolerance",
         lambda: dr.ReversibleAdjoint(drift_tol=-1.0),
         ValueError,
@@ -153,6 +212,21 @@ REFUSALS = (
         lambda: solve(terms=tree_term(), adjoint=dfx.RecursiveCheckpointAdjoint()),
         ValueError,
         ("solver=ALF4()", "`ControlTerm`", ".to_ode()", "ReversibleHeun"),
+    ),
+    (
+        "stochastic terms among others, by the solver",
+        lambda: solve(
+            terms=dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), tree_term()),
+            adjoint=dfx.RecursiveCheckpointAdjoint(),
+        ),
+        ValueError,
+        ("solver=ALF4()", "`ControlTerm`", ".to_ode()", "does not converge"),
+    ),
+    (
+        "terms with another control than time, by the solver",
+        lambda: solve(terms=TwoControls(), adjoint=dfx.RecursiveCheckpointAdjoint()),
+        ValueError,
+        ("solver=ALF4()", "`TwoControls`", "`t1 - t0`", "`ODETerm`"),
     ),
     (
         "complex states, by the solver",

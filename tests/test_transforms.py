@@ -1,14 +1,25 @@
-"""`jit`, `vmap`, both orders of `vmap` and `grad`, and the other adjoints of Diffrax."""
+"""`jit`, `vmap`, both orders of `vmap` and `grad`, Hessians, and the other adjoints of
+Diffrax."""
+
+import functools
 
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
 
-from .problems import CONTROLLERS, PID, relative_error, SOLVERS
+from .problems import (
+    CONTROLLERS,
+    InverseOnly,
+    PID,
+    relative_error,
+    SOLVERS,
+    sum_of_squares,
+)
 
 
 BATCH = jnp.array([[1.0, 2.0, 0.5], [0.1, -0.3, 0.2], [-2.0, 3.0, 1.5]])
@@ -38,8 +49,10 @@ def loss(y0, w, adjoint=None):
 W = jnp.array(1.2)
 
 
+@functools.cache
 def one_by_one(adjoint):
-    grads = [jax.grad(loss, argnums=(0, 1))(y0, W, adjoint) for y0 in BATCH]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    grads = [gradient(y0, W, adjoint) for y0 in BATCH]
     return jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
 
@@ -148,3 +161,53 @@ def test_progress_meter():
         )
     )(BATCH[0])
     assert relative_error(from_meter, jax.grad(loss)(BATCH[0], W)) < 1e-14
+
+
+HESSIANS = {
+    "save times": dict(saveat=dfx.SaveAt(ts=TS, t1=True, fn=lambda t, y, w: w * y**2 * t)),
+    "compensated": dict(solver=dr.ALF6(compensated=True)),
+    "inverse only": dict(solver=InverseOnly(), controller=dfx.ConstantStepSize()),
+    "jump": dict(
+        controller=dfx.ClipStepSizeController(PID, jump_ts=jnp.array([1.0, 2.0])),
+        saveat=dfx.SaveAt(dense=True, t1=True, steps=2),
+    ),
+    "event": dict(
+        event=dfx.Event(
+            lambda t, y, args, **kwargs: y[0] - 0.4 * y[1] - 0.3 + 0.0 * t,
+            optx.Newton(1e-10, 1e-10),
+        ),
+        saveat=dfx.SaveAt(t1=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+def test_forward_over_reverse(name):
+    """Hessian-vector products, against those of the adjoint that stores everything."""
+
+    def product(adjoint):
+        def final(y0, w):
+            sol = solve(y0, w, adjoint, **HESSIANS[name])
+            return sum_of_squares((sol.ys, sol.ts))
+
+        gradient = jax.grad(final, argnums=(0, 1))
+        direction = jnp.array([0.3, -0.2, 0.5]), jnp.array(0.7)
+        return jax.jit(lambda *x: jax.jvp(gradient, x, direction))(BATCH[0], W)
+
+    ours, expected = product(dr.ReversibleAdjoint()), product(dfx.DirectAdjoint())
+    assert relative_error(ours[1], expected[1]) < 1e-9
+    assert relative_error(ours[0], expected[0]) < 1e-10
+
+
+def test_hessian():
+    """It is symmetric, which forward over reverse mode does not make it by itself."""
+
+    def final(y0):
+        # With steps that are in the same place for the differences too.
+        return jnp.sum(solve(y0, W, controller=dfx.ConstantStepSize()).ys ** 2)
+
+    hessian = jax.jit(jax.hessian(final))(BATCH[0])
+    np.testing.assert_allclose(hessian, hessian.T, rtol=1e-9, atol=1e-12)
+    gradient, h = jax.jit(jax.grad(final)), jnp.array([1e-5, 0.0, 0.0])
+    difference = (gradient(BATCH[0] + h) - gradient(BATCH[0] - h)) / 2e-5
+    np.testing.assert_allclose(hessian[0], difference, rtol=1e-6, atol=1e-8)

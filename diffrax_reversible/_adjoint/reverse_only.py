@@ -45,5 +45,7 @@ for _p in (_identity_p, _tangent_p):
     batching.defvectorized(_p)
 ad.primitive_jvps[_identity_p] = _jvp
 ad.deflinear(_tangent_p, lambda ct: [ct])
+# In reverse mode it has been transposed before anything else can see it.
+ad.primitive_jvps[_tangent_p] = _refuse
 mlir.register_lowering(_identity_p, mlir.lower_fun(lambda x: x, multiple_results=False))
 mlir.register_lowering(_tangent_p, _refuse)
