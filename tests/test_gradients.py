@@ -241,6 +241,32 @@ def test_continued_solve():
     assert_same_gradient(loss, Y0)
 
 
+def test_two_halves():
+    """Have the gradient of the whole, of which they have the steps."""
+
+    def final(y0, field, args, t0, t1, **kwargs):
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
+        adjoint = dr.ReversibleAdjoint()
+        sol = solve(
+            adjoint, field, y0, args, t0=t0, t1=t1, dt0=0.125, saveat=saveat, **kwargs
+        )
+        return sol.ys[-1], sol.solver_state
+
+    def gradient(ends):
+        @eqx.filter_jit
+        @eqx.filter_grad
+        def of(inputs):
+            y, field, args = inputs
+            state = None
+            for t0, t1 in zip(ends[:-1], ends[1:], strict=True):
+                y, state = final(y, field, args, t0, t1, solver_state=state)
+            return sum_of_squares(y)
+
+        return of((Y0, Network(), network_args()))
+
+    assert relative_error(gradient((0.0, 1.5, 3.0)), gradient((0.0, 3.0))) < 1e-12
+
+
 def test_no_steps():
     def loss(adjoint, y0):
         t = jnp.array(1.0)

@@ -67,10 +67,15 @@ def test_solver_table():
 
 
 def test_support_table():
-    """What the table refuses is what `test_refusals.py` shows to be refused."""
+    """Every line has a test that is there, and what the table refuses is what
+    `test_refusals.py` shows to be refused."""
     rows = table(section("What `ReversibleAdjoint` supports"))
-    assert {answer for _, answer in rows} == {"yes", "refused"}
-    refused = {what for what, answer in rows if answer == "refused"}
+    assert {answer for _, answer, _ in rows} == {"yes", "refused"}
+    for what, answer, test in rows:
+        file, function = test.strip("`").split("::")
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), what
+        assert (file == "test_refusals.py") == (answer == "refused"), what
+    refused = {what for what, answer, _ in rows if answer == "refused"}
     tested = {name for name, *_ in REFUSALS}
     by_others = {name for name in tested if "by the solver" in name or "settings" in name}
     assert refused == tested - by_others

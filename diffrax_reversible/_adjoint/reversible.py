@@ -42,15 +42,20 @@ class ReversibleAdjoint(AbstractAdjoint):
     [`diffrax.ConstantStepSize`][] with `t1`, is left out of gradients with respect to
     those, which are thus right to the accuracy of the solve.
 
-    A solver that restarts (see [`diffrax_reversible.ALF4`][]) or crosses a jump makes a
-    step that cannot be undone by itself, and the state before it is stored.
+    A solver that restarts (see [`diffrax_reversible.ALF4`][]) makes a step that cannot be
+    undone by itself, and the state before it is stored. Jumps can be undone.
+
+    An event that ends the solve is located as ever, and its time and state are
+    differentiated by Diffrax itself, through the last step.
 
     Memory: a few states, two more for each of `checkpoints`, and two times for each of
-    `max_steps` steps (16 bytes a step in float64).
+    `max_steps` steps (16 bytes a step in float64, 17 if there are jumps).
 
     Work: for the solvers of this package one evaluation of the vector field and one
     pull-back through it for each evaluation of the forward pass. If a `SaveAt(fn=...)`
     interpolates, or if times are differentiated, then half as much again.
+
+    Second derivatives by forward mode over reverse mode, as in `jax.hessian`.
 
     Where the walk back comes to a stored state, and where it ends, it is compared with what
     was there in the forward pass. If they differ too much, then the gradient is an error,
@@ -147,8 +152,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: how many restarts and jumps there can be at the most. Room for as many
-    states and solver states is allocated; with 0 there is none. `sol.stats` has the number
+- `checkpoints`: how many restarts there can be at the most. Room for as many states and solver states is allocated; with 0 there is none. `sol.stats` has the number
     of restarts under `"num_restarts"`.
 - `drift_tol`: the largest error of the reconstructed state that is accepted, where the
     solve began and at every restart, as a fraction of the largest entry of the array
@@ -161,8 +165,11 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `ValueError` for solvers that are not reversible, and for `max_steps=None` if
     differentiated.
-- `NotImplementedError` for events, and for gradients with respect to `t0` or `t1` of what
-    `SaveAt(steps=...)` saves.
+- `NotImplementedError` for gradients with respect to `t0` or `t1` of what is saved at the
+    end of a step, by `SaveAt(steps=...)` or where an event stops that is Boolean or not
+    located, and for functions that close over traced values where they cannot be seen.
+- `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
+    forward mode, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
     the walk back misses a state that it can be compared with.
 """
