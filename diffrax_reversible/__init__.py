@@ -4,8 +4,8 @@ import importlib.metadata as _metadata
 
 from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._coefficients.tableau import ALFTableau as ALFTableau
+from ._solver.abstract_alf import AbstractALF as AbstractALF
 from ._solver.alf import (
-    AbstractALF as AbstractALF,
     ALF as ALF,
     ALF2 as ALF2,
     ALF4 as ALF4,

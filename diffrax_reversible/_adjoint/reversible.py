@@ -152,8 +152,9 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: how many restarts there can be at the most. Room for as many states and solver states is allocated; with 0 there is none. `sol.stats` has the number
-    of restarts under `"num_restarts"`.
+- `checkpoints`: how many restarts there can be at the most. Room for as many states and
+    solver states is allocated; with 0 there is none. `sol.stats` has the number of
+    restarts under `"num_restarts"`.
 - `drift_tol`: the largest error of the reconstructed state that is accepted, where the
     solve began and at every restart, as a fraction of the largest entry of the array
     concerned, or of what a step adds to it if that is more.

@@ -236,13 +236,12 @@ class ALFTableau:
         return self.embedded_order
 
     @ft.cached_property
-    def midpoint_weights(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Weights of `u_0, ..., u_s` in the solution and its derivative at the mid-point.
+    def midpoint_weights(self) -> np.ndarray | None:
+        """Weights of `u_0, ..., u_s` in the solution at the mid-point.
 
-        `y(t + h/2) ≈ y_0 + h Σ a_i u_i` up to order `order - 1` and `h y'(t + h/2) ≈ h Σ
-        b_i u_i` up to order `order - 2`, at no evaluation. `None` where the conditions
-        have no solution, or where cubic Hermite interpolation needs no help (`order <=
-        4`).
+        `y(t + h/2) ≈ y_0 + h Σ a_i u_i` up to order `order - 1`, at no evaluation. `None`
+        where the conditions have no solution, or where cubic Hermite interpolation needs no
+        help (`order <= 4`).
         """
         if self.order <= 4:
             return None
@@ -250,14 +249,23 @@ class ALFTableau:
         def value(tree):
             return _exact_value(tree) / 2 ** order_of(tree)
 
-        def derivative(tree):
+        return self._fit(value, self.order - 1, self.order - 1)
+
+    @ft.cached_property
+    def midpoint_slope_weights(self) -> np.ndarray | None:
+        """Weights of `u_0, ..., u_s` in the derivative at the mid-point.
+
+        `h y'(t + h/2) ≈ h Σ b_i u_i`, up to order `order - 2` and at least to the order 5
+        that quintic interpolation needs, at no evaluation. `None` where the conditions have
+        no solution: there the vector field has to be evaluated.
+        """
+        if self.midpoint_weights is None:
+            return None
+
+        def slope(tree):
             return _exact_derivative(tree) / 2 ** (order_of(tree) - 1)
 
-        value_weights = self._fit(value, self.order - 1, self.order - 1)
-        derivative_weights = self._fit(derivative, self.order - 2, self.order - 1)
-        if value_weights is None or derivative_weights is None:
-            return None
-        return value_weights, derivative_weights
+        return self._fit(slope, max(self.order - 2, 5), self.order - 1)
 
     @ft.cached_property
     def deviation_weights(self) -> np.ndarray | None:
@@ -307,6 +315,4 @@ class ALFTableau:
     @property
     def interpolation_order(self) -> int:
         """The order of the dense output between the steps."""
-        if self.midpoint_weights is None:
-            return min(self.order, 4)
-        return min(self.order - 1, 6)
+        return min(self.order, 4 if self.midpoint_weights is None else 6)

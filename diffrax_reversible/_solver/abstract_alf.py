@@ -1,0 +1,442 @@
+"""Compositions of asynchronous leapfrog, whatever their coefficients."""
+
+from typing import ClassVar, NamedTuple, TYPE_CHECKING
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
+from jaxtyping import Array
+
+from .._coefficients.tableau import ALFTableau
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
+from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
+from .base import AbstractReversibleSolver, Cotangent
+from .deviation import Deviation, DeviationWatch, watch_weights
+from .exact_sum import LowPart
+from .interpolation import HermiteInterpolation
+from .ode_term import as_ode_term
+
+
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+
+class _SubStep(NamedTuple):
+    """One sub-step's share of the tableau; stacked along the first axis for a step."""
+
+    length: Array
+    midpoint: Array
+    # The weight of the evaluation in each of the linear functionals of a step, and in
+    # those that watch the deviation.
+    weights: dict[str, Array]
+    watch: Array | None
+
+
+class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
+    """Compositions of asynchronous-leapfrog sub-steps, for ODEs.
+
+    The solver state holds `v`, a second approximation to the vector field `f(t, y)`, of
+    the structure of the state. With it, a step is a chain of sub-steps
+
+        k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
+
+    each of which is undone by one evaluation of `f` at the same point `k`. The same
+    evaluation serves to pull cotangents back:
+
+        v̄ <- v̄' + h/2 z̄',  k̄ = z̄' + (∂f/∂z)ᵀ 2v̄,  θ̄ += (∂f/∂θ)ᵀ 2v̄,  z̄ = k̄,  v̄ <- h/2 k̄ - v̄
+
+    so that the backward pass costs one evaluation and one pull-back a sub-step.
+    """
+
+    tableau: AbstractVar[ALFTableau]
+    compensated: AbstractVar[bool]
+    bitwise: AbstractVar[bool]
+
+    # Which terms these may be, `as_ode_term` checks.
+    term_structure: ClassVar = AbstractTerm
+    interpolation_cls: ClassVar = HermiteInterpolation
+
+    def order(self, terms: Terms) -> int:
+        del terms
+        return self.tableau.order
+
+    def error_order(self, terms: Terms) -> int:
+        del terms
+        assert self.tableau.embedded_order is not None
+        return self.tableau.embedded_order + 1
+
+    def init(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> ALFState:
+        term = as_ode_term(self, terms)
+        _check_state(self, y0)
+        # Checkpointed, as otherwise a gradient would hold on to the activations of this
+        # evaluation for the length of the solve.
+        v = eqx.filter_checkpoint(self._field)(term, t0, y0, args)
+        low = None
+        if self.compensated or self.bitwise:
+            first_increment = largest(tree_scale(term.contr(t0, t1), v))
+            y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
+            low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
+        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
+
+    def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
+        return as_ode_term(self, terms).vf(t0, y0, args)
+
+    def advance(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> tuple[Y, Y, DenseInfo, ALFState, RESULTS]:
+        v0 = solver_state.v
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
+        weights = watch_weights(self.tableau)
+
+        def sub_step(carry, sub: _SubStep):
+            z, v, sums, watch = carry
+            half = control * sub.length / 2
+            k = z.plus(tree_scale(half, v.high))
+            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
+            new_v = v.reflect(u)
+            z = k.plus(tree_scale(half, new_v.high))
+            sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
+            watch = None if watch is None else watch.add(sub.watch, u)
+            return z, new_v, sums, watch
+
+        functionals = self._functionals()
+        sums = {name: tree_scale(w[0], v0) for name, w in functionals.items()}
+        watch = None
+        if weights is not None:
+            watch = DeviationWatch.start(weights[0], v0)
+        carry = (*sums_of(y0, solver_state), sums, watch)
+        z, v, sums, watch = self._chain(sub_step, carry, functionals, t0, weights)
+        y1, v1, low = split_sums(z, v)
+        # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
+        # it divides the error.
+        y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
+        sums = {name: tree_scale(control, total) for name, total in sums.items()}
+        y_error = sums.pop("error")
+        if self._evaluates_midpoint:
+            y_mid = tree_add(y0, sums["y_mid"])
+            slope = self._field(term, t0 + (t1 - t0) / 2, y_mid, args)
+            sums["k_mid"] = tree_scale(control, slope)
+        deviation = solver_state.deviation
+        if watch is not None and deviation is not None:
+            deviation = watch.judge(self.tableau, control, y1, v1, deviation)
+        k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
+        dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
+        solver_state = ALFState(v1, deviation, low, jnp.array(False))
+        return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
+        if solver_state.deviation is None:
+            return False
+        return solver_state.deviation.restart
+
+    def restart(
+        self,
+        terms: AbstractTerm,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> ALFState:
+        v = self._field(as_ode_term(self, terms), t, y, args)
+        low = solver_state.low
+        if low is not None:
+            low = low[0], LowPart.start(v, largest(v))
+        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
+
+    def cross_jump(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> tuple[ALFState, BoolScalarLike]:
+        """`v <- v - f(t0, y) + f(t1, y)`, unless it was evaluated at `t1`.
+
+        The deviation of `v` is carried over, and so is its order.
+        """
+        term = as_ode_term(self, terms)
+        z, v = sums_of(y, solver_state)
+        v = v.minus(self._field(term, t0, y, args)).plus(self._field(term, t1, y, args))
+        _, v, low = split_sums(z, v)
+        crossed = ALFState(v, solver_state.deviation, low, solver_state.fresh)
+        assert solver_state.fresh is not None
+        return crossed, jnp.logical_not(solver_state.fresh)
+
+    def error_scales(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        solver_state: ALFState,
+    ) -> tuple[Y, ALFState]:
+        """Of `y` no less than what the step adds to it, and of `v` no less than what moves
+        `y` as far as its size in the length of the solve: a solve may start at zero, or at
+        rest."""
+        v_scale = largest(solver_state.v)
+        step = jnp.abs(as_ode_term(self, terms).contr(t0, t1))
+        y_scale = jtu.tree_map(jnp.maximum, largest(y0), tree_scale(step, v_scale))
+        v_scale = jtu.tree_map(
+            lambda v, y: jnp.maximum(v, y / jnp.asarray(jnp.abs(length), y.dtype)),
+            v_scale,
+            y_scale,
+        )
+        return y_scale, ALFState(v_scale, None, None, None)
+
+    def inverse_step(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> tuple[Y, ALFState]:
+        y0, solver_state, _ = self._walk_back(terms, t0, t1, y1, args, solver_state, {})
+        return y0, solver_state
+
+    def _walk_back(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: ALFState,
+        functionals: dict[str, np.ndarray],
+    ) -> tuple[Y, ALFState, DenseInfo]:
+        """Undo a step, and return the `functionals` of it, which do not involve `v_0`."""
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
+
+        def sub_step(carry, sub: _SubStep):
+            z, v, sums = carry
+            half = control * sub.length / 2
+            k = z.minus(tree_scale(half, v.high))
+            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
+            v = v.reflect(u)
+            sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
+            return k.minus(tree_scale(half, v.high)), v, sums
+
+        assert all(w[0] == 0 for w in functionals.values())
+        zeros = {name: tree_zeros_like(solver_state.v) for name in functionals}
+        carry = (*sums_of(y1, solver_state), zeros)
+        z, v, sums = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        y0, v0, low = split_sums(z, v)
+        sums = {name: tree_scale(control, total) for name, total in sums.items()}
+        return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
+
+    def inverse_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: ALFState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> tuple[Y, ALFState, Cotangent]:
+        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
+        start, functionals, sums_cotangent = None, {}, {}
+        if dense_cotangent is not None:
+            if self._evaluates_midpoint:
+                dense_cotangent, cotangent = self._pull_midpoint(
+                    bind, params, t0, t1, y1, solver_state, cotangent, dense_cotangent
+                )
+            start, end, sums_cotangent = _split_dense(dense_cotangent, control)
+            cotangent = add_to_state(cotangent, *end)
+            functionals = {name: self._functionals()[name] for name in sums_cotangent}
+            assert all(w[0] == 0 for w in functionals.values())
+
+        def sub_step(carry, sub: _SubStep):
+            z, v, (z_bar, v_bar, params_bar) = carry
+            half = control * sub.length / 2
+            k = z.minus(tree_scale(half, v.high))
+            t = t0 + sub.midpoint * (t1 - t0)
+            u, pull = self._linearise_field(bind, t, k.high, params)
+            v = v.reflect(u)
+            z = k.minus(tree_scale(half, v.high))
+            v_bar = tree_axpy(half, z_bar, v_bar)
+            u_bar = tree_scale(2, v_bar)
+            for name, weight in sub.weights.items():
+                u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
+            k_bar, more_params_bar = pull(u_bar)
+            z_bar = tree_add(z_bar, k_bar)
+            v_bar = jtu.tree_map(jnp.subtract, tree_scale(half, z_bar), v_bar)
+            return z, v, (z_bar, v_bar, tree_add(params_bar, more_params_bar))
+
+        bars = (cotangent.y, cotangent.solver_state.v, cotangent.params)
+        carry = (*sums_of(y1, solver_state), bars)
+        z, v, bars = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        y0, v0, low = split_sums(z, v)
+        z_bar, v_bar, params_bar = bars
+        cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
+        if start is not None:
+            cotangent = add_to_state(cotangent, *start)
+        solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
+        return y0, solver_state, cotangent
+
+    def _pull_midpoint(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: ALFState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo,
+    ) -> tuple[DenseInfo, Cotangent]:
+        """Pull the cotangent of the slope at the mid-point back, where there is any.
+
+        Where the mid-point is, is known only at the end of a walk back, which is made just
+        for it.
+        """
+        ct = dict(dense_cotangent)
+        slope_bar = ct.pop("k_mid")
+
+        def pull():
+            terms, args = bind(params)
+            midpoint = {"y_mid": self._functionals()["y_mid"]}
+            step = (t0, t1, y1, args, solver_state, midpoint)
+            y0, _, sums = self._walk_back(terms, *step)
+            y_mid = tree_add(y0, sums["y_mid"])
+            control = as_ode_term(self, terms).contr(t0, t1)
+            _, pull = self._linearise_field(bind, t0 + (t1 - t0) / 2, y_mid, params)
+            return pull(tree_scale(control, slope_bar))
+
+        some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(slope_bar))
+        y_bar, params_bar = lax.cond(
+            eqxi.unvmap_any(some != 0),
+            pull,
+            lambda: tree_zeros_like((ct["y_mid"], params)),
+        )
+        ct["y0"], ct["y_mid"] = tree_add(ct["y0"], y_bar), tree_add(ct["y_mid"], y_bar)
+        params_bar = tree_add(cotangent.params, params_bar)
+        return ct, Cotangent(cotangent.y, cotangent.solver_state, params_bar)
+
+    def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
+        """The vector field, and if `bitwise` then in a computation of its own.
+
+        That is a branch of a conditional of which the compiler does not know that it is
+        always taken. It cannot mix it with what stands around, which in the walk back is
+        something else, and so it rounds alike.
+        """
+        if not self.bitwise:
+            return term.vf(t, y, args)
+        # The same for all elements of a batch, or both branches would be evaluated.
+        always = eqxi.unvmap_any(t == t)
+        return lax.cond(
+            always, lambda y: term.vf(t, y, args), lambda y: tree_scale(jnp.nan, y), y
+        )
+
+    def _linearise_field(self, bind: Bind, t: RealScalarLike, k: Y, params: Params):
+        """The vector field at `(t, k)` and its pull-back.
+
+        From one evaluation, but if `bitwise` from two.
+        """
+
+        def field(k, params):
+            terms, args = bind(params)
+            return as_ode_term(self, terms).vf(t, k, args)
+
+        u, pull = jax.vjp(field, k, params)
+        if self.bitwise:
+            terms, args = bind(params)
+            u = self._field(as_ode_term(self, terms), t, k, args)
+        return u, pull
+
+    def _no_deviation(self, v: VF) -> Deviation | None:
+        """As just after a restart. `None` if it cannot be told."""
+        return None if watch_weights(self.tableau) is None else Deviation.none(v)
+
+    def _functionals(self) -> dict[str, np.ndarray]:
+        """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
+        functionals = {"error": self.tableau.error_weights}
+        if self.tableau.midpoint_weights is not None:
+            functionals["y_mid"] = self.tableau.midpoint_weights
+        if self.tableau.midpoint_slope_weights is not None:
+            functionals["k_mid"] = self.tableau.midpoint_slope_weights
+        return functionals
+
+    @property
+    def _evaluates_midpoint(self) -> bool:
+        """Whether interpolation takes an evaluation at the mid-point."""
+        tableau = self.tableau
+        has_midpoint = tableau.midpoint_weights is not None
+        return has_midpoint and tableau.midpoint_slope_weights is None
+
+    def _chain(
+        self, sub_step, carry, functionals, t0, watch_weights=None, reverse: bool = False
+    ):
+        """Scan `sub_step` over the sub-steps (compiles faster than unrolling them)."""
+        dtype = jnp.result_type(t0)
+        sub_steps = _SubStep(
+            jnp.asarray(self.tableau.sub_steps, dtype),
+            jnp.asarray(self.tableau.midpoints, dtype),
+            {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
+            None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
+        )
+        if self.tableau.stages == 1:
+            return sub_step(carry, jtu.tree_map(lambda x: x[0], sub_steps))
+        carry, _ = lax.scan(
+            lambda carry, sub: (sub_step(carry, sub), None),
+            carry,
+            sub_steps,
+            reverse=reverse,
+        )
+        return carry
+
+
+def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):
+    """Cotangents of `(y0, v0)`, of `(y1, v1)` and of the sums `Σ w_i u_i`."""
+    ct = dict(dense_cotangent)
+    start = ct.pop("y0"), tree_scale(control, ct.pop("k0"))
+    end = ct.pop("y1"), tree_scale(control, ct.pop("k1"))
+    return start, end, {name: tree_scale(control, leaf) for name, leaf in ct.items()}
+
+
+def _check_state(solver: AbstractALF, y0: Y) -> None:
+    for leaf in jtu.tree_leaves(y0):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"`diffeqsolve(..., solver={type(solver).__name__}(), y0=...)` needs a "
+                f"state of real floating-point arrays, got {jnp.result_type(leaf)}. "
+                "Split complex states into their real and imaginary parts."
+            )

@@ -1,0 +1,47 @@
+"""The solver state of asynchronous leapfrog, and the sums that make it."""
+
+import equinox as eqx
+
+from .._custom_types import BoolScalarLike, VF, Y
+from .._tree import tree_add
+from .base import Cotangent
+from .deviation import Deviation
+from .exact_sum import LowPart, Sum
+
+
+class ALFState(eqx.Module):
+    """Solver state: `v`, what is known of its deviation, the low parts of `z` and `v` if
+    sub-steps are compensated, and whether `v` was evaluated where the state is.
+
+    Of a cotangent, all but `v` is `None`.
+    """
+
+    v: VF
+    deviation: Deviation | None
+    low: tuple[LowPart, LowPart] | None
+    fresh: BoolScalarLike | None
+
+
+def sums_of(y: Y, solver_state: ALFState) -> tuple[Sum, Sum]:
+    """`z` and `v`, as they are added to."""
+    low_y, low_v = (None, None) if solver_state.low is None else solver_state.low
+    return LowPart.join(y, low_y), LowPart.join(solver_state.v, low_v)
+
+
+def split_sums(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
+    """The state, and what of the solver state is made of `z` and `v`."""
+    (y, low_y), (v_high, low_v) = LowPart.split(z), LowPart.split(v)
+    low = None if low_y is None or low_v is None else (low_y, low_v)
+    return y, v_high, low
+
+
+def with_v(state: ALFState, v: VF) -> ALFState:
+    return ALFState(v, state.deviation, state.low, state.fresh)
+
+
+def add_to_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:
+    return Cotangent(
+        tree_add(cotangent.y, y),
+        with_v(cotangent.solver_state, tree_add(cotangent.solver_state.v, v)),
+        cotangent.params,
+    )
