@@ -141,6 +141,7 @@ def make_solve(problem: Problem, solver: Any) -> Callable[[float], Outcome]:
         )
         restarts = sol.stats.get("num_restarts", jnp.array(0))
         steps, rejected = sol.stats["num_steps"], sol.stats["num_rejected_steps"]
+        assert sol.ys is not None
         return Outcome(sol.ys[0], steps, rejected, restarts)
 
     return solve
@@ -173,7 +174,7 @@ def print_ratios(results, problems, tolerances) -> dict[str, np.ndarray]:
         print(f"{solver:8}" + "".join(f"{ratio:10.2g}" for ratio in worst[solver]))
     print(f"\nrejected steps [%]\n{'':8}{header}")
     for solver in SOLVERS:
-        totals = sum(results[p, solver][:, 2:] for p in problems)
+        totals = np.sum([results[p, solver][:, 2:] for p in problems], axis=0)
         shares = 100 * totals[:, 1] / totals[:, 0]
         print(f"{solver:8}" + "".join(f"{share:10.1f}" for share in shares))
     return worst
