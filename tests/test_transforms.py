@@ -213,3 +213,35 @@ def test_hessian():
     gradient, h = jax.jit(jax.grad(final)), jnp.array([1e-5, 0.0, 0.0])
     difference = (gradient(BATCH[0] + h) - gradient(BATCH[0] - h)) / 2e-5
     np.testing.assert_allclose(hessian[0], difference, rtol=1e-6, atol=1e-8)
+
+
+def in_scan(y0, w, adjoint):
+    """A chain of solves in checkpointed steps of a scan."""
+
+    @jax.checkpoint
+    def body(y, _):
+        y = solve(y, w, adjoint, saveat=dfx.SaveAt(t1=True)).ys[-1]
+        return y, y
+
+    _, ys = jax.lax.scan(body, y0, length=3)
+    return jnp.sum(ys**2)
+
+
+def nested(y0, w, adjoint):
+    """A solve in the vector field of another."""
+
+    def field(t, y, w):
+        return jnp.sin(solve(y, w, adjoint, saveat=dfx.SaveAt(t1=True)).ys[-1])
+
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(field), dr.ALF4(), 0.0, 1.0, 0.2, y0, w, adjoint=adjoint
+    )
+    return jnp.sum(sol.ys**2)
+
+
+@pytest.mark.parametrize("function", (in_scan, nested))
+def test_within_other_transforms(function):
+    gradient = jax.jit(jax.grad(function, argnums=(0, 1)), static_argnums=2)
+    ours = gradient(BATCH[0], W, dr.ReversibleAdjoint())
+    expected = gradient(BATCH[0], W, dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, expected) < 1e-10
