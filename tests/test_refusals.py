@@ -132,13 +132,18 @@ REFUSALS = (
         ("records where the steps are", "Pass `max_steps=...`"),
     ),
     (
-        "gradients with respect to t0 or t1, if saved by steps",
-        lambda: grad_wrt("t1", jnp.array(0.9), saveat=dfx.SaveAt(steps=True)),
+        "gradients with respect to t0 or t1, if saved by steps that move with them",
+        lambda: grad_wrt(
+            "t1",
+            jnp.array(0.9),
+            saveat=dfx.SaveAt(steps=True),
+            stepsize_controller=dfx.ConstantStepSize(),
+        ),
         NotImplementedError,
         ("`t0` or `t1`", "`SaveAt(steps=...)`", "SaveAt(ts=...)", "stop_gradient"),
     ),
     (
-        "gradients with respect to t0 or t1, if an event is not located",
+        "gradients with respect to t0 or t1, if an event stops at such a step",
         lambda: grad_wrt("t0", jnp.array(0.1), event=dfx.Event(lambda *a, **k: a[1][0])),
         NotImplementedError,
         ("`t0` or `t1`", "`root_finder`", "stop_gradient"),

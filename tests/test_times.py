@@ -33,6 +33,7 @@ SAVEATS = {
     "subs": lambda ts: dfx.SaveAt(
         subs=[dfx.SubSaveAt(ts=ts[:3]), dfx.SubSaveAt(t1=True, ts=ts, fn=moments)]
     ),
+    "steps": lambda ts: dfx.SaveAt(ts=ts, steps=2, t1=True),
     "dense": lambda ts: dfx.SaveAt(dense=True, t1=True, solver_state=True),
 }
 
@@ -132,6 +133,12 @@ def test_solvers(solver):
 @pytest.mark.parametrize("argnums", ((0,), (1,)))
 def test_one_at_a_time(argnums):
     ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
+    assert relative_error(ours, default) < 1e-10
+
+
+@pytest.mark.parametrize("controller, argnums", ((PID, (1, 2)), (STEP_TO, (0, 1, 2))))
+def test_ends_of_steps_that_do_not_move(controller, argnums):
+    ours, default = gradients(controller, "steps", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10
 
 

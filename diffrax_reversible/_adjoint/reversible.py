@@ -26,7 +26,14 @@ from .problem import (
     take_times,
 )
 from .reverse_only import reverse_only
-from .validate import check_supported, differentiate_once, hold_fixed, moving_steps, too_few
+from .validate import (
+    check_supported,
+    differentiate_once,
+    hold_fixed,
+    moving_steps,
+    steps_move_with,
+    too_few,
+)
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -168,7 +175,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     differentiated.
 - `NotImplementedError` for gradients with respect to `t0` or `t1` of what is saved at the
     end of a step, by `SaveAt(steps=...)` or where an event stops that is Boolean or not
-    located, and for functions that close over traced values where they cannot be seen.
+    located, if that end moves with them: with `t0` unless steps are given by `StepTo`, with
+    `t1` unless by that or a `PIDController`; and for functions that close over traced
+    values where they cannot be seen.
 - `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
     forward mode, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
@@ -211,7 +220,9 @@ def _reversible_loop_fwd(
 ):
     del drift_tol
     times = perturbed.context.times
-    if (times.t0 or times.t1) and problem.saves_ends_of_steps:
+    with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
+    moving = (with_t0 and times.t0) or (with_t1 and times.t1)
+    if moving and problem.saves_ends_of_steps:
         raise NotImplementedError(moving_steps)
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:

@@ -1,7 +1,13 @@
 """What `ReversibleAdjoint` refuses, one message for each."""
 
 import equinox.internal as eqxi
-from diffrax import AbstractSolver
+from diffrax import (
+    AbstractSolver,
+    AbstractStepSizeController,
+    ClipStepSizeController,
+    PIDController,
+    StepTo,
+)
 from jaxtyping import PyTree
 
 from .._custom_types import Terms
@@ -62,12 +68,23 @@ forward_mode = (
     "reverse mode, as in `jax.jvp(jax.grad(...), ...)`."
 )
 
+
+def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]:
+    """Whether ends of steps within the solve depend on `t0`, and on `t1`, as far as
+    gradients go. Of controllers that are not known they may."""
+    while isinstance(controller, ClipStepSizeController):
+        controller = controller.controller
+    if isinstance(controller, StepTo):
+        return False, False
+    return True, not isinstance(controller, PIDController)
+
+
 moving_steps = (
     f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
     "`t0` or `t1` of what is saved at the end of a step, by `SaveAt(steps=...)` or where "
     "an `Event` stops that is Boolean or has no `root_finder`. Save at times of your own, "
-    "by `SaveAt(ts=...)`, locate the event, or detach `t0` and `t1` with "
-    f"`jax.lax.stop_gradient`. {_remedy} otherwise."
+    "by `SaveAt(ts=...)`, locate the event, make given steps with `StepTo`, or detach `t0` "
+    f"and `t1` with `jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 
 
