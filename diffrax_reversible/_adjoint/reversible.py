@@ -166,7 +166,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     solve began and at every restart, as a fraction of the largest entry of the array
     concerned, or of what a step adds to it if that is more.
     Defaults to the square root of the machine epsilon, of the coarsest array of the
-    state: 1.5e-8 in float64, 3.5e-4 in float32. Gradients may be off by up to about 300
+    state: 1.5e-8 in float64, 3.5e-4 in float32. Gradients may be off by up to about 400
     times as much, where the problem is as sensitive to its state.
 
 **Raises:**

@@ -5,8 +5,8 @@ long to very short, in single and double precision, are differentiated by every 
 under `ReversibleAdjoint`. A gradient that is returned has to agree with that of the same
 solver with the same steps under `RecursiveCheckpointAdjoint`, made to store the trajectory:
 
-- either within 300 times the drift that `ReversibleAdjoint` allows by default, the square
-  root of the machine epsilon: within 4.5e-6 in float64, and 0.1 in float32;
+- either within 400 times the drift that `ReversibleAdjoint` allows by default, the square
+  root of the machine epsilon: within 6e-6 in float64, and 0.14 in float32;
 - or within three times of what rounding does to the stored one, that is of its distance
   from the stored one in double precision.
 
@@ -205,7 +205,7 @@ def outcome(ours: Gradient, stored: Gradient, reference: Gradient, dtype) -> Out
         error = distance(ours.grad, stored.grad)
         true_error = distance(ours.grad, reference.grad)
         rounding = 3 * distance(stored.grad, reference.grad)
-    right = error <= 300 * allowed or true_error <= rounding
+    right = error <= 400 * allowed or true_error <= rounding
     smaller = np.nanmin([error, true_error, np.inf])
     return Outcome("WRONG: " * (not right) + f"{smaller:.0e}", True, not right)
 
