@@ -295,9 +295,12 @@ def main() -> None:
     plot(ts, positions, n, plotted, path)
     print(f"\nplotted in {path.name}")
 
-    for law in ("Newton", "network"):
-        reversible, checkpointed = (losses[law, m.name] for m in methods)
-        assert abs(reversible / checkpointed - 1) < 1e-3, (law, reversible, checkpointed)
+    reversible, checkpointed = (losses["Newton", m.name] for m in methods)
+    assert abs(reversible / checkpointed - 1) < 1e-3, (reversible, checkpointed)
+    # Training the network has not come to its end, and takes another way with every
+    # rounding error.
+    for m in methods:
+        assert losses["network", m.name] < 0.95 * losses["Newton", m.name], losses
     two_body = held_out["two-body fit"]
     newton = held_out[f"Newton, {REVERSIBLE.name}"]
     network = held_out[f"network, {REVERSIBLE.name}"]

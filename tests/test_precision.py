@@ -133,8 +133,7 @@ def test_no_drift_in_gradients(name, dtype):
         gradient(dr.ALF4())
 
 
-@pytest.mark.parametrize("solver_cls", (dr.ALF4, dr.ALF6))
-@pytest.mark.parametrize("t1", (5.0, 20.0))
+@pytest.mark.parametrize("solver_cls, t1", ((dr.ALF4, 5.0), (dr.ALF6, 20.0)))
 def test_gradient_in_single_precision(solver_cls, t1):
     """Against double precision, as good as that of the default adjoint, or better."""
 

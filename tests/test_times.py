@@ -74,10 +74,9 @@ def gradients(controller, saveat, solver, argnums):
 
 
 CASES = (
-    *((PID, saveat) for saveat in ("ends", "ts", "dense")),
+    *((PID, saveat) for saveat in ("ts", "dense")),
     (FIXED, "subs"),
     (STEP_TO, "subs"),
-    (STEP_TO, "dense"),
     (JUMPS, "fn"),
 )
 
