@@ -77,13 +77,6 @@ TERMS = {
         lambda w, b: dfx.ControlTerm(matrix(w, b), interpolation(b)).to_ode(),
         False,
     ),
-    "MultiTerm with to_ode": (
-        lambda w, b: dfx.MultiTerm(
-            dfx.ODETerm(lambda t, y, _: -w * y),
-            dfx.ControlTerm(matrix(w, b), interpolation(b)).to_ode(),
-        ),
-        False,
-    ),
     "ControlTerm": (lambda w, b: dfx.ControlTerm(matrix(w, b), interpolation(b)), True),
     "ControlTerm of increments": (
         lambda w, b: dfx.ControlTerm(matrix(w, b), increments(w, b)),
