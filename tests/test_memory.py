@@ -49,6 +49,15 @@ def test_growth_with_steps(solver, controller, size):
     assert 0 < many - few <= 24 * 1_000_000
 
 
+def test_growth_with_jumps():
+    """A Boolean more."""
+    jumps = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.3]))
+    few, many = (temporary_bytes(SOLVERS[1], jumps, 10, n) for n in (1_000, 1_001_000))
+    without = temporary_bytes(SOLVERS[1], PID, 10, 1_001_000)
+    assert 0 < many - few <= 25 * 1_000_000
+    assert many - without <= 1.01 * 1_001_000
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 @pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
 def test_states(solver, controller):

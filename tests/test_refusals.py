@@ -6,6 +6,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
@@ -98,6 +99,17 @@ def grad_wrt_static():
     return jax.grad(total)(jnp.array(1.3))
 
 
+class Decay(dfx.AbstractTerm):
+    def vf(self, t, y, args):
+        return -y
+
+    def contr(self, t0, t1, **kwargs):
+        return 2 * (t1 - t0)
+
+    def prod(self, vf, control):
+        return vf * control
+
+
 class TwoControls(dfx.AbstractTerm):
     def vf(self, t, y, args):
         return jnp.stack([y, y], axis=-1)
@@ -147,6 +159,20 @@ REFUSALS = (
         lambda: grad_wrt("t0", jnp.array(0.1), event=dfx.Event(lambda *a, **k: a[1][0])),
         NotImplementedError,
         ("`t0` or `t1`", "`root_finder`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to the root finder of an event",
+        lambda: jax.grad(
+            lambda tol: jnp.sum(
+                solve(
+                    event=dfx.Event(
+                        lambda t, y, args, **kwargs: y[0] - 0.5, optx.Newton(tol, 1e-6)
+                    )
+                ).ys
+            )
+        )(jnp.array(1e-6)),
+        RuntimeError,
+        ("gradients with respect to `event`", "stop_gradient"),
     ),
     (
         "gradients with respect to dt0",
@@ -232,6 +258,15 @@ REFUSALS = (
         lambda: solve(terms=TwoControls(), adjoint=dfx.RecursiveCheckpointAdjoint()),
         ValueError,
         ("solver=ALF4()", "`TwoControls`", "`t1 - t0`", "`ODETerm`"),
+    ),
+    (
+        "terms of other kinds among several, by the solver",
+        lambda: solve(
+            terms=dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -y), Decay()),
+            adjoint=dfx.RecursiveCheckpointAdjoint(),
+        ),
+        ValueError,
+        ("solver=ALF4()", "`MultiTerm`", "not all `ODETerm`s", "a single `ODETerm`"),
     ),
     (
         "complex states, by the solver",

@@ -48,7 +48,8 @@ def test_state():
     fields = set(_diffrax.State.__dataclass_fields__)
     assert {
         *("y", "tprev", "tnext", "solver_state", "controller_state", "made_jump"),
-        *("num_steps", "num_accepted_steps", "save_state", "dense_infos"),
+        *("num_steps", "num_accepted_steps", "save_state", "dense_infos", "dense_ts"),
+        *("event_tprev", "event_tnext", "event_dense_info", "event_values", "result"),
     } <= fields
     fields = set(_diffrax.SaveState.__dataclass_fields__)
     assert fields == {"saveat_ts_index", "ts", "ys", "save_index"}

@@ -101,9 +101,14 @@ def pull_finish(
         saves_state = inputs.context.save_fns[i] is None
         outputs.append(Output(subs[i], rows, i, saves_state))
     if with_event:
-        # A step that was rejected cannot be walked back.
-        steps = trace.steps
-        rejected = end.event_tnext != steps.ends[jnp.maximum(steps.count - 1, 0)]
-        used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
-        y_bar = jtu.tree_map(lambda y: jnp.where(rejected & used, jnp.nan, y), y_bar)
+        y_bar = _poison_rejected(trace, dense_bar, y_bar)
     return PulledFinish(outputs, y_bar, params_bar, dense_bar)
+
+
+def _poison_rejected(trace: Trace, dense_bar: DenseInfo, y_bar: Y) -> Y:
+    """NaN if the step that was interpolated in was rejected: it cannot be walked back."""
+    steps = trace.steps
+    last_end = steps.ends[jnp.maximum(steps.count - 1, 0)]
+    used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
+    wrong = (trace.end.event_tnext != last_end) & used
+    return jtu.tree_map(lambda y: jnp.where(wrong, jnp.nan, y), y_bar)

@@ -60,7 +60,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     Work: for the solvers of this package one evaluation of the vector field and one
     pull-back through it for each evaluation of the forward pass. If a `SaveAt(fn=...)`
-    interpolates, or if times are differentiated, then half as much again.
+    interpolates, or if times are differentiated, then half as much again; for `ALF6` also
+    in steps in which anything is interpolated.
 
     Second derivatives by forward mode over reverse mode, as in `jax.hessian`.
 
