@@ -4,6 +4,10 @@ import importlib.metadata as _metadata
 
 from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._coefficients.tableau import ALFTableau as ALFTableau
+from ._controller.base import (
+    AbstractReversibleStepSizeController as AbstractReversibleStepSizeController,
+)
+from ._controller.step_density import StepDensityController as StepDensityController
 from ._solver.abstract_alf import AbstractALF as AbstractALF
 from ._solver.alf import (
     ALF as ALF,

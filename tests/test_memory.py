@@ -109,3 +109,17 @@ def test_default_adjoint_needs_more():
         for adjoint in (dr.ReversibleAdjoint(0), dfx.RecursiveCheckpointAdjoint())
     )
     assert default > 4 * ours
+
+
+@pytest.mark.parametrize("solver, states", zip(SOLVERS, (4, 4, 6, 6), strict=True))
+def test_dense_output(solver, states):
+    """States a step, as documented."""
+
+    def solve(y0):
+        saveat = dfx.SaveAt(dense=True)
+        terms = dfx.ODETerm(field)
+        args = (terms, solver, 0.0, 1.0, 0.1, y0, 1.0)
+        return dfx.diffeqsolve(*args, saveat=saveat, max_steps=7).interpolation.infos
+
+    infos = jax.eval_shape(solve, jax.ShapeDtypeStruct((10,), jnp.float64))
+    assert sum(info.size for info in jax.tree.leaves(infos)) == states * 7 * 10

@@ -138,10 +138,10 @@ REFUSALS = (
         ("`ReversibleAdjoint(checkpoints=0)`", "more than 0 times", "num_restarts"),
     ),
     (
-        "no bound on the number of steps, if differentiated",
+        "no bound on the number of steps, if they are recorded and differentiated",
         lambda: grad(max_steps=None),
         ValueError,
-        ("records where the steps are", "Pass `max_steps=...`"),
+        ("records where the steps are", "Pass `max_steps=...`", "StepDensityController"),
     ),
     (
         "gradients with respect to t0 or t1, if saved by steps that move with them",

@@ -29,6 +29,7 @@ from .finish import pull_finish
 from .forward import Trace
 from .outputs import Cursor, materialise, Output, Row
 from .problem import Context, Inputs, Problem, save_states, Times
+from .steps import Clock
 
 
 # A time as a function of those that are differentiated.
@@ -39,6 +40,7 @@ class _Position(eqx.Module):
     """Where the walk is, with `step` steps still to undo."""
 
     step: IntScalarLike
+    clock: Clock
     y: Y
     solver_state: SolverState
     cotangent: Cotangent
@@ -102,13 +104,12 @@ class _Walk(eqx.Module):
         if not self.differentiates_times or len(leaves) == 0:
             return position
         (ts_bar,) = leaves
-        steps = self.trace.steps
-        written = jnp.arange(len(ts_bar)) <= steps.count
+        ts = self.trace.end.dense_ts
+        assert ts is not None
+        written = jnp.arange(len(ts)) <= self.trace.steps.count
 
         def dense_ts(params):
-            times = self.context(params).times
-            ends = jnp.asarray(steps.ends)
-            return jax.vmap(times.of)(jnp.append(self.problem.t0, ends))
+            return jax.vmap(self.context(params).times.of)(ts)
 
         _, pull = jax.vjp(dense_ts, self.params)
         (params_bar,) = pull(jnp.where(written, ts_bar, 0))
@@ -126,8 +127,12 @@ class _Walk(eqx.Module):
 
     def undo_step(self, position: _Position) -> _Position:
         """One step of the walk."""
-        step = position.step - 1
-        t0, t1 = self.trace.steps.starts[step], self.trace.steps.ends[step]
+        step, steps = position.step - 1, self.trace.steps
+        _, args = self.bind(self.params)
+        controller = self.problem.stepsize_controller
+        clock = steps.undo(controller, step, position.y, args, position.clock)
+        position = eqx.tree_at(lambda p: p.clock, position, clock)
+        t0, t1 = clock.start, clock.end
         position = self._pull_step_outputs(position, t1)
         solver, state = self.problem.solver, (position.y, position.solver_state)
         ct = position.cotangent
@@ -161,8 +166,8 @@ class _Walk(eqx.Module):
             )
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             ct = pull(ct, dense_bar)
-        if self.trace.steps.crossed is not None:
-            crossed = self.trace.steps.crossed[step]
+        crossed = steps.crossed_before(step)
+        if crossed is not None:
             state0, ct = lax.cond(
                 eqxi.unvmap_any(crossed),
                 lambda: self._undo_jump(crossed, t0, y0, state0, ct),
@@ -232,17 +237,16 @@ class _Walk(eqx.Module):
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
         return eqx.tree_at(
-            lambda p: (p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
+            lambda p: (p.clock, p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
             position,
-            (y, solver_state, ct, position.restarts - 1, drifts),
+            (position.clock.set(t), y, solver_state, ct, position.restarts - 1, drifts),
         )
 
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
         terms, _ = self.bind(self.params)
-        steps = self.trace.steps
         length = self.problem.t1 - self.problem.t0
-        step = steps.starts[position.step], steps.ends[position.step]
+        step = position.clock.start, position.clock.end
         scales = self.problem.solver.error_scales(terms, *step, length, *true)
         walked, end = (position.y, position.solver_state), self.trace.end
         return drift(walked, true, scales, (end.y, end.solver_state))
@@ -293,7 +297,7 @@ class _Walk(eqx.Module):
         cursors = list(position.cursors)
         params_bar = position.cotangent.params
         # `ts` were written in the first step that ends at or after them.
-        last_end = self.trace.steps.ends[jnp.maximum(step - 1, 0)]
+        last_end = position.clock.previous_end
         for i in interpolated:
             dense_bar, params_bar, cursors[i] = self._pull_ts(
                 self.outputs[i],
@@ -422,6 +426,7 @@ def walk_back(
     saved = [save_states(end)[output.index] for output in pulled.outputs]
     position = _Position(
         trace.steps.count,
+        trace.steps.clock(end),
         end.y,
         end.solver_state,
         Cotangent(
@@ -441,4 +446,8 @@ def walk_back(
     position = walk.pull_start(position)
     ct = position.cotangent
     gradient = Inputs(ct.y, ct.solver_state, ct.params)
-    return gradient, jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))
+    drifts = jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))
+    if len(drifts) > 0:
+        # Judged by the tolerance for the state.
+        drifts.append(position.clock.drift.astype(drifts[0].dtype))
+    return gradient, drifts

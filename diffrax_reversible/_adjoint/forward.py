@@ -11,11 +11,13 @@ import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation, RESULTS
 from jaxtyping import Array, PyTree
 
+from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import RealScalarLike, Terms
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver, interrupt
 from .problem import Inputs, Problem, save_states
-from .record import Record, RestartRecord, StepRecord
+from .record import Record, RestartRecord
+from .steps import RecomputedSteps, RecordedSteps
 from .validate import check_max_steps
 
 
@@ -30,7 +32,7 @@ class Trace(eqx.Module):
     end: State
     ys_structs: list[PyTree[jax.ShapeDtypeStruct]]
     dense_structs: PyTree[jax.ShapeDtypeStruct]
-    steps: StepRecord
+    steps: RecordedSteps | RecomputedSteps
     restarts: RestartRecord
     result: RESULTS
 
@@ -156,9 +158,14 @@ def solve_and_record(
     inputs: Inputs, problem: Problem, checkpoints: int
 ) -> tuple[State, dict, Trace]:
     """As `solve_plainly`, and keep what the walk back needs."""
-    max_steps = check_max_steps(problem.max_steps)
+    controller, dtype = problem.stepsize_controller, jnp.result_type(problem.t0)
+    if isinstance(controller, AbstractReversibleStepSizeController):
+        to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
+    else:
+        max_steps = check_max_steps(problem.max_steps)
+        to_record = RecordedSteps.allocate(max_steps, dtype, problem.with_jumps)
     record = Record(
-        StepRecord.allocate(max_steps, jnp.result_type(problem.t0), problem.with_jumps),
+        to_record,
         RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, inputs.solver_state),
     )
     final_state, aux_stats, steps = _solve(inputs, problem, record)
@@ -190,7 +197,7 @@ def _without_saved(state: State) -> State:
 
     def saved(state):
         ys = [saved.ys for saved in save_states(state)]
-        return [*ys, state.dense_ts, state.dense_infos]
+        return [*ys, state.dense_infos]
 
     return _replace(state, saved, [None for _ in saved(state)])
 

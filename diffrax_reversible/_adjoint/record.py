@@ -1,13 +1,9 @@
-"""What is recorded of the steps of a solve, to walk them back."""
-
-from collections.abc import Callable
-from typing import cast
+"""What is recorded of a solve, to walk it back."""
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import (
     BoolScalarLike,
@@ -17,46 +13,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-
-
-# Its annotations are narrower than what it accepts.
-_write = cast(Callable[..., Array], eqxi.buffer_at_set)
-
-
-class StepRecord(eqx.Module):
-    """Both ends of every accepted step: two times a step, whatever the state.
-
-    They are the very floats that the solver was called with. The end of one step and the
-    start of the next may differ, so both are kept. If there can be jumps, also whether one
-    was crossed before the step.
-    """
-
-    starts: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
-    ends: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
-    crossed: Bool[Array, " max_steps"] | None
-    count: Int[Array, ""]
-
-    @staticmethod
-    def allocate(max_steps: int, dtype, with_jumps: bool) -> "StepRecord":
-        times = jnp.zeros(max_steps, dtype)
-        crossed = jnp.zeros(max_steps, bool) if with_jumps else None
-        return StepRecord(times, times, crossed, jnp.array(0))
-
-    def cross(self, crossed: BoolScalarLike) -> "StepRecord":
-        """Record whether a jump was crossed before the next step."""
-        if self.crossed is None:
-            return self
-        i = self.count
-        flags = self.crossed.at[i].set(self.crossed[i] | crossed)
-        return eqx.tree_at(lambda r: r.crossed, self, flags)
-
-    def append(self, before: State, accepted: BoolScalarLike) -> "StepRecord":
-        return StepRecord(
-            _write(self.starts, self.count, before.tprev, pred=accepted),
-            _write(self.ends, self.count, before.tnext, pred=accepted),
-            self.crossed,
-            self.count + jnp.where(accepted, 1, 0),
-        )
+from .steps import RecomputedSteps, RecordedSteps
 
 
 class RestartRecord(eqx.Module):
@@ -110,12 +67,12 @@ class RestartRecord(eqx.Module):
 class Record(eqx.Module):
     """`steps` is `None` where nothing is differentiated, and restarts are just counted."""
 
-    steps: StepRecord | None
+    steps: RecordedSteps | RecomputedSteps | None
     restarts: RestartRecord
 
     def buffers(self) -> list:
         """What `equinox.internal.while_loop` may update in place."""
-        return [] if self.steps is None else [self.steps.starts, self.steps.ends]
+        return [] if self.steps is None else self.steps.buffers()
 
     def append(self, before: State, after: State) -> "Record":
         """Record the step from `before` to `after`, if it was accepted."""

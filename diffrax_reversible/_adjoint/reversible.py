@@ -44,10 +44,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     with the same solver, up to the rounding of the reconstructed states.
 
     Step locations other than `t0` and `t1` are held fixed. Under
-    [`diffrax.PIDController`][] they do not depend on the state anyway, as far as gradients
-    go, nor on `t1`. What they have to do with `t0`, and under
-    [`diffrax.ConstantStepSize`][] with `t1`, is left out of gradients with respect to
-    those, which are thus right to the accuracy of the solve.
+    [`diffrax.PIDController`][] and [`diffrax_reversible.StepDensityController`][] they do
+    not depend on the state anyway, as far as gradients go, nor on `t1`. What they have to
+    do with `t0`, and under [`diffrax.ConstantStepSize`][] with `t1`, is left out of
+    gradients with respect to those, which are thus right to the accuracy of the solve.
 
     A solver that restarts (see [`diffrax_reversible.ALF4`][]) makes a step that cannot be
     undone by itself, and the state before it is stored. Jumps can be undone.
@@ -56,7 +56,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     differentiated by Diffrax itself, through the last step.
 
     Memory: a few states, two more for each of `checkpoints`, and two times for each of
-    `max_steps` steps (16 bytes a step in float64, 17 if there are jumps).
+    `max_steps` steps (16 bytes a step in float64, 17 if there are jumps). No times with an
+    [`diffrax_reversible.AbstractReversibleStepSizeController`][].
 
     Work: for the solvers of this package one evaluation of the vector field and one
     pull-back through it for each evaluation of the forward pass. If a `SaveAt(fn=...)`
@@ -173,7 +174,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 - `ValueError` for solvers that are not reversible, and for `max_steps=None` if
-    differentiated.
+    differentiated with steps that have to be recorded.
 - `NotImplementedError` for gradients with respect to `t0` or `t1` of what is saved at the
     end of a step, by `SaveAt(steps=...)` or where an event stops that is Boolean or not
     located, if that end moves with them: with `t0` unless steps are given by `StepTo`, with

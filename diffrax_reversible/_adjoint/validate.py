@@ -10,6 +10,7 @@ from diffrax import (
 )
 from jaxtyping import PyTree
 
+from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Terms
 from .._diffrax import is_unsafe_sde
 from .._solver.base import AbstractReversibleSolver
@@ -40,7 +41,8 @@ def check_max_steps(max_steps: int | None) -> int:
         raise ValueError(
             f"{call} records where the steps are, two times a step, and to be "
             "differentiated it needs to know how many there can be at the most. Pass "
-            "`max_steps=...`."
+            "`max_steps=...`, or use a step-size controller of which the steps can be "
+            "recomputed, as `diffrax_reversible.StepDensityController`."
         )
     return max_steps
 
@@ -76,7 +78,8 @@ def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]
         controller = controller.controller
     if isinstance(controller, StepTo):
         return False, False
-    return True, not isinstance(controller, PIDController)
+    recomputed = isinstance(controller, AbstractReversibleStepSizeController)
+    return True, not (recomputed or isinstance(controller, PIDController))
 
 
 moving_steps = (

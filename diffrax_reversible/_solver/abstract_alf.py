@@ -24,11 +24,12 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._exact_sum import LowPart
+from .._isolated import isolated
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
 from .deviation import Deviation, DeviationWatch, watch_weights
-from .exact_sum import LowPart
 from .interpolation import HermiteInterpolation
 from .ode_term import as_ode_term
 
@@ -352,19 +353,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         return ct, Cotangent(cotangent.y, cotangent.solver_state, params_bar)
 
     def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
-        """The vector field, and if `bitwise` then in a computation of its own.
-
-        That is a branch of a conditional of which the compiler does not know that it is
-        always taken. It cannot mix it with what stands around, which in the walk back is
-        something else, and so it rounds alike.
-        """
+        """The vector field, and if `bitwise` then one that rounds alike everywhere."""
         if not self.bitwise:
             return term.vf(t, y, args)
-        # The same for all elements of a batch, or both branches would be evaluated.
-        always = eqxi.unvmap_any(t == t)
-        return lax.cond(
-            always, lambda y: term.vf(t, y, args), lambda y: tree_scale(jnp.nan, y), y
-        )
+        return isolated(lambda t, y: term.vf(t, y, args), t, y)
 
     def _linearise_field(self, bind: Bind, t: RealScalarLike, k: Y, params: Params):
         """The vector field at `(t, k)` and its pull-back.

@@ -13,7 +13,7 @@ class ALF2(AbstractALF):
     """Asynchronous leapfrog.
 
     Order 2, embedded order 1, one evaluation a step (and one at the start), cubic Hermite
-    interpolation of order 2.
+    interpolation of order 2 (four states a step with `SaveAt(dense=True)`).
 
     Algebraically reversible: a step is undone by one evaluation, up to rounding. The
     price is the second half of the state, `v`, of which the deviation from the vector
@@ -36,8 +36,8 @@ class ALF4(AbstractALF):
     """Fourth-order composition of asynchronous leapfrog.
 
     Order 4, embedded order 3, five evaluations a step (and one at the start), cubic
-    Hermite interpolation of order 4. The one to start with at the tolerances of machine
-    learning, 1e-3 to 1e-6.
+    Hermite interpolation of order 4 (four states a step with `SaveAt(dense=True)`). The one
+    to start with at the tolerances of machine learning, 1e-3 to 1e-6.
 
     Algebraically reversible: a step is undone by five evaluations, up to rounding. Where
     the flow contracts, the deviation of `v` from the vector field grows, and `v` is
@@ -59,7 +59,8 @@ class ALF6(AbstractALF):
 
     Order 6, embedded order 5, twenty evaluations a step (and one at the start), quintic
     interpolation of order 6 at one evaluation a step more, if there is anything to
-    interpolate. For tolerances of 1e-6 and below, and for long integrations.
+    interpolate (six states a step with `SaveAt(dense=True)`). For tolerances of 1e-6 and
+    below, and for long integrations.
 
     Algebraically reversible: a step is undone by twenty evaluations, up to rounding.
     Restarts as [`diffrax_reversible.ALF4`][] does.
@@ -79,7 +80,8 @@ class ALF8(AbstractALF):
     """Eighth-order composition of asynchronous leapfrog.
 
     Order 8, embedded order 7, thirty-four evaluations a step (and one at the start),
-    quintic interpolation of order 6. For tolerances of 1e-10 and below.
+    quintic interpolation of order 6 (six states a step with `SaveAt(dense=True)`). For
+    tolerances of 1e-10 and below.
 
     Algebraically reversible: a step is undone by thirty-four evaluations, up to rounding.
     Restarts as [`diffrax_reversible.ALF4`][] does.

@@ -12,7 +12,13 @@ be below 30; the share of steps that were rejected; and the evaluations that an 
 interpolated between tolerances, as a multiple of the fewest, in the geometric mean over the
 problems. The plot has the evaluations and errors themselves.
 
+Of the default controller up to a third of the steps is rejected, whatever the solver: it
+goes by the last error alone, and on some of the problems steps have to shrink a lot. With
+`--pi` it goes by the last two, and in place of the errors it is checked that less than 15 %
+of the steps of the solvers of this package are rejected.
+
     python work_precision.py          # a minute on two cores; writes work_precision.png
+    python work_precision.py --pi     # with `pcoeff=0.4, icoeff=0.2`
     python work_precision.py --quick  # two of the problems, and three of the tolerances
 """
 
@@ -121,7 +127,7 @@ class Outcome(NamedTuple):
     num_restarts: jax.Array
 
 
-def make_solve(problem: Problem, solver: Any) -> Callable[[float], Outcome]:
+def make_solve(problem: Problem, solver: Any, coeffs: dict) -> Callable[[float], Outcome]:
     """Compiled once for all tolerances."""
     reversible = isinstance(solver, dr.AbstractReversibleSolver)
     adjoint = dr.ReversibleAdjoint() if reversible else dfx.RecursiveCheckpointAdjoint()
@@ -135,7 +141,7 @@ def make_solve(problem: Problem, solver: Any) -> Callable[[float], Outcome]:
             problem.t1,
             None,
             jnp.array(problem.y0),
-            stepsize_controller=dfx.PIDController(rtol=tol, atol=tol),
+            stepsize_controller=dfx.PIDController(rtol=tol, atol=tol, **coeffs),
             adjoint=adjoint,
             max_steps=MAX_STEPS,
         )
@@ -147,14 +153,16 @@ def make_solve(problem: Problem, solver: Any) -> Callable[[float], Outcome]:
     return solve
 
 
-def measure(problems: dict[str, Problem], tolerances) -> dict[tuple[str, str], np.ndarray]:
+def measure(
+    problems: dict[str, Problem], tolerances, coeffs: dict
+) -> dict[tuple[str, str], np.ndarray]:
     """For each problem and solver rows of error, evaluations, steps and rejected steps, one
     for each tolerance."""
     results = {}
     for name, problem in tqdm.tqdm(problems.items(), desc="problems", leave=False):
-        exact = make_solve(problem, dfx.Dopri8())(1e-14).y1
+        exact = make_solve(problem, dfx.Dopri8(), {})(1e-14).y1
         for solver_name, (solver, stages) in SOLVERS.items():
-            solve, rows = make_solve(problem, solver), []
+            solve, rows = make_solve(problem, solver, coeffs), []
             for tol in tolerances:
                 out = solve(tol)
                 error = np.max(np.abs(out.y1 - exact)) / np.max(np.abs(exact))
@@ -164,7 +172,7 @@ def measure(problems: dict[str, Problem], tolerances) -> dict[tuple[str, str], n
     return results
 
 
-def print_ratios(results, problems, tolerances) -> dict[str, np.ndarray]:
+def print_ratios(results, problems, tolerances):
     header = "".join(f"{tol:10.0e}" for tol in tolerances)
     print(f"error, in units of that of Dopri5: worst problem\n{'':8}{header}")
     worst = {}
@@ -173,11 +181,12 @@ def print_ratios(results, problems, tolerances) -> dict[str, np.ndarray]:
         worst[solver] = np.max(ratios, axis=0)
         print(f"{solver:8}" + "".join(f"{ratio:10.2g}" for ratio in worst[solver]))
     print(f"\nrejected steps [%]\n{'':8}{header}")
+    rejected = {}
     for solver in SOLVERS:
         totals = np.sum([results[p, solver][:, 2:] for p in problems], axis=0)
-        shares = 100 * totals[:, 1] / totals[:, 0]
+        rejected[solver] = shares = 100 * totals[:, 1] / totals[:, 0]
         print(f"{solver:8}" + "".join(f"{share:10.1f}" for share in shares))
-    return worst
+    return worst, rejected
 
 
 def evaluations_for(rows, error):
@@ -223,17 +232,20 @@ def plot(results, problems, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--pi", action="store_true")
+    options = parser.parse_args()
+    quick, coeffs = options.quick, dict(pcoeff=0.4, icoeff=0.2) if options.pi else {}
     problems, tolerances = PROBLEMS, TOLERANCES
     if quick:
         problems = {name: PROBLEMS[name] for name in ("Lotka–Volterra", "tanh network")}
         tolerances = TOLERANCES[:5:2]
-    results = measure(problems, tolerances)
-    ratios = print_ratios(results, problems, tolerances)
+    results = measure(problems, tolerances, coeffs)
+    ratios, rejected = print_ratios(results, problems, tolerances)
     errors = 10.0 ** -np.arange(2, 6 if quick else 10)
     print_evaluations(results, problems, errors)
-    if not quick:
+    if not (quick or options.pi):
         plot(results, problems, pathlib.Path(__file__).with_suffix(".png"))
-    worst = max(np.max(ratios[solver]) for solver in OURS)
-    assert worst < 30, worst
+    checked, bound = (rejected, 15) if options.pi else (ratios, 30)
+    worst = max(np.max(checked[solver]) for solver in OURS)
+    assert worst < bound, worst
     print("OK")

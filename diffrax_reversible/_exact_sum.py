@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._tree import from_bits, to_bits, tree_add
+from ._tree import from_bits, to_bits, tree_add
 
 
 class Sum(eqx.Module):

@@ -1,0 +1,309 @@
+"""Steps from a density that is evolved along with the solution."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractTerm, RESULTS
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Args, IntScalarLike, RealScalarLike, VF, Y
+from .._exact_sum import LowPart, Sum
+from .._isolated import isolated
+from .base import AbstractReversibleStepSizeController
+from .time_scale import Field, squared_time_scale, total_derivative
+
+
+_call = "`diffeqsolve(..., stepsize_controller=StepDensityController(...))`"
+
+_no_first_step = (
+    f"{_call}: the length of the first step, by `dt0=...` or by `step_size` at `(t0, y0)`, "
+    "is not a positive and finite number."
+)
+
+# By how much a step may be longer or shorter than the one before it.
+_max_ratio = 4
+
+
+class _Closed(eqx.Module):
+    """A function of the time and the state that returns scalars, with the arrays that it
+    closes over as leaves, and no others: a loop can carry it."""
+
+    consts: list[Array]
+    jaxpr: jex.Jaxpr = eqx.field(static=True)
+
+    @staticmethod
+    def close(fn: Callable, t: RealScalarLike, y: Y) -> "_Closed":
+        closed = jax.make_jaxpr(fn)(t, y)
+        consts = [jnp.asarray(const) for const in closed.consts]
+        return _Closed(lax.stop_gradient(consts), closed.jaxpr)
+
+    def __call__(self, t: RealScalarLike, y: Y) -> list[Float[Array, ""]]:
+        closed = jex.ClosedJaxpr(self.jaxpr, self.consts)
+        return jex.jaxpr_as_fun(closed)(t, *jtu.tree_leaves(y))
+
+
+class StepDensityState(eqx.Module):
+    """The state of a [`diffrax_reversible.StepDensityController`][].
+
+    - `density`: one over the length of the step under way.
+    - `low`: what its sum has beyond it, see `ALF4(compensated=True)`.
+    - `time_unit`: steps end at multiples of it.
+    - `wish`: one over the wished step size, and its rate, as functions of the time and the
+        state.
+    """
+
+    density: Float[Array, ""]
+    low: LowPart
+    time_unit: Float[Array, ""]
+    wish: _Closed
+
+    def step(self) -> Float[Array, ""]:
+        """At least one unit long: time goes on."""
+        return jnp.maximum(_to_unit(1 / self.density, self.time_unit), self.time_unit)
+
+    def start(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+        """From `(t, y)` to the step after it."""
+        wished, rate = self._evaluate(t, y)
+        start = self._sum()
+        return self._at(_soften(_limit(start.plus(rate / 2), start), wished))
+
+    def cross(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+        """From the step before `(t, y)` to the step after it."""
+        wished, rate = self._evaluate(t, y)
+        old = self._sum()
+        return self._at(_soften(_limit(old.plus(rate), old), wished))
+
+    def cross_back(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+        """The inverse of `cross`."""
+        wished, rate = self._evaluate(t, y)
+        new = _harden(self._sum(), wished)
+        return self._at(_limit(new.minus(rate), new))
+
+    def _evaluate(self, t: RealScalarLike, y: Y) -> list[Float[Array, ""]]:
+        values = isolated(self.wish, *lax.stop_gradient((t, y)))
+        return [jnp.where(jnp.isfinite(value), value, 0) for value in values]
+
+    def _sum(self) -> Sum:
+        return LowPart.join(self.density, self.low)
+
+    def _at(self, total: Sum) -> "StepDensityState":
+        density, low = LowPart.split(total)
+        assert low is not None
+        return StepDensityState(density, low, self.time_unit, self.wish)
+
+
+class StepDensityController(
+    AbstractReversibleStepSizeController[StepDensityState, RealScalarLike | None]
+):
+    """Steps of a length that is a function of the state, in a way that can be reversed.
+
+    The density of steps, `ρ = 1/h`, is evolved along with the solution,
+
+        ρ_{n+1/2} = ρ_{n-1/2} + G(t_n, y_n),    G = -d/dt log s(t, y(t)),
+        t_{n+1} = t_n + 1/ρ_{n+1/2},
+
+    where `s` is the wished step size and the derivative is along the solution. It starts
+    from `ρ_{1/2} = 1/s(t_0, y_0) + G(t_0, y_0)/2`. Nothing is ever rejected, and nothing
+    depends on the past but `ρ`. So the steps backwards in time are those forwards, and a
+    symmetric method keeps the long-time behaviour that it has with constant steps: on a
+    reversible system, such as that of planets, the error of the energy does not drift.
+
+    Of the steps [`diffrax_reversible.ReversibleAdjoint`][] needs no record, but recomputes
+    them on the way back. Gradients hold the steps fixed.
+
+    Between two steps the length changes by a factor of four at the most. Steps follow `s`
+    where that changes by little from one step to the next. What is missed where it does not
+    is not caught up with, as that would not be reversible. Only steps more than twice as
+    long as wished are shortened, to four times at the most. That is invertible, but not
+    symmetric, and where it goes on for long the walk back is refused. For errors that are
+    bounded step by step, and where `s` jumps, use [`diffrax.PIDController`][].
+
+    Works with any solver for ordinary differential equations, of this package or of
+    Diffrax. Costs one evaluation of `G` a step: without `step_size` that is of the third
+    derivative along the solution, by forward mode (some ten evaluations of the vector
+    field), and with `step_size` about two. The controller state holds the arrays that
+    `terms` and `args` consist of.
+
+    ??? cite "Reference"
+
+        Hairer & Söderlind (2005), *Explicit, time reversible, adaptive step size control*,
+        doi:10.1137/040606995; Hairer, Lubich & Wanner (2006), *Geometric Numerical
+        Integration*, section VIII.3.2, doi:10.1007/3-540-30666-8. There `ε G` is added to
+        `ε ρ`, with `s = ε σ`, which is the same.
+    """
+
+    step_size: Callable[[RealScalarLike, Y, Args], RealScalarLike] | None = None
+    fraction: RealScalarLike = 0.1
+    _direction: IntScalarLike = eqx.field(default=1, repr=False)
+
+    def __check_init__(self):
+        if not (self.step_size is None or callable(self.step_size)):
+            raise ValueError(
+                f"`StepDensityController(step_size={self.step_size})` must be a function "
+                "of `(t, y, args)`, or `None` for a step size from the solution itself."
+            )
+        if not isinstance(self.fraction, Tracer) and not self.fraction > 0:
+            raise ValueError(
+                f"`StepDensityController(fraction={self.fraction})` must be positive."
+            )
+
+    def wrap(self, direction: IntScalarLike) -> "StepDensityController":
+        return StepDensityController(self.step_size, self.fraction, direction)
+
+    def init(
+        self,
+        terms: PyTree[AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        dt0: RealScalarLike | None,
+        args: Args,
+        func: Callable[[PyTree[AbstractTerm], RealScalarLike, Y, Args], VF],
+        error_order: RealScalarLike | None,
+    ) -> tuple[RealScalarLike, StepDensityState]:
+        del error_order
+        t0, t1, dt0, y0 = lax.stop_gradient((t0, t1, dt0, y0))
+        t0 = jnp.asarray(t0)
+        field = self._field(terms, args, func, y0)
+        step_size = self._step_size(field, t0, t1, y0, args)
+
+        first = lax.stop_gradient(step_size(t0, y0)) if dt0 is None else dt0
+        first = jnp.asarray(first, t0.dtype)
+        first = eqx.error_if(first, ~((first > 0) & jnp.isfinite(first)), _no_first_step)
+        # Of a step size just the ratios matter, if `dt0` is given.
+        unit = first / lax.stop_gradient(step_size(t0, y0)).astype(t0.dtype)
+
+        def wish(t, y):
+            log_step_size = lambda t, y: jnp.log(step_size(t, y)).astype(t.dtype)
+            rate = -total_derivative(log_step_size, field)(t, y)
+            return jnp.exp(-log_step_size(t, y)) / unit, rate
+
+        largest = jnp.maximum(abs(t0), jnp.where(jnp.isfinite(t1), abs(t1), first))
+        time_unit = _unit(jnp.maximum(largest, first))
+        closed = _Closed.close(wish, t0, y0)
+        low = LowPart.start(1 / first, 1 / first)
+        state = StepDensityState(1 / first, low, time_unit, closed).start(t0, y0)
+        return _to_unit(t0 + state.step(), time_unit), state
+
+    def adapt_step_size(
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        y1_candidate: Y,
+        args: Args,
+        y_error: Y | None,
+        error_order: RealScalarLike,
+        controller_state: StepDensityState,
+    ) -> tuple[
+        bool,
+        RealScalarLike,
+        RealScalarLike,
+        bool,
+        StepDensityState,
+        RESULTS,
+    ]:
+        del t0, y0, args, y_error, error_order
+        state = controller_state.cross(t1, y1_candidate)
+        return True, t1, t1 + state.step(), False, state, RESULTS.successful
+
+    def inverse(
+        self,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        controller_state: StepDensityState,
+    ) -> tuple[RealScalarLike, StepDensityState]:
+        del args
+        state = controller_state.cross_back(t1, y1)
+        return t1 - state.step(), state
+
+    def _field(self, terms: PyTree[AbstractTerm], args: Args, func, y0: Y) -> Field:
+        """The vector field, in the direction that the solve runs in."""
+
+        def field(t, y):
+            f = func(terms, t, y, args)
+            return jtu.tree_map(lambda f, y: (self._direction * f).astype(y.dtype), f, y)
+
+        structs = jax.eval_shape(lambda t: func(terms, t, y0, args), 0.0)
+        shapes = [(x.shape for x in jtu.tree_leaves(x)) for x in (structs, y0)]
+        if jtu.tree_structure(structs) != jtu.tree_structure(y0) or (
+            list(shapes[0]) != list(shapes[1])
+        ):
+            raise ValueError(
+                f"{_call} is for ordinary differential equations, and got terms of which "
+                "the vector field is not of the structure and the shapes of the state. Use "
+                "`diffrax.PIDController` or constant steps."
+            )
+        return field
+
+    def _step_size(self, field: Field, t0, t1, y0: Y, args: Args) -> Callable:
+        """The wished step size, as a function of the time and the state."""
+        if self.step_size is None:
+            squared = squared_time_scale(field, t0, y0, abs(t1 - t0))
+            return lambda t, y: self.fraction * jnp.sqrt(squared(t, y))
+        fn = self.step_size
+        struct = jax.eval_shape(lambda: fn(t0, y0, args))
+        if getattr(struct, "shape", None) != ():
+            raise ValueError(
+                "`StepDensityController(step_size=...)` has to return a scalar, the wished "
+                f"step size at `(t, y, args)`, and returned {struct}."
+            )
+        return lambda t, y: fn(self._direction * t, y, args)
+
+
+def _unit(largest: Float[Array, ""]) -> Float[Array, ""]:
+    """The spacing of floats as large as `largest`, rounded up to a power of two."""
+    info = jnp.finfo(largest.dtype)
+    _, exponent = jnp.frexp(largest)
+    return jnp.maximum(jnp.ldexp(info.eps, exponent), info.tiny).astype(largest.dtype)
+
+
+def _to_unit(t: RealScalarLike, unit: Float[Array, ""]) -> Float[Array, ""]:
+    """The nearest multiple of `unit`."""
+    return jnp.round(t / unit) * unit
+
+
+def _limit(new: Sum, old: Sum) -> Sum:
+    """No more than `_max_ratio` from `old`.
+
+    That is `x -> min(max(x + G, x/4), 4x)`, which increases with `x`, and of which the
+    inverse is the same with `-G` in place of `G`: the inverse of a maximum of increasing
+    functions is the minimum of their inverses.
+    """
+    for ratio, beyond in ((1 / _max_ratio, jnp.less), (_max_ratio, jnp.greater)):
+        assert old.low is not None
+        limit = Sum(old.high * ratio, old.low * ratio, old.grid)
+        new = _where(beyond(new.high, limit.high), limit, new)
+    return new
+
+
+def _soften(total: Sum, wished: Float[Array, ""]) -> Sum:
+    """Densities below half of what is wished, at which `x` is one, to `(1 + 1/(3 - 2x))/2`.
+
+    That joins the identity smoothly, and is no less than a half.
+    """
+    x = total.high / (wished / 2)
+    return _where(x < 1, _rounded((1 + 1 / (3 - 2 * x)) / 2 * (wished / 2), total), total)
+
+
+def _harden(total: Sum, wished: Float[Array, ""]) -> Sum:
+    """The inverse of `_soften`."""
+    x = total.high / (wished / 2)
+    # Just above a half, what it is the image of is beyond all bounds, and limited.
+    excess = jnp.maximum(2 * x - 1, jnp.finfo(x.dtype).eps)
+    return _where(x < 1, _rounded((3 - 1 / excess) / 2 * (wished / 2), total), total)
+
+
+def _rounded(x: Float[Array, ""], total: Sum) -> Sum:
+    return Sum(x, jnp.zeros_like(x), total.grid)
+
+
+def _where(pred: Array, x: Sum, y: Sum) -> Sum:
+    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)

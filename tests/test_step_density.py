@@ -1,0 +1,377 @@
+"""Steps that reverse themselves: where they are, what they keep, and gradients by them."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import diffrax_reversible as dr
+from diffrax_reversible._controller.step_density import StepDensityState
+from diffrax_reversible._controller.time_scale import squared_time_scale
+from diffrax_reversible._exact_sum import LowPart
+
+from .problems import (
+    BITWISE,
+    Network,
+    network_args,
+    relative_error,
+    sum_of_squares,
+)
+
+
+PERIOD = 2 * np.pi
+
+
+def kepler(t, y, mass):
+    q, p = y[:2], y[2:]
+    return jnp.concatenate([p, -mass * q / jnp.sum(q**2) ** 1.5])
+
+
+def perihelion(e):
+    return jnp.array([1 - e, 0.0, 0.0, np.sqrt((1 + e) / (1 - e))])
+
+
+def wish(t, y, args):
+    """Proportional to the period of a circular orbit there."""
+    return 0.04 * jnp.sum(y[:2] ** 2) ** 0.75
+
+
+def wished_rate(y):
+    """`-d/dt log` of it."""
+    return -1.5 * np.dot(y[:2], y[2:]) / np.sum(y[:2] ** 2)
+
+
+def solve(adjoint, field, y0, args=None, *, solver=None, t0=0.0, t1=3.0, **kwargs):
+    kwargs = dict(stepsize_controller=dr.StepDensityController(), dt0=None) | kwargs
+    # None for ours alone, as the default adjoint needs a number.
+    max_steps = None if isinstance(adjoint, dr.ReversibleAdjoint) else 512
+    kwargs = dict(max_steps=max_steps) | kwargs
+    solver = dr.ALF4() if solver is None else solver
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        t0,
+        t1,
+        y0=y0,
+        args=args,
+        adjoint=adjoint,
+        **kwargs,
+    )
+
+
+def assert_same_gradient(loss, *args, tol=1e-10):
+    @eqx.filter_jit
+    def gradient(args, adjoint):
+        return eqx.filter_value_and_grad(lambda args: loss(adjoint, *args))(args)
+
+    value, grad = gradient(args, dr.ReversibleAdjoint())
+    expected_value, expected = gradient(args, dfx.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(value, expected_value, rtol=1e-13)
+    assert relative_error(grad, expected) < tol
+
+
+@pytest.mark.parametrize(
+    "solver, dt0, t0, t1",
+    (
+        (dr.ALF4(), None, 0.0, 3.0),
+        (dr.ALF6(), -0.07, 3.0, -1.0),
+        (BITWISE, None, 0.0, 3.0),
+    ),
+)
+def test_gradients(solver, dt0, t0, t1):
+    """With any number of steps, those of the default adjoint with the same steps."""
+
+    def loss(adjoint, y0, field, args):
+        saveat = dfx.SaveAt(t0=True, t1=True, ts=jnp.linspace(t0, t1, 9))
+        kwargs = dict(solver=solver, dt0=dt0, t0=t0, t1=t1, saveat=saveat)
+        return sum_of_squares(solve(adjoint, field, y0, args, **kwargs).ys)
+
+    assert_same_gradient(loss, jnp.array([1.0, 2.0, 0.5]), Network(), network_args())
+
+
+def test_gradients_of_everything_saved():
+    """An event, ends of steps, dense output, a batch, and the end of the solve."""
+
+    def loss(adjoint, y0, t1):
+        saveat = dfx.SaveAt(steps=True, t1=True, dense=True)
+        event = dfx.Event(
+            lambda t, y, args, **kwargs: y[1] + 0.2, optx.Newton(1e-10, 1e-10)
+        )
+        sol = solve(
+            adjoint, kepler, y0, 1.0, t1=t1, saveat=saveat, max_steps=400, event=event
+        )
+        return sum_of_squares((sol.ys, sol.evaluate(0.4), sol.derivative(1.1)))
+
+    def batch(adjoint, y0, t1):
+        return jnp.sum(jax.vmap(lambda y0: loss(adjoint, y0, t1))(y0))
+
+    y0 = jnp.stack([perihelion(0.3), perihelion(0.6)])
+    assert_same_gradient(batch, y0, jnp.array(5.0))
+
+
+def test_continued():
+    """From where another solve has ended, with its controller state: the first step of the
+    second begins with a step size of its own."""
+
+    def loss(adjoint, y0):
+        saveat = dfx.SaveAt(t1=True, controller_state=True, solver_state=True)
+        first = solve(adjoint, kepler, y0, 1.0, t1=2.0, saveat=saveat)
+        second = solve(
+            adjoint,
+            kepler,
+            first.ys[0],
+            1.0,
+            t0=2.0,
+            t1=6.0,
+            dt0=0.01,
+            controller_state=first.controller_state,
+            solver_state=first.solver_state,
+        )
+        return sum_of_squares(second.ys)
+
+    assert_same_gradient(loss, perihelion(0.5))
+
+
+def test_memory_is_flat():
+    """To the byte: in the length of the solve, and in the number of steps allowed."""
+
+    def temporary_bytes(t1, max_steps):
+        def loss(y0):
+            sol = solve(dr.ReversibleAdjoint(), kepler, y0, 1.0, t1=t1, max_steps=max_steps)
+            return sum_of_squares(sol.ys)
+
+        compiled = jax.jit(jax.grad(loss)).lower(perihelion(0.5)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few = temporary_bytes(1.0, 100)
+    assert few == temporary_bytes(1e4, 10_000_000) == temporary_bytes(1e4, None)
+
+
+def test_steps_are_those_of_the_recurrence():
+    """`ρ += G(y_n)`, from `1/s + G/2`, with the derivative by hand."""
+    y0 = perihelion(0.6)
+    saveat = dfx.SaveAt(t0=True, steps=True)
+    controller = dr.StepDensityController(wish)
+    sol = solve(
+        dr.ReversibleAdjoint(),
+        kepler,
+        y0,
+        1.0,
+        t1=PERIOD,
+        saveat=saveat,
+        max_steps=300,
+        stepsize_controller=controller,
+    )
+    count = int(sol.stats["num_accepted_steps"])
+    assert count == sol.stats["num_steps"] > 150
+    ts, ys = np.asarray(sol.ts[: count + 1]), np.asarray(sol.ys[: count + 1])
+    rates = np.array([wished_rate(y) for y in ys])
+    density = 1 / wish(0.0, y0, None) + rates[0] / 2 + np.cumsum([0.0, *rates[1:]])
+    # But for the last step, that ends at `t1`.
+    np.testing.assert_allclose(np.diff(ts)[:-1], 1 / density[: count - 1], rtol=1e-12)
+    wished = np.array([wish(0.0, y, None) for y in ys])
+    assert np.max(np.abs(np.log(np.diff(ts)[:-1] / wished[: count - 1]))) < 0.3
+
+
+def test_time_scale():
+    """In closed form, whatever the units and the origin."""
+
+    def at(field, t, y, start, longest=1e3):
+        squared = squared_time_scale(field, jnp.array(0.0), start, longest)
+        return np.sqrt(squared(jnp.array(t), y))
+
+    rotation = lambda t, y: 5 * jnp.array([-y[1], y[0]])
+    y = jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(at(rotation, 0.0, y, -y), 1 / 5, rtol=1e-6)
+    decay = lambda t, y: -3 * y
+    np.testing.assert_allclose(at(decay, 1.0, y / 9, y), 1 / 3, rtol=1e-6)
+    constant = lambda t, y: jnp.ones_like(y)
+    np.testing.assert_allclose(at(constant, 0.0, y, y, 7.0), 7)
+    # One over the largest derivative of the same power of `t`: zeros do no harm.
+    wave = lambda t, y: jnp.cos(t) * jnp.ones_like(y)
+    scales = [at(wave, t, y, y) for t in np.linspace(0, PERIOD, 50)]
+    assert 0.7 < np.min(scales) <= np.max(scales) < 1.5
+
+    @jax.jit
+    def of_kepler(length, time, origin):
+        """`T`, of Kepler's problem in other units."""
+
+        def field(t, z):
+            return kepler(t, (z - origin) / length, 1.0) * length / time
+
+        start = perihelion(0.8) * length + origin
+        y = jnp.array([0.3, 0.9, -0.7, 0.2]) * length + origin
+        return squared_time_scale(field, jnp.array(0.0), start, 1e3)(jnp.array(0.0), y)
+
+    np.testing.assert_allclose(of_kepler(5.0, 1.0, 3.0), of_kepler(1.0, 1.0, 0.0))
+    np.testing.assert_allclose(
+        of_kepler(1.0, 7.0, 0.0), 49 * of_kepler(1.0, 1.0, 0.0), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("bound, wished", ((3.0, 0.0), (300.0, 0.0), (3.0, 60.0)))
+def test_density_comes_back(bound, wished):
+    """To the last bit along any path, even where steps change by more than is allowed, and
+    to rounding where they are shortened for being too long."""
+    start = jnp.array(30.0)
+    low = LowPart.start(start, start)
+    rates = np.random.default_rng(0).uniform(-bound, bound, 100)
+
+    def at(state, rate):
+        wish = lambda t, y: [jnp.array(wished), jnp.array(rate)]
+        return StepDensityState(state.density, state.low, jnp.array(1e-16), wish)
+
+    state = StepDensityState(start, low, None, None)
+    before, after = [], []
+    for rate in rates:
+        before.append(float(state.density))
+        state = at(state, rate).cross(0.0, None)
+    for rate in rates[::-1]:
+        state = at(state, rate).cross_back(0.0, None)
+        after.append(float(state.density))
+    assert np.min(before) > 0
+    ratios = np.array(before[1:]) / np.array(before[:-1])
+    assert np.any(np.isclose(ratios, 4)) == (bound > 100)
+    if wished == 0:
+        assert before == after[::-1]
+    else:
+        assert np.min(before) < wished / 2
+        np.testing.assert_allclose(after[::-1], before, rtol=1e-9)
+
+
+def test_walk_back_is_exact():
+    """Over many steps and periods, with a solver of which the states come back too."""
+
+    def loss(y0):
+        kwargs = dict(solver=BITWISE, t1=200 * PERIOD)
+        return sum_of_squares(
+            solve(dr.ReversibleAdjoint(drift_tol=0.0), kepler, y0, 1.0, **kwargs).ys
+        )
+
+    assert np.all(np.isfinite(jax.jit(jax.grad(loss))(perihelion(0.6))))
+
+
+def test_wrong_inverse_is_noticed():
+    class Forgetful(dr.StepDensityController):
+        def inverse(self, t1, y1, args, controller_state):
+            t0, state = super().inverse(t1, y1, args, controller_state)
+            return t0 + 1e-6 * (t1 - t0), state
+
+        def wrap(self, direction):
+            return self
+
+    def loss(y0):
+        sol = solve(
+            dr.ReversibleAdjoint(),
+            kepler,
+            y0,
+            1.0,
+            stepsize_controller=Forgetful(),
+            throw=False,
+        )
+        return sum_of_squares(sol.ys)
+
+    assert np.all(np.isnan(jax.jit(jax.grad(loss))(perihelion(0.3))))
+
+
+def energies(solver, controller, periods, adjoint):
+    """Errors of the energy at many times in the first and in the last tenth of a solve."""
+
+    @jax.jit
+    def run(y0):
+        ends = jnp.array([0.0, 0.1, 0.9, 1.0]) * periods * PERIOD
+        first, last = jnp.linspace(*ends[:2], 500), jnp.linspace(*ends[2:], 500)
+        saveat = dfx.SaveAt(ts=jnp.concatenate([first, last]))
+        sol = solve(
+            adjoint,
+            kepler,
+            y0,
+            1.0,
+            solver=solver,
+            t1=ends[3],
+            saveat=saveat,
+            stepsize_controller=controller,
+            max_steps=None,
+        )
+        kinetic = jnp.sum(sol.ys[:, 2:] ** 2, axis=1) / 2
+        energy = kinetic - 1 / jnp.linalg.norm(sol.ys[:, :2], axis=1)
+        return jnp.max(jnp.abs(energy + 0.5).reshape(2, 500), axis=1), sol.stats
+
+    (first, last), stats = run(perihelion(0.8))
+    assert stats["num_steps"] > 50 * periods
+    return first, last
+
+
+def test_energy_does_not_drift():
+    """Over 1,000 periods: not with steps that are reversible, but with others."""
+    ours = (dr.ReversibleAdjoint(), 1000)
+    first, last = energies(dr.ALF4(), dr.StepDensityController(wish), *ours[::-1])
+    assert last < 1.2 * first < 1e-4
+    pid = dfx.PIDController(rtol=1e-6, atol=1e-6)
+    first, last = energies(dr.ALF4(), pid, *ours[::-1])
+    assert last > 3 * first
+
+
+@pytest.mark.parametrize(
+    "solver", (dfx.Tsit5(), dfx.Heun(), dr.ALF8()), ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize(
+    "field, y0, t1",
+    (
+        (lambda t, y, args: jnp.cos(t) - y, 0.0, 20.0),
+        (lambda t, y, args: jnp.ones_like(y), 0.0, 3.0),
+        (lambda t, y, args: jnp.zeros_like(y), 1.0, 3.0),
+        (lambda t, y, args: y * (1 - y), 1e-3, 20.0),
+        # Relaxation oscillations, which the steps cannot follow by themselves.
+        (
+            lambda t, y, args: jnp.array([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]]),
+            [2.0, 0.0],
+            20.0,
+        ),
+    ),
+)
+def test_any_solver_and_field(solver, field, y0, t1):
+    """Also where derivatives vanish."""
+
+    def end(controller, solver, max_steps):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            *(solver, 0.0, t1, None, jnp.asarray(y0)),
+            stepsize_controller=controller,
+            max_steps=max_steps,
+        )
+        return sol.ys[0]
+
+    expected = end(dfx.PIDController(rtol=1e-10, atol=1e-10), dfx.Tsit5(), 10_000)
+    found = end(dr.StepDensityController(fraction=0.02), solver, 5_000)
+    np.testing.assert_allclose(found, expected, atol=2e-2)
+
+
+def test_refusals():
+    def run(controller, terms=None, y0=1.0, **kwargs):
+        terms = dfx.ODETerm(lambda t, y, args: -y) if terms is None else terms
+        solver = kwargs.pop("solver", dfx.Heun())
+        dfx.diffeqsolve(
+            terms,
+            *(solver, 0.0, 1.0, None, jnp.asarray(y0)),
+            stepsize_controller=controller,
+            **kwargs,
+        )
+
+    with pytest.raises(ValueError, match="must be a function"):
+        dr.StepDensityController(0.1)
+    with pytest.raises(ValueError, match="must be positive"):
+        dr.StepDensityController(fraction=-0.1)
+    with pytest.raises(ValueError, match="has to return a scalar"):
+        run(dr.StepDensityController(lambda t, y, args: jnp.ones(2)))
+    with pytest.raises(RuntimeError, match="not a positive and finite number"):
+        run(dr.StepDensityController(lambda t, y, args: -y))
+    path = dfx.VirtualBrownianTree(0.0, 1.0, 1e-2, (), jax.random.key(0))
+    noise = dfx.MultiTerm(
+        dfx.ODETerm(lambda t, y, args: -y), dfx.ControlTerm(lambda t, y, args: y, path)
+    )
+    with pytest.raises(ValueError, match="for ordinary differential equations"):
+        run(dr.StepDensityController(), noise)
