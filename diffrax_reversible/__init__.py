@@ -20,7 +20,14 @@ from ._solver.base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     Cotangent as Cotangent,
 )
+from ._solver.hamiltonian import (
+    BlanesMoan4 as BlanesMoan4,
+    BlanesMoan6 as BlanesMoan6,
+    KahanLi8 as KahanLi8,
+    StormerVerlet as StormerVerlet,
+)
 from ._solver.interpolation import HermiteInterpolation as HermiteInterpolation
+from ._solver.osculating import OsculatingInterpolation as OsculatingInterpolation
 
 
 __version__ = _metadata.version("diffrax_reversible")

@@ -5,7 +5,7 @@ import itertools as it
 from .tableau import ALFTableau
 
 
-def _mirror(half: list[float], *middle: float) -> tuple[float, ...]:
+def mirror(half: list[float], *middle: float) -> tuple[float, ...]:
     return (*half, *middle, *reversed(half))
 
 
@@ -38,23 +38,24 @@ alf2 = ALFTableau((1.0,), order=2, error_scale=1.0)
 # Five sub-steps from the three-stage splitting method of order 4 of McLachlan & Atela
 # (1992), doi:10.1088/0951-7715/5/2/011, by `from_splitting`.
 alf4 = ALFTableau(
-    _mirror([0.26833009578175992, 0.65133142723563993], -0.83932304603479971),
+    mirror([0.26833009578175992, 0.65133142723563993], -0.83932304603479971),
     order=4,
     error_scale=1e-2,
 )
 
 # Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, table 2, method S10 of order 6.
-_a = [
+s10_kicks = [
     0.0502627644003922,
     0.413514300428344,
     0.0450798897943977,
     -0.188054853819569,
     0.541960678450780,
 ]
-_b = [0.148816447901042, -0.132385865767784, 0.067307604692185, 0.432666402578175]
+s10_drifts = [0.148816447901042, -0.132385865767784, 0.067307604692185, 0.432666402578175]
 alf6 = ALFTableau(
     from_splitting(
-        list(_mirror(_a, 1 - 2 * sum(_a))), list(_mirror([*_b, 1 / 2 - sum(_b)]))
+        list(mirror(s10_kicks, 1 - 2 * sum(s10_kicks))),
+        list(mirror([*s10_drifts, 1 / 2 - sum(s10_drifts)])),
     ),
     order=6,
     error_scale=3e-3,
@@ -73,12 +74,9 @@ _gamma = [
     0.25837438768632204729397911,
     0.29501172360931029887096624,
 ]
+gamma_17 = mirror(_gamma, -0.60550853383003451169892108)
 alf8 = ALFTableau(
-    tuple(
-        half
-        for gamma in _mirror(_gamma, -0.60550853383003451169892108)
-        for half in (gamma / 2, gamma / 2)
-    ),
+    tuple(half for gamma in gamma_17 for half in (gamma / 2, gamma / 2)),
     order=8,
     error_scale=3e-3,
 )

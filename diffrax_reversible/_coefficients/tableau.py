@@ -4,50 +4,25 @@ import dataclasses
 import functools as ft
 import itertools as it
 import math
-from collections.abc import Callable
-from typing import TypeAlias
 
 import numpy as np
 
+from .order_conditions import (
+    error_functional,
+    exact_derivative,
+    exact_value,
+    largest_residual,
+    null_space_of,
+    Target,
+    tolerance,
+)
 from .rooted_trees import (
-    density,
     elementary_weights,
     order_of,
     rooted_trees,
     RootedTree,
     trees_up_to,
 )
-
-
-# Published coefficients carry 15 or more digits; a wrong digit shows far above this.
-_tolerance = 1e-11
-
-_Target: TypeAlias = Callable[[RootedTree], float]
-
-
-def _largest_residual(
-    weights: np.ndarray,
-    phi: dict[RootedTree, np.ndarray],
-    target: _Target,
-    order: int,
-) -> float:
-    return max(
-        abs(float(weights @ phi[tree]) - target(tree)) for tree in trees_up_to(order)
-    )
-
-
-def _null_space(matrix: np.ndarray) -> np.ndarray:
-    scaled = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    _, singular_values, vt = np.linalg.svd(scaled)
-    return vt[np.sum(singular_values > 1e-9) :].T
-
-
-def _exact_value(tree: RootedTree) -> float:
-    return 1 / density(tree)
-
-
-def _exact_derivative(tree: RootedTree) -> float:
-    return order_of(tree) / density(tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +88,13 @@ class ALFTableau:
                 "`ALFTableau(sub_steps=...)` must be a non-empty sequence of finite "
                 f"numbers, got {self.sub_steps}."
             )
-        if abs(math.fsum(c) - 1) > _tolerance:
+        if abs(math.fsum(c) - 1) > tolerance:
             raise ValueError(
                 "`ALFTableau(sub_steps=...)` must sum to 1, got "
                 f"{math.fsum(c):.16g}. Divide every sub-step by the sum, or check for a "
                 "mistyped coefficient."
             )
-        if np.max(np.abs(c - c[::-1])) > _tolerance:
+        if np.max(np.abs(c - c[::-1])) > tolerance:
             raise ValueError(
                 "`ALFTableau(sub_steps=...)` must be a palindrome (`sub_steps[i] == "
                 "sub_steps[-1 - i]`), so that the composition is symmetric; got "
@@ -138,8 +113,10 @@ class ALFTableau:
                 f"and less than `order={self.order}`."
             )
         for order in range(1, self.order + 1):
-            residual = _largest_residual(self._step_weights, self._phi, _exact_value, order)
-            if residual > _tolerance:
+            residual = largest_residual(
+                self._step_weights, self._phi, exact_value, trees_up_to(order)
+            )
+            if residual > tolerance:
                 raise ValueError(
                     f"`ALFTableau(sub_steps=..., order={self.order})` violates an order "
                     f"condition of order {order}, by {residual:.1e}. Pass `order="
@@ -194,12 +171,13 @@ class ALFTableau:
         """
 
         def target(tree):
-            return math.prod(map(_exact_value, tree))
+            return math.prod(map(exact_value, tree))
 
         _, _, weights = self._runge_kutta
 
         def holds(p):
-            return _largest_residual(weights, self._phi, target, p) <= _tolerance
+            trees = trees_up_to(p)
+            return largest_residual(weights, self._phi, target, trees) <= tolerance
 
         return len(list(it.takewhile(holds, range(1, self.order + 1))))
 
@@ -219,15 +197,11 @@ class ALFTableau:
             # the leading term is half of `h^2 y''`, the Taylor term itself.
             return self.error_scale * np.array([-1.0, 1.0])
         embedded_order = self._embedded_order
-        conditions = [self._phi[tree][1:] for tree in trees_up_to(embedded_order)]
-        null_space = _null_space(np.stack([*conditions, self.runge_kutta_matrix[1:, 0]]))
-        leading = rooted_trees(embedded_order + 1)
-        phi = np.stack([self._phi[tree][1:] for tree in leading])
-        taylor = np.array([_exact_value(tree) for tree in leading])
-        direction = null_space @ (null_space.T @ (phi.T @ taylor))
-        size = (phi @ direction) @ taylor / (taylor @ taylor)
-        if null_space.shape[1] > 0 and abs(size) > _tolerance:
-            weights[1:] = self.error_scale / size * direction
+        phi = {tree: weights[1:] for tree, weights in self._phi.items()}
+        parasitic = self.runge_kutta_matrix[1:, 0]
+        weights[1:] = error_functional(
+            phi, embedded_order, self.error_scale, extra=[parasitic]
+        )
         return weights
 
     @property
@@ -247,7 +221,7 @@ class ALFTableau:
             return None
 
         def value(tree):
-            return _exact_value(tree) / 2 ** order_of(tree)
+            return exact_value(tree) / 2 ** order_of(tree)
 
         return self._fit(value, self.order - 1, self.order - 1)
 
@@ -263,7 +237,7 @@ class ALFTableau:
             return None
 
         def slope(tree):
-            return _exact_derivative(tree) / 2 ** (order_of(tree) - 1)
+            return exact_derivative(tree) / 2 ** (order_of(tree) - 1)
 
         return self._fit(slope, max(self.order - 2, 5), self.order - 1)
 
@@ -279,14 +253,14 @@ class ALFTableau:
         """
         if self.stages == 1:
             return None
-        extrapolated = self._fit(_exact_derivative, self.order - 1, self.order)
+        extrapolated = self._fit(exact_derivative, self.order - 1, self.order)
         if extrapolated is None:
             return None
         _, _, v = self._runge_kutta
         return v - extrapolated
 
     def _fit(
-        self, target: _Target, exact_order: int, fitted_order: int
+        self, target: Target, exact_order: int, fitted_order: int
     ) -> np.ndarray | None:
         """Weights exact to `exact_order` and as good as can be to `fitted_order`."""
 
@@ -296,10 +270,10 @@ class ALFTableau:
 
         matrix, rhs = system(trees_up_to(exact_order))
         weights = np.linalg.lstsq(matrix, rhs, rcond=1e-11)[0]
-        if np.max(np.abs(matrix @ weights - rhs)) > _tolerance:
+        if np.max(np.abs(matrix @ weights - rhs)) > tolerance:
             return None
         if exact_order < fitted_order:
-            null_space = _null_space(matrix)
+            null_space = null_space_of(matrix)
             matrix, rhs = system(rooted_trees(fitted_order))
             weights = (
                 weights

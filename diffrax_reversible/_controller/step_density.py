@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import Args, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
+from .._total_derivative import total_derivative
 from .base import AbstractReversibleStepSizeController
-from .time_scale import Field, squared_time_scale, total_derivative
+from .time_scale import Field, squared_time_scale
 
 
 _call = "`diffeqsolve(..., stepsize_controller=StepDensityController(...))`"

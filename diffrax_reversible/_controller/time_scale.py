@@ -2,26 +2,16 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import RealScalarLike, VF, Y
+from .._total_derivative import total_derivative
 
 
 # Of the time and the state.
 Field = Callable[[RealScalarLike, Y], VF]
-
-
-def total_derivative(g: Callable, field: Field) -> Callable:
-    """`d/dt g(t, y(t))` along the solution, as a function of `(t, y)`."""
-
-    def derivative(t, y):
-        _, tangent = jax.jvp(g, (t, y), (jnp.ones_like(t), field(t, y)))
-        return tangent
-
-    return derivative
 
 
 def squared_time_scale(

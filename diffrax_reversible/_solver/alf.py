@@ -109,7 +109,7 @@ class ALF(AbstractALF):
     bitwise: bool = eqx.field(default=False, static=True)
 
 
-_rounding = """\
+rounding = """\
 - `compensated`: whether sums are carried with twice the precision, and do not round. The
     walk back then differs from the forward pass by no more than the vector field does
     when it is evaluated again. For single precision, long solves, and chaotic ones.
@@ -126,9 +126,9 @@ _rounding = """\
 for _cls in (ALF2, ALF4, ALF6, ALF8):
     _cls.__init__.__doc__ = f"""**Arguments:**
 
-{_rounding}"""
+{rounding}"""
 
 ALF.__init__.__doc__ = f"""**Arguments:**
 
 - `tableau`: an [`diffrax_reversible.ALFTableau`][], which checks its coefficients.
-{_rounding}"""
+{rounding}"""

@@ -1,0 +1,215 @@
+"""The coefficients of a composition of kicks and drifts, and the built-in ones."""
+
+import dataclasses
+import functools as ft
+
+import numpy as np
+
+from .alf import gamma_17, mirror, s10_drifts, s10_kicks
+from .order_conditions import error_functional, exact_value, largest_residual, tolerance
+from .rooted_trees import rooted_trees, RootedTree, trees_up_to
+
+
+def _affine(tree: RootedTree, is_drift: bool) -> bool:
+    """Whether its differential is not zero if drifts are affine in the momentum: no
+    vertex of the drift, those at an even height or at an odd, has more than one branch."""
+    if is_drift and len(tree) > 1:
+        return False
+    return all(_affine(branch, not is_drift) for branch in tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplittingTableau:
+    """The lengths of kicks and drifts, and what follows from them.
+
+    A step of `q' = f(t, p)`, `p' = g(t, q)` is the chain
+
+        p += h b_0 g(q),    q += h a_1 f(p),    p += h b_1 g(q),    ...,    p += h b_m g(q)
+
+    in which the time goes along with `q` for `g`, and with `p` for `f`. With the stage
+    derivatives `g_0, ..., g_m` and `f_1, ..., f_m` it is a partitioned Runge–Kutta method,
+    and its order is decided by rooted trees of which the vertices are by turns of `f` and
+    of `g`. The error estimate is made of these, and of `f_0 = f(t_0, p_0)`, by the same
+    conditions.
+
+    **Arguments:**
+
+    - `kicks`: the `b_i`, `m + 1` of them; a palindrome that sums to one.
+    - `drifts`: the `a_i`, `m` of them; a palindrome that sums to one.
+    - `order`: the order of convergence claimed, an even number.
+    - `embedded_order`: the order `q` of the method that the error estimate belongs to.
+    - `error_scale`: the size of the error estimate: its leading term is about
+        `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
+    - `nystrom`: whether the order is only claimed for drifts that are affine in time and
+        momentum, as `q' = p / m` is.
+
+    **Raises:**
+
+    `ValueError` if this is not satisfied.
+
+    ??? cite "Reference"
+
+        Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, sections II.5 and
+        III.2, doi:10.1007/3-540-30666-8.
+    """
+
+    kicks: tuple[float, ...]
+    drifts: tuple[float, ...]
+    order: int
+    embedded_order: int
+    error_scale: float = 1.0
+    nystrom: bool = False
+
+    def __post_init__(self):
+        for name, lengths in (("kicks", self.kicks), ("drifts", self.drifts)):
+            lengths = np.array(lengths)
+            if not (
+                abs(np.sum(lengths) - 1) <= tolerance
+                and np.max(np.abs(lengths - lengths[::-1])) <= tolerance
+            ):
+                raise ValueError(
+                    f"`SplittingTableau({name}=...)` must be a palindrome that sums to 1, "
+                    f"got {tuple(lengths)}."
+                )
+        if len(self.kicks) != len(self.drifts) + 1:
+            raise ValueError(
+                "`SplittingTableau(kicks=..., drifts=...)` must have one kick more than "
+                f"there are drifts, got {len(self.kicks)} and {len(self.drifts)}."
+            )
+        for order in range(1, self.order + 1):
+            residual = self.residual(order)
+            if residual > tolerance:
+                raise ValueError(
+                    f"`SplittingTableau(..., order={self.order})` violates an order "
+                    f"condition of order {order}, by {residual:.1e}."
+                )
+        if not (np.any(self.kick_error_weights) and np.any(self.drift_error_weights)):
+            raise ValueError(
+                f"`SplittingTableau(..., embedded_order={self.embedded_order})` has no "
+                "error estimate. Pass a smaller `embedded_order`."
+            )
+
+    @property
+    def stages(self) -> int:
+        """The number of drifts, and of new evaluations of the force, a step."""
+        return len(self.drifts)
+
+    @property
+    def kick_times(self) -> np.ndarray:
+        """Where in the step the force is evaluated, shape `(m + 1,)`."""
+        return np.concatenate([[0.0], np.cumsum(self.drifts)[:-1], [1.0]])
+
+    @property
+    def drift_times(self) -> np.ndarray:
+        """Where in the step the drifts are, shape `(m,)`."""
+        return np.cumsum(self.kicks)[:-1]
+
+    @ft.cached_property
+    def _phi(self) -> tuple[dict[RootedTree, np.ndarray], dict[RootedTree, np.ndarray]]:
+        """The elementary weights of the stages of `g` and of `f`, of trees with a root
+        there."""
+        m = self.stages
+        drifts, kicks = np.zeros((m + 1, m + 1)), np.zeros((m + 1, m + 1))
+        for i in range(m + 1):
+            # The argument of `g_i` is made of `f_1, ..., f_i`, and that of `f_i` of
+            # `g_0, ..., g_(i-1)`.
+            drifts[i, 1 : i + 1] = self.drifts[:i]
+            kicks[i, :i] = self.kicks[:i]
+        g, f = {}, {}
+        for tree in trees_up_to(max(self.order, self.embedded_order + 1)):
+            g[tree], f[tree] = np.ones(m + 1), np.ones(m + 1)
+            for branch in tree:
+                g[tree] = g[tree] * (drifts @ f[branch])
+                f[tree] = f[tree] * (kicks @ g[branch])
+        return self._relevant(g, False), self._relevant(f, True)
+
+    def _relevant(self, phi, is_drift: bool) -> dict[RootedTree, np.ndarray]:
+        if not self.nystrom:
+            return phi
+        return {tree: phi[tree] for tree in phi if _affine(tree, is_drift)}
+
+    def residual(self, order: int) -> float:
+        """By how much conditions of that order are violated."""
+        g, f = self._phi
+        weights = (np.array(self.kicks), np.array([0.0, *self.drifts]))
+        return max(
+            largest_residual(
+                w, phi, exact_value, (t for t in rooted_trees(order) if t in phi)
+            )
+            for w, phi in zip(weights, (g, f), strict=True)
+        )
+
+    @ft.cached_property
+    def kick_error_weights(self) -> np.ndarray:
+        """Weights of `g_0, ..., g_m` in the error estimate of `p`."""
+        return error_functional(self._phi[0], self.embedded_order, self.error_scale)
+
+    @ft.cached_property
+    def drift_error_weights(self) -> np.ndarray:
+        """Weights of `f_0, ..., f_m` in the error estimate of `q`."""
+        return error_functional(self._phi[1], self.embedded_order, self.error_scale)
+
+
+# Störmer (1907), Verlet (1967), doi:10.1103/PhysRev.159.98.
+stormer_verlet = SplittingTableau((0.5, 0.5), (1.0,), order=2, embedded_order=1)
+
+
+def _symmetric(half: list[float], count: int) -> tuple[float, ...]:
+    """All `count` lengths from those given, of which one or two in the middle lack."""
+    if count % 2 == 1:
+        return mirror(half, 1 - 2 * sum(half))
+    return mirror([*half, 1 / 2 - sum(half)])
+
+
+# Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7: tables 2 and 3, methods S6 and
+# S10 for two parts of any kind, and SRKN6b and SRKN11b for affine drifts.
+blanes_moan4 = SplittingTableau(
+    _symmetric([0.0792036964311957, 0.353172906049774, -0.0420650803577195], 7),
+    _symmetric([0.209515106613362, -0.143851773179818], 6),
+    order=4,
+    embedded_order=3,
+)
+blanes_moan4_nystrom = SplittingTableau(
+    _symmetric([0.0829844064174052, 0.396309801498368, -0.0390563049223486], 7),
+    _symmetric([0.245298957184271, 0.60487266571108], 6),
+    order=4,
+    embedded_order=3,
+    nystrom=True,
+)
+blanes_moan6 = SplittingTableau(
+    _symmetric(s10_kicks, 11), _symmetric(s10_drifts, 10), order=6, embedded_order=4
+)
+blanes_moan6_nystrom = SplittingTableau(
+    _symmetric(
+        [
+            0.0414649985182624,
+            0.198128671918067,
+            -0.0400061921041533,
+            0.0752539843015807,
+            -0.0115113874206879,
+        ],
+        12,
+    ),
+    _symmetric(
+        [
+            0.123229775946271,
+            0.290553797799558,
+            -0.127049212625417,
+            -0.246331761062075,
+            0.357208872795928,
+        ],
+        11,
+    ),
+    order=6,
+    embedded_order=4,
+    nystrom=True,
+)
+
+# Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9: 17 steps of Störmer–Verlet.
+_halves = np.array(gamma_17) / 2
+kahan_li8 = SplittingTableau(
+    tuple(map(float, np.append(_halves, 0) + np.append(0, _halves))),
+    gamma_17,
+    order=8,
+    embedded_order=5,
+)

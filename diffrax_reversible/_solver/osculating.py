@@ -1,0 +1,65 @@
+"""Dense output from the derivatives at both ends of a step."""
+
+import math
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractLocalInterpolation
+from jaxtyping import Array, PyTree
+
+from .._custom_types import RealScalarLike, VF, Y
+
+
+class OsculatingInterpolation(AbstractLocalInterpolation):
+    """Hermite interpolation of derivatives of any order at both ends of a step.
+
+    With `n - 1` derivatives the polynomial is of degree `2n - 1`, and its error of order
+    `2n`. Exact to the bit at both ends, and linear in the data:
+
+        Σ_k B_k(x) y0^(k) + (-1)^k B_k(1 - x) y1^(k),
+        B_k(x) = (1 - x)^n x^k/k! Σ_{j < n-k} C(n-1+j, j) x^j,    k = 0, ..., n - 1
+
+    **Arguments:**
+
+    - `t0`, `t1`: the ends of the step.
+    - `y0`, `y1`: the solution there.
+    - `derivatives0`, `derivatives1`: its first and higher derivatives there, times
+        `t1 - t0` to the power of their order.
+
+    ??? cite "Reference"
+
+        Two-point Taylor polynomials: Davis (1975), *Interpolation and Approximation*,
+        section 2.5.
+    """
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    y0: Y
+    y1: Y
+    derivatives0: list[VF]
+    derivatives1: list[VF]
+
+    def evaluate(
+        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
+    ) -> PyTree[Array]:
+        del left
+        if t1 is not None:
+            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        length = self.t1 - self.t0
+        # A step of no length has `y0 == y1`; any fraction will do.
+        trivial = length == 0
+        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+        starts, ends = [self.y0, *self.derivatives0], [self.y1, *self.derivatives1]
+        count = len(starts)
+        weights = [_basis(x, k, count) for k in range(count)]
+        weights += [(-1) ** k * _basis(1 - x, k, count) for k in range(count)]
+
+        def combine(*data):
+            return sum(w.astype(d.dtype) * d for w, d in zip(weights, data, strict=True))
+
+        return jtu.tree_map(combine, *starts, *ends)
+
+
+def _basis(x: Array, k: int, count: int) -> Array:
+    series = sum(math.comb(count - 1 + j, j) * x**j for j in range(count - k))
+    return (1 - x) ** count * x**k / math.factorial(k) * series

@@ -1,0 +1,469 @@
+"""Compositions of kicks and drifts, whatever their coefficients."""
+
+from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
+from jax.interpreters import partial_eval
+from jaxtyping import Array, PyTree
+
+from .._coefficients.splitting import SplittingTableau
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    VF,
+    Y,
+)
+from .._exact_sum import LowPart, Sum
+from .._isolated import isolated
+from .._total_derivative import total_derivative
+from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .base import AbstractReversibleSolver, Cotangent
+from .ode_term import as_ode_term
+from .osculating import OsculatingInterpolation
+
+
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+
+_Terms = tuple[AbstractTerm, AbstractTerm]
+
+
+class SplittingState(eqx.Module):
+    """Solver state: the force where the state is, the low parts of `q` and `p` if sums are
+    compensated, and whether the force was evaluated there and nowhere else, as at the start
+    of a solve.
+
+    Of a cotangent, all but `force` is `None`.
+    """
+
+    force: VF
+    low: tuple[LowPart, LowPart] | None
+    fresh: BoolScalarLike | None
+
+
+class _Stage(NamedTuple):
+    """A drift and the kick after it; stacked along the first axis for a step."""
+
+    drift: Array
+    drift_time: Array
+    kick: Array
+    kick_time: Array
+    # Of the kick before.
+    previous_time: Array
+    drift_error: Array
+    kick_error: Array
+
+
+class AbstractSplitting(
+    AbstractReversibleSolver[SplittingState], AbstractAdaptiveSolver[SplittingState]
+):
+    """Compositions of kicks and drifts, for `q' = f(t, p)` and `p' = g(t, q)`.
+
+    Terms are `(term_q, term_p)` and the state is `(q, p)`, of any two PyTrees. A step is the
+    chain
+
+        p += h b_0 g(q),    q += h a_1 f(p),    p += h b_1 g(q),    ...
+
+    of which the last evaluation of the force `g` is the first of the next step. Each is
+    undone by a subtraction. Where `f` and `g` are derivatives of a Hamiltonian
+    `T(t, p) + V(t, q)`, the map is symplectic.
+    """
+
+    tableau: AbstractVar[SplittingTableau]
+    # For drifts that are affine in time and momentum.
+    nystrom_tableau: AbstractVar[SplittingTableau]
+    compensated: AbstractVar[bool]
+    bitwise: AbstractVar[bool]
+
+    term_structure: ClassVar = (AbstractTerm, AbstractTerm)
+    interpolation_cls: ClassVar = OsculatingInterpolation
+
+    def order(self, terms: _Terms) -> int:
+        del terms
+        return self.tableau.order
+
+    def error_order(self, terms: _Terms) -> int:
+        del terms
+        return self.tableau.embedded_order + 1
+
+    def init(
+        self, terms: _Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
+    ) -> SplittingState:
+        self._check(terms, t0, y0, args)
+        q, p = y0
+        term_q, term_p = self._terms(terms)
+        # Checkpointed, as otherwise a gradient would hold on to the activations of this
+        # evaluation for the length of the solve.
+        force = eqx.filter_checkpoint(self._evaluate)(term_p, t0, q, args)
+        low = None
+        if self.compensated or self.bitwise:
+            velocity = self._evaluate(term_q, t0, p, args)
+            increments = (term_q.contr(t0, t1), velocity), (term_p.contr(t0, t1), force)
+            scales = (
+                jtu.tree_map(jnp.maximum, largest(x), largest(tree_scale(h, vf)))
+                for x, (h, vf) in zip(y0, increments, strict=True)
+            )
+            low_q, low_p = map(LowPart.start, y0, scales)
+            low = (low_q, low_p)
+        return SplittingState(force, low, jnp.array(True))
+
+    def func(self, terms: _Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
+        (term_q, term_p), (q, p) = self._terms(terms), y0
+        return term_q.vf(t0, p, args), term_p.vf(t0, q, args)
+
+    def advance(
+        self,
+        terms: _Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: SplittingState,
+    ) -> tuple[Y, Y, DenseInfo, SplittingState, RESULTS]:
+        tableau = self._tableau(terms, t0, y0, args)
+        term_q, term_p = self._terms(terms)
+        h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
+        force0 = solver_state.force
+        velocity0 = self._evaluate(term_q, t0, y0[1], args)
+
+        def stage(carry, stage: _Stage):
+            q, p, _, q_error, p_error = carry
+            velocity = self._evaluate(term_q, stage.drift_time, p.high, args)
+            q = q.plus(tree_scale(h_q * stage.drift, velocity))
+            force = self._evaluate(term_p, stage.kick_time, q.high, args)
+            p = p.plus(tree_scale(h_p * stage.kick, force))
+            q_error = tree_axpy(stage.drift_error, velocity, q_error)
+            p_error = tree_axpy(stage.kick_error, force, p_error)
+            return q, p, force, q_error, p_error
+
+        q, p = _sums_of(y0, solver_state)
+        p = p.plus(tree_scale(h_p * tableau.kicks[0], force0))
+        q_error = tree_scale(tableau.drift_error_weights[0], velocity0)
+        p_error = tree_scale(tableau.kick_error_weights[0], force0)
+        carry = (q, p, force0, q_error, p_error)
+        q, p, force, q_error, p_error = _chain(stage, carry, tableau, t0, t1)
+        y1, low = _split_sums(q, p)
+        # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
+        y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
+        y_error = tree_scale(h_q, q_error), tree_scale(h_p, p_error)
+        dense_info = dict(
+            y0=y0,
+            y1=y1,
+            derivatives0=self._derivatives(terms, t0, (t0, t1), y0, args, force0),
+            derivatives1=self._derivatives(terms, t1, (t0, t1), y1, args, force),
+        )
+        solver_state = SplittingState(force, low, jnp.array(False))
+        return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def _derivatives(
+        self,
+        terms: _Terms,
+        t: RealScalarLike,
+        step: tuple[RealScalarLike, RealScalarLike],
+        y: Y,
+        args: Args,
+        force: VF,
+    ) -> list[VF]:
+        """As many derivatives of the solution at `(t, y)` as dense output takes."""
+        t0, t1 = step
+        terms = term_q, term_p = self._terms(terms)
+        h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
+
+        def field(t, y):
+            velocity, force = self.func(terms, t, y, args)
+            return tree_scale(h_q, velocity), tree_scale(h_p, force)
+
+        velocity = term_q.vf(t, y[1], args)
+        derivatives: list[VF] = [(tree_scale(h_q, velocity), tree_scale(h_p, force))]
+        derivative = field
+        for _ in range(self.tableau.order // 2 - 2):
+            derivative = total_derivative(derivative, field, t1 - t0)
+            derivatives.append(derivative(jnp.asarray(t), y))
+        return derivatives
+
+    def cross_jump(
+        self,
+        terms: _Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: SplittingState,
+    ) -> tuple[SplittingState, BoolScalarLike]:
+        """The force is evaluated again, unless it was at `t1`."""
+        del t0
+        _, term_p = self._terms(terms)
+        force = self._evaluate(term_p, t1, y[0], args)
+        crossed = SplittingState(force, solver_state.low, solver_state.fresh)
+        assert solver_state.fresh is not None
+        return crossed, jnp.logical_not(solver_state.fresh)
+
+    def error_scales(
+        self,
+        terms: _Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        solver_state: SplittingState,
+    ) -> tuple[Y, SplittingState]:
+        """Of `p` no less than what the step adds to it, and of the force no less than what
+        changes `p` by its size in the length of the solve."""
+        _, term_p = self._terms(terms)
+        force = largest(solver_state.force)
+        p = tree_scale(jnp.abs(term_p.contr(t0, t1)), force)
+        p = jtu.tree_map(jnp.maximum, largest(y0[1]), p)
+        force = jtu.tree_map(
+            lambda f, p: jnp.maximum(f, p / jnp.asarray(jnp.abs(length), p.dtype)), force, p
+        )
+        return (largest(y0[0]), p), SplittingState(force, None, None)
+
+    def inverse_step(
+        self,
+        terms: _Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: SplittingState,
+    ) -> tuple[Y, SplittingState]:
+        tableau = self._tableau(terms, t0, y1, args)
+        term_q, term_p = self._terms(terms)
+        h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
+
+        def stage(carry, stage: _Stage):
+            q, p, force = carry
+            p = p.minus(tree_scale(h_p * stage.kick, force))
+            velocity = self._evaluate(term_q, stage.drift_time, p.high, args)
+            q = q.minus(tree_scale(h_q * stage.drift, velocity))
+            return q, p, self._evaluate(term_p, stage.previous_time, q.high, args)
+
+        carry = (*_sums_of(y1, solver_state), solver_state.force)
+        q, p, force = _chain(stage, carry, tableau, t0, t1, reverse=True)
+        p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
+        y0, low = _split_sums(q, p)
+        return y0, SplittingState(force, low, jnp.array(False))
+
+    def inverse_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: SplittingState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> tuple[Y, SplittingState, Cotangent]:
+        """One evaluation and one pull-back for each evaluation of a step, and an evaluation
+        of the force at its start."""
+        terms, args = bind(params)
+        tableau = self._tableau(terms, t0, y1, args)
+        term_q, term_p = self._terms(terms)
+        h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
+        if dense_cotangent is not None:
+            cotangent = self._pull_derivatives(
+                bind, params, t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
+            )
+
+        def stage(carry, stage: _Stage):
+            q, p, q_bar, p_bar, force_bar, params_bar = carry
+            force, pull = self._linearise(bind, 1, stage.kick_time, q.high, params)
+            force_bar = tree_axpy(h_p * stage.kick, p_bar, force_bar)
+            more_q_bar, more_params_bar = pull(force_bar)
+            q_bar = tree_add(q_bar, more_q_bar)
+            params_bar = tree_add(params_bar, more_params_bar)
+            p = p.minus(tree_scale(h_p * stage.kick, force))
+            velocity, pull = self._linearise(bind, 0, stage.drift_time, p.high, params)
+            more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
+            p_bar = tree_add(p_bar, more_p_bar)
+            params_bar = tree_add(params_bar, more_params_bar)
+            q = q.minus(tree_scale(h_q * stage.drift, velocity))
+            return q, p, q_bar, p_bar, tree_zeros_like(force_bar), params_bar
+
+        force_bar = cotangent.solver_state.force
+        carry = (*_sums_of(y1, solver_state), *cotangent.y, force_bar, cotangent.params)
+        carry = _chain(stage, carry, tableau, t0, t1, reverse=True)
+        q, p, q_bar, p_bar, _, params_bar = carry
+        force = self._evaluate(term_p, t0, q.high, args)
+        p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
+        force_bar = tree_scale(h_p * tableau.kicks[0], p_bar)
+        y0, low = _split_sums(q, p)
+        solver_state = SplittingState(force, low, jnp.array(False))
+        state_bar = _with_force(cotangent.solver_state, force_bar)
+        cotangent = Cotangent((q_bar, p_bar), state_bar, params_bar)
+        if dense_cotangent is not None:
+            cotangent = self._pull_derivatives(
+                bind, params, t0, (t0, t1), y0, solver_state, cotangent, dense_cotangent, 0
+            )
+        return y0, solver_state, cotangent
+
+    def _pull_derivatives(
+        self,
+        bind: Bind,
+        params: Params,
+        t: RealScalarLike,
+        step: tuple[RealScalarLike, RealScalarLike],
+        y: Y,
+        solver_state: SplittingState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo,
+        end: int,
+    ) -> Cotangent:
+        """Pull what was interpolated with at one `end` of the step back, if anything was."""
+        y_bar = dense_cotangent[f"y{end}"]
+        derivatives_bar = dense_cotangent[f"derivatives{end}"]
+
+        def derivatives(y, force, params):
+            terms, args = bind(params)
+            return self._derivatives(terms, t, step, y, args, force)
+
+        def pull():
+            _, pull = jax.vjp(derivatives, y, solver_state.force, params)
+            return pull(derivatives_bar)
+
+        some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(derivatives_bar))
+        like = (y, solver_state.force, params)
+        more_y_bar, force_bar, params_bar = lax.cond(
+            eqxi.unvmap_any(some != 0), pull, lambda: tree_zeros_like(like)
+        )
+        y_bar = tree_add(tree_add(cotangent.y, y_bar), more_y_bar)
+        force_bar = tree_add(cotangent.solver_state.force, force_bar)
+        state_bar = _with_force(cotangent.solver_state, force_bar)
+        return Cotangent(y_bar, state_bar, tree_add(cotangent.params, params_bar))
+
+    def _evaluate(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
+        """A vector field, and if `bitwise` then one that rounds alike everywhere."""
+        if not self.bitwise:
+            return term.vf(t, y, args)
+        return isolated(lambda t, y: term.vf(t, y, args), t, y)
+
+    def _linearise(self, bind: Bind, part: int, t: RealScalarLike, y: Y, params: Params):
+        """A vector field at `(t, y)` and its pull-back.
+
+        From one evaluation, but if `bitwise` from two.
+        """
+
+        def field(y, params):
+            terms, args = bind(params)
+            return self._terms(terms)[part].vf(t, y, args)
+
+        vf, pull = jax.vjp(field, y, params)
+        if self.bitwise:
+            terms, args = bind(params)
+            vf = self._evaluate(self._terms(terms)[part], t, y, args)
+        return vf, pull
+
+    def _terms(self, terms: _Terms) -> _Terms:
+        term_q, term_p = terms
+        return as_ode_term(self, term_q), as_ode_term(self, term_p)
+
+    def _tableau(
+        self, terms: _Terms, t: RealScalarLike, y: Y, args: Args
+    ) -> SplittingTableau:
+        """By whether the drift is seen to be affine in time and momentum."""
+        if self.nystrom_tableau is self.tableau:
+            return self.tableau
+        term_q, _ = terms
+
+        def derivative(t, p, dt, dp):
+            return jax.jvp(lambda t, p: term_q.vf(t, p, args), (t, p), (dt, dp))[1]
+
+        point = (jnp.asarray(t), y[1])
+        jaxpr = jax.make_jaxpr(derivative)(*point, *point).jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        affine = not any(used[: len(used) // 2])
+        return self.nystrom_tableau if affine else self.tableau
+
+    def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
+        call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
+        if not (isinstance(y, tuple) and len(y) == 2):
+            raise ValueError(
+                f"{call} needs a state `y0=(q, p)`, a tuple of two, and got one of type "
+                f"`{type(y).__name__}`."
+            )
+        for leaf in jtu.tree_leaves(y):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise ValueError(
+                    f"{call} needs a state of real floating-point arrays, got "
+                    f"{jnp.result_type(leaf)}."
+                )
+        for i, (name, of) in enumerate((("q", "p"), ("p", "q"))):
+            try:
+                vf = eqx.filter_eval_shape(self._terms(terms)[i].vf, t, y[1 - i], args)
+            except (TypeError, IndexError) as error:
+                raise ValueError(
+                    f"{call}: the vector field of `term_{name}` could not be evaluated. It "
+                    f"is called as `vf(t, {of}, args)`."
+                ) from error
+            if _shapes(vf) != _shapes(y[i]):
+                raise ValueError(
+                    f"{call}: the vector field of `term_{name}`, called as `vf(t, {of}, "
+                    f"args)`, has to be of the structure and the shapes of `{name}`, that is "
+                    f"{_shapes(y[i])}, and is {_shapes(vf)}."
+                )
+
+
+def _shapes(tree: PyTree) -> Any:
+    leaves, structure = jtu.tree_flatten(tree)
+    return structure, [jnp.shape(leaf) for leaf in leaves]
+
+
+def _sums_of(y: Y, solver_state: SplittingState) -> tuple[Sum, Sum]:
+    """`q` and `p`, as they are added to."""
+    low_q, low_p = (None, None) if solver_state.low is None else solver_state.low
+    return LowPart.join(y[0], low_q), LowPart.join(y[1], low_p)
+
+
+def _split_sums(q: Sum, p: Sum) -> tuple[Y, tuple[LowPart, LowPart] | None]:
+    (q_high, low_q), (p_high, low_p) = LowPart.split(q), LowPart.split(p)
+    low = None if low_q is None or low_p is None else (low_q, low_p)
+    return (q_high, p_high), low
+
+
+def _with_force(state: SplittingState, force: VF) -> SplittingState:
+    return SplittingState(force, state.low, state.fresh)
+
+
+def _chain(
+    stage,
+    carry,
+    tableau: SplittingTableau,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    reverse: bool = False,
+):
+    """Scan `stage` over the stages (compiles faster than unrolling them)."""
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    array = lambda x: jnp.asarray(x, jnp.result_type(t0, t1))
+    times = t0 + array(tableau.kick_times[1:-1]) * (t1 - t0)
+    # The very float that the next step begins at.
+    times = jnp.concatenate([t0[None], times, t1[None]])
+    stages = _Stage(
+        array(tableau.drifts),
+        t0 + array(tableau.drift_times) * (t1 - t0),
+        array(tableau.kicks[1:]),
+        times[1:],
+        times[:-1],
+        array(tableau.drift_error_weights[1:]),
+        array(tableau.kick_error_weights[1:]),
+    )
+    if tableau.stages == 1:
+        return stage(carry, jtu.tree_map(lambda x: x[0], stages))
+    carry, _ = lax.scan(
+        lambda carry, s: (stage(carry, s), None), carry, stages, reverse=reverse
+    )
+    return carry
