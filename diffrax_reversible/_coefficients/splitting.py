@@ -168,16 +168,22 @@ blanes_moan4 = SplittingTableau(
     _symmetric([0.209515106613362, -0.143851773179818], 6),
     order=4,
     embedded_order=3,
+    error_scale=3e-3,
 )
 blanes_moan4_nystrom = SplittingTableau(
     _symmetric([0.0829844064174052, 0.396309801498368, -0.0390563049223486], 7),
     _symmetric([0.245298957184271, 0.60487266571108], 6),
     order=4,
     embedded_order=3,
+    error_scale=3e-3,
     nystrom=True,
 )
 blanes_moan6 = SplittingTableau(
-    _symmetric(s10_kicks, 11), _symmetric(s10_drifts, 10), order=6, embedded_order=4
+    _symmetric(s10_kicks, 11),
+    _symmetric(s10_drifts, 10),
+    order=6,
+    embedded_order=4,
+    error_scale=1e-3,
 )
 blanes_moan6_nystrom = SplittingTableau(
     _symmetric(
@@ -202,6 +208,7 @@ blanes_moan6_nystrom = SplittingTableau(
     ),
     order=6,
     embedded_order=4,
+    error_scale=1e-3,
     nystrom=True,
 )
 
@@ -212,4 +219,5 @@ kahan_li8 = SplittingTableau(
     gamma_17,
     order=8,
     embedded_order=5,
+    error_scale=3e-3,
 )
