@@ -8,7 +8,12 @@ from ._controller.base import (
     AbstractReversibleStepSizeController as AbstractReversibleStepSizeController,
 )
 from ._controller.step_density import StepDensityController as StepDensityController
+from ._solver import diffrax_own as _diffrax_own  # noqa: F401
 from ._solver.abstract_alf import AbstractALF as AbstractALF
+from ._solver.adapter import (
+    AbstractReversibleAdapter as AbstractReversibleAdapter,
+    as_reversible as as_reversible,
+)
 from ._solver.alf import (
     ALF as ALF,
     ALF2 as ALF2,
@@ -27,6 +32,7 @@ from ._solver.hamiltonian import (
     StormerVerlet as StormerVerlet,
 )
 from ._solver.interpolation import HermiteInterpolation as HermiteInterpolation
+from ._solver.mccallum_foster import McCallumFoster as McCallumFoster
 from ._solver.osculating import OsculatingInterpolation as OsculatingInterpolation
 
 

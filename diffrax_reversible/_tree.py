@@ -1,5 +1,6 @@
 """Arithmetic on PyTrees, each leaf in its own dtype."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -25,6 +26,11 @@ def tree_axpy(a: RealScalarLike, x: PyTree[Array], y: PyTree[Array]) -> PyTree[A
 def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
     """`x + y`."""
     return jtu.tree_map(jnp.add, x, y)
+
+
+def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
+    """`equinox.tree_at`, also of what is `None`."""
+    return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
 
 
 def tree_zeros_like(x: PyTree[Any]) -> PyTree[Any]:

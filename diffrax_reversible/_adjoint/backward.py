@@ -23,7 +23,7 @@ from .._custom_types import (
 )
 from .._diffrax import State
 from .._solver.base import before_jump, Cotangent, linearise_step
-from .._tree import tree_add
+from .._tree import tree_add, tree_replace
 from .drift import drift
 from .finish import pull_finish
 from .forward import Trace
@@ -134,7 +134,9 @@ class _Walk(eqx.Module):
         position = eqx.tree_at(lambda p: p.clock, position, clock)
         t0, t1 = clock.start, clock.end
         position = self._pull_step_outputs(position, t1)
-        solver, state = self.problem.solver, (position.y, position.solver_state)
+        solver = self.problem.solver
+        solver_state = solver.recall(position.solver_state, steps.recorded_before(step))
+        state = position.y, solver_state
         ct = position.cotangent
         interpolated = [
             i for i, output in enumerate(self.outputs) if output.sub.ts is not None
@@ -173,7 +175,7 @@ class _Walk(eqx.Module):
                 lambda: self._undo_jump(crossed, t0, y0, state0, ct),
                 lambda: (state0, ct),
             )
-        return eqx.tree_at(
+        return tree_replace(
             lambda p: (p.step, p.y, p.solver_state, p.cotangent),
             position,
             (step, y0, state0, ct),
@@ -236,7 +238,7 @@ class _Walk(eqx.Module):
         walked = self.drift(position, (y, restart(y, diff_state, self.params)))
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-        return eqx.tree_at(
+        return tree_replace(
             lambda p: (p.clock, p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
             position,
             (position.clock.set(t), y, solver_state, ct, position.restarts - 1, drifts),

@@ -15,6 +15,7 @@ from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import RealScalarLike, Terms
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver, interrupt
+from .._tree import tree_replace
 from .problem import Inputs, Problem, save_states
 from .record import Record, RestartRecord
 from .steps import RecomputedSteps, RecordedSteps
@@ -89,7 +90,7 @@ class _Steps:
         def step(carry):
             before, record = carry
             after = body_fun(before)
-            return after, record.append(before, after)
+            return after, record.append(before, after, self.problem.solver)
 
         def interrupt_once(carry):
             state, record = carry
@@ -135,7 +136,7 @@ class _Steps:
         )
         record = record.interrupt(state, restarted, crossed)
         made_jump = jnp.where(made_jump, False, state.made_jump)
-        state = eqx.tree_at(
+        state = tree_replace(
             lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
         )
         return state, record
@@ -159,11 +160,13 @@ def solve_and_record(
 ) -> tuple[State, dict, Trace]:
     """As `solve_plainly`, and keep what the walk back needs."""
     controller, dtype = problem.stepsize_controller, jnp.result_type(problem.t0)
-    if isinstance(controller, AbstractReversibleStepSizeController):
+    recomputed = isinstance(controller, AbstractReversibleStepSizeController)
+    scalars = jax.eval_shape(lambda: problem.solver.to_record(inputs.solver_state))
+    if recomputed and len(jtu.tree_leaves(scalars)) == 0:
         to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
     else:
         max_steps = check_max_steps(problem.max_steps)
-        to_record = RecordedSteps.allocate(max_steps, dtype, problem.with_jumps)
+        to_record = RecordedSteps.allocate(max_steps, dtype, scalars, problem.with_jumps)
     record = Record(
         to_record,
         RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, inputs.solver_state),
@@ -205,4 +208,4 @@ def _without_saved(state: State) -> State:
 def _replace(tree: State, where: Callable, replacement: list) -> State:
     if len(replacement) == 0:
         return tree
-    return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
+    return tree_replace(where, tree, replacement)

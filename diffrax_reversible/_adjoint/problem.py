@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
+from .._tree import tree_replace
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -206,9 +207,4 @@ def take_state(init_state: State) -> State:
 
 
 def _replace_state(state: State, y: Y | None, solver_state: PyTree) -> State:
-    return eqx.tree_at(
-        lambda s: (s.y, s.solver_state),
-        state,
-        (y, solver_state),
-        is_leaf=lambda x: x is None,
-    )
+    return tree_replace(lambda s: (s.y, s.solver_state), state, (y, solver_state))

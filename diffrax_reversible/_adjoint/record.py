@@ -13,6 +13,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
+from .._solver.base import AbstractReversibleSolver
 from .steps import RecomputedSteps, RecordedSteps
 
 
@@ -74,12 +75,15 @@ class Record(eqx.Module):
         """What `equinox.internal.while_loop` may update in place."""
         return [] if self.steps is None else self.steps.buffers()
 
-    def append(self, before: State, after: State) -> "Record":
+    def append(
+        self, before: State, after: State, solver: AbstractReversibleSolver
+    ) -> "Record":
         """Record the step from `before` to `after`, if it was accepted."""
         if self.steps is None:
             return self
         accepted = after.num_accepted_steps > before.num_accepted_steps
-        return Record(self.steps.append(before, accepted), self.restarts)
+        scalars = solver.to_record(before.solver_state)
+        return Record(self.steps.append(before, scalars, accepted), self.restarts)
 
     def interrupt(
         self, state: State, restarted: BoolScalarLike, crossed: BoolScalarLike

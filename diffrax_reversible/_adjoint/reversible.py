@@ -10,6 +10,8 @@ import jax.tree_util as jtu
 from diffrax import AbstractAdjoint, is_okay
 
 from .._diffrax import State
+from .._solver.adapter import as_reversible
+from .._tree import tree_replace
 from .backward import walk_back
 from .closure import close_terms
 from .drift import refuse_wrong
@@ -106,7 +108,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         progress_meter,
     ):
         del passed_solver_state
-        check_supported(solver, terms)
+        check_supported(terms)
+        # Those of others are replaced by their reversible form.
+        solver = as_reversible(solver)
         y0, solver_state = init_state.y, init_state.solver_state
         terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
         event_kwargs = dict(
@@ -133,11 +137,10 @@ class ReversibleAdjoint(AbstractAdjoint):
         inputs = Inputs(y0, solver_state, context)
         t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
         if passed_controller_state:
-            init_state = eqx.tree_at(
+            init_state = tree_replace(
                 lambda s: s.controller_state,
                 init_state,
                 hold_fixed(init_state.controller_state, "`controller_state`"),
-                is_leaf=lambda x: x is None,
             )
         # In this order, as everything that comes later may depend on what comes first.
         problem = Problem(

@@ -1,15 +1,16 @@
 """Where the steps of a solve were: recorded, or to be recomputed on the walk back."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractStepSizeController
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
@@ -18,6 +19,10 @@ from .._diffrax import State
 
 # Its annotations are narrower than what it accepts.
 _write = cast(Callable[..., Array], eqxi.buffer_at_set)
+
+
+def _is_buffer(x: Any) -> bool:
+    return x is not None and hasattr(x, "shape")
 
 
 class Clock(eqx.Module):
@@ -55,14 +60,19 @@ class RecordedSteps(eqx.Module):
 
     starts: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
     ends: eqxi.MaybeBuffer[Float[Array, " max_steps"]]
+    # What the solver asks for, see `AbstractReversibleSolver.to_record`.
+    scalars: PyTree[eqxi.MaybeBuffer[Shaped[Array, " max_steps"]]]
     crossed: Bool[Array, " max_steps"] | None
     count: Int[Array, ""]
 
     @staticmethod
-    def allocate(max_steps: int, dtype, with_jumps: bool) -> "RecordedSteps":
+    def allocate(
+        max_steps: int, dtype, scalars: PyTree[jax.ShapeDtypeStruct], with_jumps: bool
+    ) -> "RecordedSteps":
         times = jnp.zeros(max_steps, dtype)
+        rows = jtu.tree_map(lambda s: jnp.zeros(max_steps, s.dtype), scalars)
         crossed = jnp.zeros(max_steps, bool) if with_jumps else None
-        return RecordedSteps(times, times, crossed, jnp.array(0))
+        return RecordedSteps(times, times, rows, crossed, jnp.array(0))
 
     @property
     def last_end(self) -> RealScalarLike:
@@ -70,7 +80,7 @@ class RecordedSteps(eqx.Module):
 
     def buffers(self) -> list:
         """What `equinox.internal.while_loop` may update in place."""
-        return [self.starts, self.ends]
+        return [self.starts, self.ends, *jtu.tree_leaves(self.scalars, is_leaf=_is_buffer)]
 
     def cross(self, crossed: BoolScalarLike) -> "RecordedSteps":
         """Record whether a jump was crossed before the next step."""
@@ -80,10 +90,16 @@ class RecordedSteps(eqx.Module):
         flags = self.crossed.at[i].set(self.crossed[i] | crossed)
         return eqx.tree_at(lambda r: r.crossed, self, flags)
 
-    def append(self, before: State, accepted: BoolScalarLike) -> "RecordedSteps":
+    def append(
+        self, before: State, scalars: PyTree[Array], accepted: BoolScalarLike
+    ) -> "RecordedSteps":
+        def write(rows, value):
+            return _write(rows, self.count, value, pred=accepted)
+
         return RecordedSteps(
-            _write(self.starts, self.count, before.tprev, pred=accepted),
-            _write(self.ends, self.count, before.tnext, pred=accepted),
+            write(self.starts, before.tprev),
+            write(self.ends, before.tnext),
+            jtu.tree_map(write, self.scalars, scalars, is_leaf=_is_buffer),
             self.crossed,
             self.count + jnp.where(accepted, 1, 0),
         )
@@ -96,6 +112,10 @@ class RecordedSteps(eqx.Module):
     def crossed_before(self, step: IntScalarLike) -> BoolScalarLike | None:
         """Whether a jump was crossed before a step, `None` if there were no jumps."""
         return None if self.crossed is None else self.crossed[step]
+
+    def recorded_before(self, step: IntScalarLike) -> PyTree[Array]:
+        """What the solver had asked for before a step."""
+        return jtu.tree_map(lambda rows: rows[step], self.scalars)
 
     def undo(
         self, controller, step: IntScalarLike, y1: Y, args: Args, clock: Clock
@@ -137,7 +157,10 @@ class RecomputedSteps(eqx.Module):
         crossed = self.crossed | crossed
         return eqx.tree_at(lambda r: r.crossed, self, crossed)
 
-    def append(self, before: State, accepted: BoolScalarLike) -> "RecomputedSteps":
+    def append(
+        self, before: State, scalars: PyTree[Array], accepted: BoolScalarLike
+    ) -> "RecomputedSteps":
+        del scalars
         new = (jnp.asarray(before.tprev), jnp.asarray(before.tnext))
 
         def choose(pred, old):
@@ -154,6 +177,9 @@ class RecomputedSteps(eqx.Module):
 
     def crossed_before(self, step: IntScalarLike) -> BoolScalarLike | None:
         return None if self.crossed is None else self.crossed & (step == 0)
+
+    def recorded_before(self, step: IntScalarLike) -> None:
+        del step
 
     def undo(
         self,

@@ -2,7 +2,6 @@
 
 import equinox.internal as eqxi
 from diffrax import (
-    AbstractSolver,
     AbstractStepSizeController,
     ClipStepSizeController,
     PIDController,
@@ -13,21 +12,14 @@ from jaxtyping import PyTree
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Terms
 from .._diffrax import is_unsafe_sde
-from .._solver.base import AbstractReversibleSolver
 
 
 call = "`diffeqsolve(..., adjoint=ReversibleAdjoint())`"
 _remedy = "Use `adjoint=RecursiveCheckpointAdjoint()`"
 
 
-def check_supported(solver: AbstractSolver, terms: Terms) -> None:
+def check_supported(terms: Terms) -> None:
     """Raise an error for what cannot be walked back."""
-    if not isinstance(solver, AbstractReversibleSolver):
-        raise ValueError(
-            f"{call} needs a reversible solver, and `{type(solver).__name__}` is not. "
-            "Use `diffrax_reversible.ALF2`, `ALF4`, `ALF6` or `ALF8`, or a subclass of "
-            "`diffrax_reversible.AbstractReversibleSolver` of your own."
-        )
     if is_unsafe_sde(terms):
         raise ValueError(
             f"{call} cannot walk back along an `UnsafeBrownianPath`, which gives another "

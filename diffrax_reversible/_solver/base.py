@@ -51,7 +51,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     `advance`, and beyond it `inverse_step`; nothing else is needed for exact gradients.
     One that now and then replaces its solver state by something that the old one does not
     follow from says so through `needs_restart` and `restart`; one whose solver state
-    depends on the vector field implements `cross_jump`. A subclass that can undo
+    depends on the vector field implements `cross_jump`; one that needs more than its state
+    to undo a step implements `to_record` and `recall`. A subclass that can undo
     and differentiate a step with the same vector-field evaluations overrides
     `inverse_step_and_pullback`, of which the default reconstructs the start of the step
     with `inverse_step` and then differentiates `advance`.
@@ -164,6 +165,20 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         """
         del terms, t0, t1, y, args
         return solver_state, False
+
+    def to_record(self, solver_state: _SolverState) -> PyTree[Array]:
+        """Scalars of the solver state that a step forgets, and that undoing it takes.
+
+        They are recorded before every step, where a gradient is asked for, and make its
+        memory grow by as much; by default there are none.
+        """
+        del solver_state
+
+    def recall(self, solver_state: _SolverState, recorded: PyTree[Array]) -> _SolverState:
+        """The solver state after a step, with what `to_record` gave before it put into it,
+        in the form that `inverse_step` takes."""
+        del recorded
+        return solver_state
 
     def error_scales(
         self,

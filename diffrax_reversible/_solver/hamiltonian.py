@@ -21,8 +21,8 @@ class StormerVerlet(AbstractSplitting):
     """Störmer–Verlet, or leapfrog, in its velocity form: kick, drift, kick.
 
     For `terms=(term_q, term_p)` and `y0=(q, p)`, as for [`diffrax.SemiImplicitEuler`][]:
-    `q' = term_q.vf(t, p, args)` and `p' = term_p.vf(t, q, args)`, where either may depend on
-    time. Symplectic if these are derivatives of a Hamiltonian `T(t, p) + V(t, q)`.
+    `q' = term_q.vf(t, p, args)` and `p' = term_p.vf(t, q, args)`, where either may depend
+    on time. Symplectic if these are derivatives of a Hamiltonian `T(t, p) + V(t, q)`.
 
     Order 2, embedded order 1, one evaluation of each vector field a step (and one of the
     force at the start), cubic Hermite interpolation of order 2 (four states a step with
@@ -48,8 +48,8 @@ class BlanesMoan4(AbstractSplitting):
     """The method of order 4 and six stages of Blanes and Moan.
 
     For systems as [`diffrax_reversible.StormerVerlet`][]. Of their two methods, that for
-    systems of second order is used if `term_q` is seen to be affine in time and momentum, as
-    `p / m` is, and otherwise that for any drift.
+    systems of second order is used if `term_q` is seen to be affine in time and momentum,
+    as `p / m` is, and otherwise that for any drift.
 
     Order 4, embedded order 3, six evaluations of each vector field a step (and one of the
     force at the start), cubic Hermite interpolation of order 4 (four states a step with
@@ -71,14 +71,14 @@ class BlanesMoan6(AbstractSplitting):
     """The methods of order 6 and eleven or ten stages of Blanes and Moan.
 
     For systems as [`diffrax_reversible.StormerVerlet`][]. Of two methods, that for systems
-    of second order is used if `term_q` is seen to be affine in time and momentum, as `p / m`
-    is, and otherwise that for any drift.
+    of second order is used if `term_q` is seen to be affine in time and momentum, as
+    `p / m` is, and otherwise that for any drift.
 
-    Order 6, embedded order 4, eleven evaluations of each vector field a step if affine, and
-    ten otherwise (and one of the force at the start). Quintic Hermite interpolation of order
-    6 from second derivatives at both ends (six states a step with `SaveAt(dense=True)`),
-    which take a forward-mode derivative of the vector fields each, if there is anything to
-    interpolate.
+    Order 6, embedded order 4, eleven evaluations of each vector field a step if affine,
+    and ten otherwise (and one of the force at the start). Quintic Hermite interpolation of
+    order 6 from second derivatives at both ends (six states a step with
+    `SaveAt(dense=True)`), which take a forward-mode derivative of the vector fields each,
+    if there is anything to interpolate.
 
     ??? cite "Reference"
 
@@ -96,10 +96,10 @@ class KahanLi8(AbstractSplitting):
 
     For systems as [`diffrax_reversible.StormerVerlet`][].
 
-    Order 8, embedded order 5, seventeen evaluations of each vector field a step (and one of
-    the force at the start). Septic Hermite interpolation of order 8 from second and third
-    derivatives at both ends (eight states a step with `SaveAt(dense=True)`), by forward mode,
-    if there is anything to interpolate.
+    Order 8, embedded order 5, seventeen evaluations of each vector field a step (and one
+    of the force at the start). Septic Hermite interpolation of order 8 from second and
+    third derivatives at both ends (eight states a step with `SaveAt(dense=True)`), by
+    forward mode, if there is anything to interpolate.
 
     ??? cite "Reference"
 

@@ -72,8 +72,8 @@ class AbstractSplitting(
 ):
     """Compositions of kicks and drifts, for `q' = f(t, p)` and `p' = g(t, q)`.
 
-    Terms are `(term_q, term_p)` and the state is `(q, p)`, of any two PyTrees. A step is the
-    chain
+    Terms are `(term_q, term_p)` and the state is `(q, p)`, of any two PyTrees. A step is
+    the chain
 
         p += h b_0 g(q),    q += h a_1 f(p),    p += h b_1 g(q),    ...
 
@@ -323,7 +323,7 @@ class AbstractSplitting(
         dense_cotangent: DenseInfo,
         end: int,
     ) -> Cotangent:
-        """Pull what was interpolated with at one `end` of the step back, if anything was."""
+        """Pull back what was interpolated with at one `end` of the step, if it was."""
         y_bar = dense_cotangent[f"y{end}"]
         derivatives_bar = dense_cotangent[f"derivatives{end}"]
 
@@ -412,8 +412,8 @@ class AbstractSplitting(
             if _shapes(vf) != _shapes(y[i]):
                 raise ValueError(
                     f"{call}: the vector field of `term_{name}`, called as `vf(t, {of}, "
-                    f"args)`, has to be of the structure and the shapes of `{name}`, that is "
-                    f"{_shapes(y[i])}, and is {_shapes(vf)}."
+                    f"args)`, has to be of the structure and the shapes of `{name}`, that "
+                    f"is {_shapes(y[i])}, and is {_shapes(vf)}."
                 )
 
 

@@ -1,0 +1,141 @@
+"""Solvers of others, as reversible ones."""
+
+import functools as ft
+from typing import Generic, TypeVar
+
+import equinox as eqx
+import jax.tree_util as jtu
+from diffrax import AbstractSolver, RESULTS
+
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
+from .base import AbstractReversibleSolver
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+@ft.singledispatch
+def as_reversible(solver: AbstractSolver) -> AbstractReversibleSolver:
+    """The reversible form of a solver: what `ReversibleAdjoint` solves with in its place.
+
+    A registry, a `functools.singledispatch` on the type of the solver: for one that is not
+    a [`diffrax_reversible.AbstractReversibleSolver`][] itself, register the class that adds
+    the inverse of its step,
+
+        class MyInverse(diffrax_reversible.AbstractReversibleAdapter):
+            def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+                ...  # in terms of `self.solver`
+
+        diffrax_reversible.as_reversible.register(MySolver, MyInverse)
+
+    and then pass `solver=MySolver()` and `adjoint=ReversibleAdjoint()` as ever. Subclasses
+    of `MySolver` are covered. The solver state is that of `MySolver.init`.
+
+    Registered from the beginning are those of Diffrax that are reversible as they stand:
+    [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][] and
+    [`diffrax.SemiImplicitEuler`][].
+
+    **Raises:**
+
+    `ValueError` if nothing is registered.
+    """
+    name = type(solver).__name__
+    raise ValueError(
+        "`diffeqsolve(..., adjoint=ReversibleAdjoint())` needs a reversible solver, and "
+        f"`{name}` is not. Use `diffrax_reversible.ALF4`, or another solver of this "
+        "package; or make an explicit Runge–Kutta solver reversible with "
+        "`diffrax_reversible.McCallumFoster(solver)`; or, if its steps can be undone, say "
+        f"how with `diffrax_reversible.as_reversible.register({name}, ...)`."
+    )
+
+
+@as_reversible.register
+def _(solver: AbstractReversibleSolver) -> AbstractReversibleSolver:
+    return solver
+
+
+class AbstractReversibleAdapter(
+    AbstractReversibleSolver[_SolverState], Generic[_SolverState]
+):
+    """Another `solver`, to which a subclass adds `inverse_step`.
+
+    See [`diffrax_reversible.as_reversible`][]. A step that begins at a jump is made like
+    any other, so that a solver of which the state depends on the vector field has to
+    override `cross_jump`; without it, controllers that make jumps are refused.
+
+    **Arguments:**
+
+    - `solver`: the solver to make steps with.
+    """
+
+    solver: AbstractSolver
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.solver.interpolation_cls
+
+    @property
+    def term_compatible_contr_kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
+
+    def order(self, terms: Terms) -> int | None:
+        return self.solver.order(terms)
+
+    def strong_order(self, terms: Terms) -> RealScalarLike | None:
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms: Terms) -> RealScalarLike | None:
+        return self.solver.error_order(terms)
+
+    def init(
+        self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
+    ) -> _SolverState:
+        return self.solver.init(terms, t0, t1, y0, args)
+
+    def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
+        return self.solver.func(terms, t0, y0, args)
+
+    def advance(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
+        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump=False)
+
+    def cross_jump(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[_SolverState, BoolScalarLike]:
+        """Nothing to do if there is no solver state."""
+        del terms, t0, t1, y, args
+        if any(map(eqx.is_array, jtu.tree_leaves(solver_state))):
+            name = type(self.solver).__name__
+            raise NotImplementedError(
+                f"`diffeqsolve(..., solver={name}(), adjoint=ReversibleAdjoint())` cannot "
+                "undo what this solver does at a jump of the vector field. End the solve "
+                "at the jump and begin another there, or use a solver of which the jumps "
+                "can be undone, as `diffrax_reversible.ALF4`, or "
+                "`adjoint=RecursiveCheckpointAdjoint()`."
+            )
+        return solver_state, False
