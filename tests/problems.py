@@ -1,10 +1,13 @@
 """Small problems that several test files share."""
 
+from typing import Any, NamedTuple
+
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import diffrax_reversible as dr
 
@@ -30,9 +33,9 @@ class Network(eqx.Module):
 
     mlp: eqx.nn.MLP
 
-    def __init__(self, dtype=jnp.float64):
+    def __init__(self, dtype=jnp.float64, seed=0):
         self.mlp = eqx.nn.MLP(
-            3, 3, 8, 2, activation=jnp.tanh, dtype=dtype, key=jax.random.key(0)
+            3, 3, 8, 2, activation=jnp.tanh, dtype=dtype, key=jax.random.key(seed)
         )
 
     def __call__(self, t, y, args):
@@ -41,6 +44,40 @@ class Network(eqx.Module):
 
 def network_args(dtype=jnp.float64):
     return {"scale": jnp.array(1.3, dtype), "integer": jnp.arange(2), "none": None}
+
+
+class Case(NamedTuple):
+    """A solver and something that it can solve."""
+
+    solver: dfx.AbstractSolver
+    field: Any
+    y0: Any
+    controller: dfx.AbstractStepSizeController
+    dt0: float
+
+
+Y0 = jnp.array([1.0, 2.0, 0.5])
+# Of `q' = f(t, p)` and `p' = g(t, q)`.
+PAIR = (Network(seed=1), Network(seed=2))
+PAIR_Y0 = (Y0, jnp.array([0.3, -1.0, 0.8]))
+SPLITTINGS = (dr.StormerVerlet(), dr.BlanesMoan4(), dr.BlanesMoan6(), dr.KahanLi8())
+
+# One of every family beside `ALF`. With error estimates, steps are rejected.
+FAMILIES = {
+    "splitting": Case(dr.BlanesMoan4(), PAIR, PAIR_Y0, *CONTROLLERS[1]),
+    "coupling": Case(dr.McCallumFoster(dfx.Tsit5()), Network(), Y0, *CONTROLLERS[1]),
+    "ReversibleHeun": Case(dfx.ReversibleHeun(), Network(), Y0, *CONTROLLERS[1]),
+    "LeapfrogMidpoint": Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[0]),
+    "SemiImplicitEuler": Case(dfx.SemiImplicitEuler(), PAIR, PAIR_Y0, *CONTROLLERS[0]),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def as_terms(field):
+    """A term for each of several vector fields."""
+    if isinstance(field, tuple):
+        return tuple(map(dfx.ODETerm, field))
+    return dfx.ODETerm(field)
 
 
 def as_vector(tree):
@@ -63,6 +100,12 @@ def kepler(t, y, args):
     del t, args
     q, p = y
     return p, -q / jnp.sum(q**2) ** 1.5
+
+
+def harmonic(t, p, args):
+    """The drift of a Hamiltonian, with masses."""
+    del t
+    return p / args["scale"]
 
 
 def lorenz(t, y, args):
@@ -116,36 +159,3 @@ class InverseOnly(dr.AbstractReversibleSolver):
         v, count = solver_state
         y0, v = self._midpoint(terms, t0, t1, y1, v, args, -1)
         return y0, (v, count - 1)
-
-
-class ReversibleHeun(dr.AbstractReversibleSolver, dfx.AbstractStratonovichSolver):
-    """Reversible Heun of Kidger et al. (2021), arXiv:2105.13493, for terms of any kind, as
-    someone else would add it."""
-
-    term_structure = dfx.AbstractTerm
-    interpolation_cls = dfx.LocalLinearInterpolation
-
-    def order(self, terms):
-        return 2
-
-    def strong_order(self, terms):
-        return 0.5
-
-    def init(self, terms, t0, t1, y0, args):
-        return y0
-
-    def func(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
-
-    def advance(self, terms, t0, t1, y0, args, solver_state):
-        control = terms.contr(t0, t1)
-        f0 = terms.vf_prod(t0, solver_state, args, control)
-        z1 = 2 * y0 - solver_state + f0
-        y1 = y0 + (f0 + terms.vf_prod(t1, z1, args, control)) / 2
-        return y1, None, dict(y0=y0, y1=y1), z1, dfx.RESULTS.successful
-
-    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
-        control = terms.contr(t0, t1)
-        f1 = terms.vf_prod(t1, solver_state, args, control)
-        z0 = 2 * y1 - solver_state - f1
-        return y1 - (terms.vf_prod(t0, z0, args, control) + f1) / 2, z0

@@ -10,8 +10,17 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import InverseOnly, relative_error, sum_of_squares
+from .problems import (
+    as_terms,
+    FAMILIES,
+    families,
+    InverseOnly,
+    relative_error,
+    sum_of_squares,
+)
 
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 PID = dfx.PIDController(rtol=1e-6, atol=1e-6)
 ROOT = optx.Newton(rtol=1e-10, atol=1e-10)
@@ -23,6 +32,13 @@ Y0, W = jnp.array([1.0, 0.3]), jnp.array(1.1)
 def pendulum(t, y, w):
     q, p = y
     return jnp.stack([p, -(w**2) * jnp.sin(q) - 0.1 * p * jnp.cos(t)])
+
+
+# The same without friction, as `q' = f(t, p)` and `p' = g(t, q)`.
+PENDULUM = (
+    lambda t, p, w: p,
+    lambda t, q, w: -(w**2) * jnp.sin(q) - 0.1 * jnp.cos(t),
+)
 
 
 def real(threshold=0.2):
@@ -69,7 +85,7 @@ EVERYTHING = dfx.SaveAt(
 
 def solve(y0, w, adjoint, event, saveat=LAST, solver=None, t0=0.0, t1=6.0, **kwargs):
     return dfx.diffeqsolve(
-        dfx.ODETerm(pendulum),
+        as_terms(kwargs.pop("field", pendulum)),
         dr.ALF4() if solver is None else solver,
         t0,
         t1,
@@ -132,6 +148,19 @@ def test_solvers(solver):
     fixed = dict(solver=solver, stepsize_controller=dfx.ConstantStepSize())
     event = EVENTS["several"]
     both(lambda a: lambda y, w: loss(y, w, a, event, **fixed), Y0, W)
+
+
+@families
+def test_families(family):
+    """Saved at times, and where the event is located."""
+    solver, field, _, controller, _ = FAMILIES[family]
+    fixed = isinstance(controller, dfx.ConstantStepSize)
+    kwargs = dict(solver=solver, saveat=dfx.SaveAt(ts=TS, t1=True))
+    kwargs |= dict(stepsize_controller=controller) if fixed else {}
+    kwargs |= dict(field=PENDULUM) if isinstance(field, tuple) else {}
+    y0 = tuple(Y0) if isinstance(field, tuple) else Y0
+    event = EVENTS["real, root finder"]
+    both(lambda a: lambda y, w: loss(y, w, a, event, **kwargs), y0, W)
 
 
 def test_backwards_in_time():

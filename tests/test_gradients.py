@@ -10,20 +10,29 @@ import pytest
 import diffrax_reversible as dr
 
 from .problems import (
+    as_terms,
     BITWISE,
+    Case,
     COMPENSATED,
     CONTROLLERS,
+    FAMILIES,
+    harmonic,
     InverseOnly,
     Network,
     network_args,
+    PAIR,
+    PAIR_Y0,
     PID,
     relative_error,
     SOLVERS,
+    SPLITTINGS,
     sum_of_squares,
+    Y0,
 )
 
 
-Y0 = jnp.array([1.0, 2.0, 0.5])
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TS = jnp.linspace(0.0, 3.0, 13)
 
 
@@ -33,7 +42,7 @@ def solve(adjoint, field, y0, args=None, *, solver=SOLVERS[1], t0=0.0, t1=3.0, *
     if dt0 is not None:
         dt0 = jnp.array(dt0)
     return dfx.diffeqsolve(
-        dfx.ODETerm(field), solver, t0, t1, dt0, y0, args, adjoint=adjoint, **kwargs
+        as_terms(field), solver, t0, t1, dt0, y0, args, adjoint=adjoint, **kwargs
     )
 
 
@@ -56,16 +65,27 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     return grad
 
 
-# Every solver with a controller that rejects steps, and two with every controller.
-@pytest.mark.parametrize(
-    "solver, controller, dt0",
-    (
-        *((solver, *CONTROLLERS[1]) for solver in (*SOLVERS, COMPENSATED, BITWISE)),
-        *((dr.ALF4(), *CONTROLLERS[i]) for i in (0, 2, 3)),
-        *((BITWISE, *CONTROLLERS[i]) for i in (0, 2)),
-    ),
+# Every solver with a controller that rejects steps, and some with every controller.
+ALFS = (*SOLVERS, COMPENSATED, BITWISE)
+PAIRS = (
+    *SPLITTINGS,
+    dr.BlanesMoan6(compensated=True),
+    dr.BlanesMoan4(bitwise=True),
 )
-def test_against_default(solver, controller, dt0):
+COUPLINGS = (dr.McCallumFoster(dfx.Heun()), dr.McCallumFoster(dfx.Dopri8(), 0.9))
+CASES = (
+    *(Case(solver, Network(), Y0, *CONTROLLERS[1]) for solver in (*ALFS, *COUPLINGS)),
+    *(Case(solver, PAIR, PAIR_Y0, *CONTROLLERS[1]) for solver in PAIRS),
+    *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
+    *(Case(BITWISE, Network(), Y0, *CONTROLLERS[i]) for i in (0, 2)),
+    *(case for name, case in FAMILIES.items() if name != "splitting"),
+    Case(dr.BlanesMoan6(), (harmonic, PAIR[1]), PAIR_Y0, *CONTROLLERS[3]),
+    Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[3]),
+)
+
+
+@pytest.mark.parametrize("solver, field, y0, controller, dt0", CASES)
+def test_against_default(solver, field, y0, controller, dt0):
     """With respect to the initial state, `args` and the network, for outputs between the
     steps and at both ends."""
 
@@ -82,7 +102,7 @@ def test_against_default(solver, controller, dt0):
         )
         return sum_of_squares(sol.ys)
 
-    assert_same_gradient(loss, Y0, Network(), network_args())
+    assert_same_gradient(loss, y0, field, network_args())
 
 
 def test_rejected_steps_are_among_them():

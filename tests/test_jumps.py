@@ -11,14 +11,17 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import BITWISE, PID, relative_error, sum_of_squares
+from .problems import as_terms, BITWISE, PID, relative_error, sum_of_squares
 
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
 # The first is where floats are closest.
 JUMPS = jnp.array([0.0, 0.8, 1.9])
 TS = jnp.linspace(-1.0, 3.0, 7)
 SOLVERS = (dr.ALF2(), dr.ALF4(), dr.ALF6(), BITWISE)
+FIXED = dfx.ClipStepSizeController(dfx.ConstantStepSize(), jump_ts=JUMPS)
 
 
 def pieces(t, y, w):
@@ -28,6 +31,11 @@ def pieces(t, y, w):
 def field(t, y, w):
     """Another one between any two jumps."""
     return jnp.stack(pieces(t, y, w))[jnp.searchsorted(JUMPS, t, side="right")]
+
+
+# `q' = f(t, p)` and `p' = g(t, q)`, of which only the force jumps, or both do.
+PAIR = (lambda t, p, w: w * p, field)
+BOTH = (lambda t, p, w: field(t, p, w) + p, field)
 
 
 def solve(adjoint, solver, y0=Y0, w=W, field=field, t0=-1.0, t1=3.0, **kwargs):
@@ -40,7 +48,7 @@ def solve(adjoint, solver, y0=Y0, w=W, field=field, t0=-1.0, t1=3.0, **kwargs):
     kwargs = defaults | kwargs
     dt0 = kwargs.pop("dt0")
     return dfx.diffeqsolve(
-        dfx.ODETerm(field), solver, t0, t1, dt0, y0, w, adjoint=adjoint, **kwargs
+        as_terms(field), solver, t0, t1, dt0, y0, w, adjoint=adjoint, **kwargs
     )
 
 
@@ -66,6 +74,25 @@ def test_gradients(solver):
         return sum_of_squares(solve(adjoint, solver, y0, w).ys)
 
     gradients(loss, Y0, W)
+
+
+@pytest.mark.parametrize(
+    "solver, field, kwargs",
+    (
+        (dr.BlanesMoan4(), PAIR, {}),
+        (dr.BlanesMoan4(bitwise=True), BOTH, {}),
+        (dr.McCallumFoster(dfx.Tsit5()), field, {}),
+        (dfx.LeapfrogMidpoint(), field, dict(stepsize_controller=FIXED)),
+        (dfx.SemiImplicitEuler(), BOTH, dict(stepsize_controller=FIXED)),
+    ),
+)
+def test_families(solver, field, kwargs):
+    y0 = (Y0, Y0 / 2) if isinstance(field, tuple) else Y0
+
+    def loss(adjoint, y0, w):
+        return sum_of_squares(solve(adjoint, solver, y0, w, field=field, **kwargs).ys)
+
+    gradients(loss, y0, W)
 
 
 @pytest.mark.parametrize("solver, longest", ((dr.ALF4(), 0.1), (dr.ALF6(), 0.2)))

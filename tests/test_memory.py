@@ -10,6 +10,9 @@ import diffrax_reversible as dr
 from .problems import COMPENSATED, PID, SOLVERS
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
 def field(t, y, scale):
     return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
 

@@ -11,18 +11,32 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import Network, network_args, PID, relative_error, sum_of_squares
+from .problems import (
+    as_terms,
+    Case,
+    FAMILIES,
+    Network,
+    network_args,
+    PID,
+    relative_error,
+    sum_of_squares,
+    Y0,
+)
 
 
-Y0 = jnp.array([1.0, 2.0, 0.5])
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TS = jnp.linspace(0.0, 3.0, 9)
+ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
+ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
 
 
 def scaled(t, y, args):
-    return {"y": t * y**2 * args["scale"], "count": jnp.array(3)}
+    y = jax.tree.map(lambda y: t * y**2 * args["scale"], y)
+    return {"y": y, "count": jnp.array(3)}
 
 
-def assert_same(saveat, solver, read):
+def assert_same(saveat, case, read):
     """`read(sol)` makes the loss out of a solution."""
 
     @eqx.filter_jit
@@ -31,21 +45,21 @@ def assert_same(saveat, solver, read):
         def value_and_grad(inputs):
             y0, field, args = inputs
             sol = dfx.diffeqsolve(
-                dfx.ODETerm(field),
-                solver,
+                as_terms(field),
+                case.solver,
                 0.0,
                 3.0,
-                jnp.array(0.2),
+                jnp.array(min(case.dt0, 0.2)),
                 y0,
                 args,
                 saveat=saveat,
                 adjoint=adjoint,
-                stepsize_controller=PID,
+                stepsize_controller=case.controller,
                 max_steps=40,
             )
             return read(sol), (sol.ts, sol.ys)
 
-        return value_and_grad((Y0, Network(), network_args()))
+        return value_and_grad((case.y0, case.field, network_args()))
 
     (value, out), grad = gradient(dr.ReversibleAdjoint())
     (expected_value, expected), expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
@@ -57,26 +71,42 @@ def assert_same(saveat, solver, read):
     assert relative_error(grad, expected_grad) < 1e-10
 
 
-@pytest.mark.parametrize("t0, t1, ts", list(it.product((False, True), repeat=3))[1:])
-def test_t0_t1_ts(t0, t1, ts):
-    saveat = dfx.SaveAt(t0=t0, t1=t1, ts=TS if ts else None)
-    assert_same(saveat, dr.ALF4(), lambda sol: sum_of_squares(sol.ys))
+def weighted(sol):
+    """So that an output cannot stand in for another."""
+    subs = sol.ys if isinstance(sol.ys, list) else [sol.ys]
+    return sum((1 + i) * sum_of_squares(ys) for i, ys in enumerate(subs))
 
 
-@pytest.mark.parametrize("steps, t1", ((1, True), (2, False), (3, True)))
-def test_steps(steps, t1):
-    saveat = dfx.SaveAt(steps=steps, t0=True, t1=t1, ts=TS)
-    assert_same(saveat, dr.ALF4(), lambda sol: sum_of_squares(sol.ys))
+def test_t0_t1_ts():
+    """Every combination of them."""
+    combinations = list(it.product((False, True), (False, True), (None, TS)))[1:]
+    subs = [dfx.SubSaveAt(t0=t0, t1=t1, ts=ts) for t0, t1, ts in combinations]
+    assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
-def test_fn(solver):
+@pytest.mark.parametrize("saveat", (dfx.SaveAt(ts=TS), dfx.SaveAt(t0=True, t1=True)))
+def test_alone(saveat):
+    """Without others, whether they interpolate or not."""
+    assert_same(saveat, ALF4, weighted)
+
+
+def test_steps():
+    subs = [
+        dfx.SubSaveAt(steps=steps, t0=True, t1=t1, ts=TS)
+        for steps, t1 in ((1, True), (2, False), (3, True))
+    ]
+    assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
+
+
+@pytest.mark.parametrize("case", (ALF4, ALF6))
+def test_fn(case):
     """With a function to save, of which the output is not all real, `ts` included."""
     saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, steps=2, fn=scaled)
-    assert_same(saveat, solver, lambda sol: sum_of_squares(sol.ys))
+    assert_same(saveat, case, weighted)
 
 
-def test_subs():
+@pytest.mark.parametrize("case", (ALF4, *FAMILIES.values()))
+def test_subs(case):
     saveat = dfx.SaveAt(
         subs={
             "ts": dfx.SubSaveAt(ts=TS[1:4]),
@@ -87,19 +117,20 @@ def test_subs():
     )
     assert_same(
         saveat,
-        dr.ALF4(),
+        case,
         lambda sol: sum_of_squares({k: v for k, v in sol.ys.items() if k != "unused"}),
     )
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
-def test_dense(solver):
+@pytest.mark.parametrize("case", (ALF4, ALF6, *FAMILIES.values()))
+def test_dense(case):
     def read(sol):
         ts = jnp.array([0.0, 0.4, 1.7, 3.0])
         values, slopes = jax.vmap(sol.evaluate)(ts), jax.vmap(sol.derivative)(ts)
-        return jnp.sum(values**2) + jnp.sum(slopes[1:] ** 2) + sum_of_squares(sol.ys)
+        slopes = jax.tree.map(lambda s: s[1:], slopes)
+        return sum(map(sum_of_squares, (values, slopes, sol.ys, sol.solver_state)))
 
-    assert_same(dfx.SaveAt(dense=True, ts=TS), solver, read)
+    assert_same(dfx.SaveAt(dense=True, ts=TS, solver_state=True), case, read)
 
 
 def test_solver_state():
@@ -107,9 +138,9 @@ def test_solver_state():
         return sum_of_squares(sol.ys) + jnp.sum(sol.solver_state.v**3)
 
     saveat = dfx.SaveAt(ts=TS, solver_state=True, controller_state=True, made_jump=True)
-    assert_same(saveat, dr.ALF4(), read)
+    assert_same(saveat, ALF4, read)
 
 
 def test_dense_only():
     read = lambda sol: jnp.sum(sol.evaluate(1.3) ** 2)
-    assert_same(dfx.SaveAt(dense=True), dr.ALF4(), read)
+    assert_same(dfx.SaveAt(dense=True), ALF4, read)

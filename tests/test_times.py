@@ -9,10 +9,22 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import BITWISE, Network, network_args, relative_error, sum_of_squares
+from .problems import (
+    as_terms,
+    BITWISE,
+    FAMILIES,
+    families,
+    Network,
+    network_args,
+    relative_error,
+    sum_of_squares,
+    Y0,
+)
 
 
-Y0 = jnp.array([1.0, 2.0, 0.5])
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+NETWORK = Network()
 T0, T1 = jnp.array(0.2), jnp.array(3.0)
 # One of them is the end of the solve, which has a gradient of its own.
 TS = jnp.array([0.3, 1.1, 1.15, 2.7, 3.0])
@@ -23,7 +35,7 @@ JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.8, 1.9]))
 
 
 def moments(t, y, args):
-    return {"t": t, "moment": jnp.sin(t) * y**2}
+    return {"t": t, "moment": jax.tree.map(lambda y: jnp.sin(t) * y**2, y)}
 
 
 SAVEATS = {
@@ -38,9 +50,9 @@ SAVEATS = {
 }
 
 
-def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0):
+def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0, field=NETWORK):
     sol = dfx.diffeqsolve(
-        dfx.ODETerm(Network()),
+        as_terms(field),
         solver,
         t0,
         t1,
@@ -62,11 +74,11 @@ def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0):
     return total
 
 
-def gradients(controller, saveat, solver, argnums):
+def gradients(controller, saveat, solver, argnums, **kwargs):
     @eqx.filter_jit
     def gradient(adjoint):
         def of(*times):
-            return loss(adjoint, controller, saveat, solver, *times)
+            return loss(adjoint, controller, saveat, solver, *times, **kwargs)
 
         return jax.grad(of, argnums)(T0, T1, TS)
 
@@ -126,6 +138,14 @@ def test_against_true_solution(controller):
 @pytest.mark.parametrize("solver", (dr.ALF6(), BITWISE), ids=repr)
 def test_solvers(solver):
     ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
+    assert relative_error(ours, default) < 1e-10
+
+
+@families
+def test_families(family):
+    solver, field, y0, _, _ = FAMILIES[family]
+    kwargs = dict(field=field, y0=y0)
+    ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2), **kwargs)
     assert relative_error(ours, default) < 1e-10
 
 

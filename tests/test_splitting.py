@@ -1,0 +1,335 @@
+"""Splitting methods: orders by trees and by slopes, evaluations, exact inverses, energy."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+from diffrax_reversible._coefficients.rooted_trees import density, rooted_trees
+from diffrax_reversible._coefficients.splitting import (
+    blanes_moan4,
+    blanes_moan4_nystrom,
+    blanes_moan6,
+    blanes_moan6_nystrom,
+    kahan_li8,
+    SplittingTableau,
+    stormer_verlet,
+)
+
+from .problems import as_terms, SPLITTINGS
+from .test_work import Counter
+
+
+# With the number of stages.
+TABLEAUS = (
+    (stormer_verlet, 1),
+    (blanes_moan4, 6),
+    (blanes_moan4_nystrom, 6),
+    (blanes_moan6, 10),
+    (blanes_moan6_nystrom, 11),
+    (kahan_li8, 17),
+)
+
+
+def partitioned(tableau):
+    """As a partitioned Runge–Kutta method, by running it on unit vectors: what `q` is made
+    of where the force is evaluated and at the end, and `p` where the drift is."""
+    m = tableau.stages
+    forces, drifts = np.eye(m + 1), np.eye(m)
+    q, p = np.zeros(m), tableau.kicks[0] * forces[0]
+    qs, ps = [q], []
+    for i in range(m):
+        ps.append(p)
+        q = q + tableau.drifts[i] * drifts[i]
+        qs.append(q)
+        p = p + tableau.kicks[i + 1] * forces[i + 1]
+    return (np.stack(qs), p), (np.stack(ps), q)
+
+
+def weight(tree, matrix, other):
+    out = np.ones(len(matrix))
+    for child in tree:
+        out = out * (matrix @ weight(child, other, matrix))
+    return out
+
+
+def bushy_drift(tree, is_drift):
+    """Whether it has a vertex of the drift with several branches."""
+    if is_drift and len(tree) > 1:
+        return True
+    return any(bushy_drift(child, not is_drift) for child in tree)
+
+
+def residuals(tableau, order):
+    (qs, p), (ps, q) = partitioned(tableau)
+    for tree in rooted_trees(order):
+        if not (tableau.nystrom and bushy_drift(tree, False)):
+            yield abs(p @ weight(tree, qs, ps) - 1 / density(tree))
+        if not (tableau.nystrom and bushy_drift(tree, True)):
+            yield abs(q @ weight(tree, ps, qs) - 1 / density(tree))
+
+
+@pytest.mark.parametrize("tableau, stages", TABLEAUS)
+def test_order_conditions(tableau, stages):
+    assert tableau.stages == stages
+    assert (
+        max(r for n in range(1, tableau.order + 1) for r in residuals(tableau, n)) < 1e-12
+    )
+    # ... and the next order is not reached by chance.
+    assert max(residuals(tableau, tableau.order + 1)) > 1e-6
+
+
+@pytest.mark.parametrize("tableau", [tableau for tableau, _ in TABLEAUS])
+def test_error_estimate(tableau):
+    """Of the order claimed, and no higher."""
+    (qs, _), (ps, _) = partitioned(tableau)
+    # The drift is evaluated at the start too, before any kick.
+    ps = np.concatenate([np.zeros((1, ps.shape[1])), ps])
+    qs = np.concatenate([np.zeros((len(qs), 1)), qs], axis=1)
+    for weights, matrices, is_drift in (
+        (tableau.kick_error_weights, (qs, ps), False),
+        (tableau.drift_error_weights, (ps, qs), True),
+    ):
+        sizes = []
+        for order in range(1, tableau.embedded_order + 2):
+            trees = [
+                tree
+                for tree in rooted_trees(order)
+                if not (tableau.nystrom and bushy_drift(tree, is_drift))
+            ]
+            sizes.append(max(abs(weights @ weight(tree, *matrices)) for tree in trees))
+        assert max(sizes[:-1]) < 1e-11
+        assert sizes[-1] > 1e-6
+
+
+@pytest.mark.parametrize(
+    "kicks, drifts, kwargs, message",
+    (
+        ((0.5, 0.5), (0.5, 0.5), dict(order=2), "one kick more"),
+        ((0.5, 0.6), (1.0,), dict(order=2), "kicks=.* sums to 1"),
+        ((0.4, 0.6), (1.0,), dict(order=2), "kicks=.* palindrome"),
+        ((0.5, 0.0, 0.5), (0.4, 0.6), dict(order=2), "drifts=.* palindrome"),
+        ((0.5, 0.5), (1.0,), dict(order=4), "order condition of order 3, by"),
+        (
+            blanes_moan6_nystrom.kicks,
+            blanes_moan6_nystrom.drifts,
+            dict(order=4),
+            "order condition of order 5, by",
+        ),
+        ((0.5, 0.5), (1.0,), dict(order=2, embedded_order=2), "no error estimate"),
+    ),
+)
+def test_refused_coefficients(kicks, drifts, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SplittingTableau(kicks, drifts, **dict(embedded_order=1) | kwargs)
+
+
+# Not autonomous, and none the gradient of anything.
+def nonlinear(t, p, args):
+    a, b = p
+    return jnp.stack([b + 0.3 * a * b * jnp.cos(t), jnp.sin(a) - 0.2 * b * jnp.sin(2 * t)])
+
+
+def affine(t, p, args):
+    a, b = p
+    return jnp.stack([a + 0.3 * b + 0.2 * t, b - 0.4 * a])
+
+
+def force(t, q, args):
+    a, b = q
+    return jnp.stack([-jnp.sin(a) + 0.4 * a * b * jnp.cos(t), -b + 0.3 * jnp.sin(a) * t])
+
+
+Q0, P0 = jnp.array([0.7, -0.4]), jnp.array([0.3, 0.5])
+STEPS = {2: (128, 256), 4: (24, 48), 6: (12, 24), 8: (9, 18)}
+TS = jnp.linspace(0.0, 3.0, 97)[1:-1]
+
+
+@eqx.filter_jit
+def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
+    terms = as_terms((drift, force))
+    return dfx.diffeqsolve(
+        terms, solver, t0, t1, dt0, (Q0, P0), saveat=saveat, max_steps=4096
+    )
+
+
+@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+@pytest.mark.parametrize("drift, backwards", ((nonlinear, False), (affine, True)))
+def test_order(solver, drift, backwards):
+    """At the end of a solve, between the steps, and of the derivative there, which is one
+    less."""
+    t0, t1 = (3.0, 0.0) if backwards else (0.0, 3.0)
+    ts = TS[::-1] if backwards else TS
+
+    def joined(t, y, args):
+        return jnp.concatenate([drift(t, y[2:], args), force(t, y[:2], args)])
+
+    exact = dfx.diffeqsolve(
+        dfx.ODETerm(joined),
+        dfx.Dopri8(),
+        t0,
+        t1,
+        None,
+        jnp.concatenate([Q0, P0]),
+        saveat=dfx.SaveAt(ts=ts, t1=True),
+        stepsize_controller=dfx.StepTo(jnp.linspace(t0, t1, 97 * 8 - 7)),
+        max_steps=4096,
+    ).ys
+    slope = jax.vmap(joined, in_axes=(0, 0, None))(ts, exact[:-1], None)
+
+    def errors(n):
+        saveat = dfx.SaveAt(t1=True, dense=True)
+        sol = solve(solver, drift, jnp.array((t1 - t0) / n), saveat, t0, t1)
+        end = jnp.concatenate(sol.ys, axis=-1)[-1]
+        between = jnp.concatenate(jax.vmap(sol.evaluate)(ts), axis=-1)
+        derivative = jnp.concatenate(jax.vmap(sol.derivative)(ts), axis=-1)
+        pairs = (end, exact[-1]), (between, exact[:-1]), (derivative, slope)
+        return np.array([np.max(np.abs(x - y)) for x, y in pairs])
+
+    order = solver.order(None)
+    coarse, fine = map(errors, STEPS[order])
+    assert np.min(fine) > 1e-13, "below the rounding floor; slopes mean nothing"
+    slopes = np.log2(coarse / fine)
+    assert np.all(slopes > [order - 0.4, order - 0.4, order - 1.4]), slopes
+    assert slopes[0] < order + 0.8, slopes
+
+
+@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+def test_order_of_the_class(solver):
+    assert f"Order {solver.order(None)}, " in type(solver).__doc__
+    assert f"embedded order {solver.error_order(None) - 1}, " in type(solver).__doc__
+
+
+class Affine(Counter):
+    def __call__(self, t, y, scale):
+        point = jax.lax.stop_gradient((t, y))
+        one = jax.pure_callback(self._increment, jax.ShapeDtypeStruct((), y.dtype), point)
+        return jax.lax.stop_gradient(one) * y
+
+
+@pytest.mark.parametrize(
+    "solver, stages", ((SPLITTINGS[0], 1), (SPLITTINGS[1], 6), (SPLITTINGS[3], 17))
+)
+@pytest.mark.parametrize("adaptive", (False, True))
+def test_evaluations(solver, stages, adaptive):
+    """Of the force, and of the drift, of which an error estimate takes one more."""
+    drift, force = Counter(), Counter()
+
+    def final(y0, scale):
+        sol = dfx.diffeqsolve(
+            as_terms((drift, force)),
+            solver,
+            0.0,
+            3.0,
+            jnp.array(0.5),
+            y0,
+            scale,
+            adjoint=dr.ReversibleAdjoint(),
+            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3)
+            if adaptive
+            else dfx.ConstantStepSize(),
+        )
+        return sum(jnp.sum(y) for y in sol.ys), sol.stats["num_steps"]
+
+    y0, scale = (Q0, P0), jnp.array(0.3)
+    forces, (_, steps) = force.during(jax.jit(final), y0, scale)
+    drifts, _ = drift.during(jax.jit(final), y0, scale)
+    assert forces == stages * steps + 1
+    assert drifts == (stages + adaptive) * steps
+    gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
+    both, _ = force.during(gradient, y0, scale)
+    # The walk back makes as many, and one at the start of each step.
+    assert forces < both <= forces + (stages + 1) * steps + 1
+
+
+@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+def test_bitwise(solver):
+    """Every state comes back to the last bit, at steps that are those of a controller."""
+    solver = type(solver)(bitwise=True)
+
+    @jax.jit
+    def gradient(y0, w):
+        def final(y0, w):
+            sol = dfx.diffeqsolve(
+                as_terms((lambda t, p, w: jnp.sin(p) * w, lambda t, q, w: -(q**3) * w)),
+                solver,
+                0.0,
+                30.0,
+                jnp.array(0.05),
+                y0,
+                w,
+                adjoint=dr.ReversibleAdjoint(drift_tol=0.0),
+                stepsize_controller=dfx.PIDController(rtol=1e-5, atol=1e-5),
+            )
+            return jnp.sum(sol.ys[0] ** 2)
+
+        return jax.grad(final, argnums=(0, 1))(y0, w)
+
+    # Any deviation is an error.
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient((Q0, P0), 0.9)))
+
+
+def henon_heiles(q):
+    x, y = q
+    return (x**2 + y**2) / 2 + x**2 * y - y**3 / 3
+
+
+@pytest.mark.parametrize(
+    "solver, dt, size",
+    (
+        (SPLITTINGS[0], 0.05, 3e-4),
+        (SPLITTINGS[1], 0.5, 2e-3),
+        (SPLITTINGS[2], 0.8, 2e-3),
+        (SPLITTINGS[3], 1.0, 2e-3),
+    ),
+)
+def test_energy(solver, dt, size):
+    """Over a hundred thousand steps its error does not grow."""
+    steps = 100_000
+
+    @jax.jit
+    def energies():
+        y0 = (jnp.array([0.0, 0.1]), jnp.array([0.35, 0.2]))
+        sol = dfx.diffeqsolve(
+            as_terms((lambda t, p, _: p, lambda t, q, _: -jax.grad(henon_heiles)(q))),
+            solver,
+            0.0,
+            steps * dt,
+            dt,
+            y0,
+            saveat=dfx.SaveAt(t0=True, steps=100),
+            max_steps=steps + 1,
+        )
+        qs, ps = sol.ys
+        return jnp.sum(ps**2, axis=1) / 2 + jax.vmap(henon_heiles)(qs)
+
+    written = np.asarray(energies())
+    energy = written[np.isfinite(written)]
+    assert len(energy) > steps / 100
+    error = np.abs(energy / energy[0] - 1)
+    tenth = len(error) // 10
+    assert 1e-3 * size < np.max(error[:tenth]) < size
+    assert np.max(error[-tenth:]) < 1.5 * np.max(error[:tenth])
+
+
+def refused(y0, terms, solver=None):
+    solver = dr.BlanesMoan4() if solver is None else solver
+    with pytest.raises(ValueError) as e:
+        dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.1, y0)
+    return str(e.value)
+
+
+def test_refusals():
+    pair = as_terms((lambda t, p, _: p, lambda t, q, _: -q))
+    message = refused([Q0, P0], pair)
+    assert "`y0=(q, p)`" in message and "`list`" in message
+    message = refused((Q0 + 1j, P0), pair)
+    assert "real floating-point arrays" in message and "complex128" in message
+    message = refused((jnp.zeros(3), P0), pair)
+    assert "`term_q`" in message and "shapes of `q`" in message
+    path = dfx.VirtualBrownianTree(0.0, 1.0, tol=1e-3, shape=(), key=jax.random.key(0))
+    noise = dfx.ControlTerm(lambda t, q, args: q, path)
+    assert "`ControlTerm`" in refused((Q0, P0), (pair[0], noise))
