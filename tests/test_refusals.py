@@ -129,7 +129,7 @@ REFUSALS = (
         "a solver that is not reversible",
         lambda: solve(solver=dfx.Tsit5()),
         ValueError,
-        ("`Tsit5` is not", "ALF2", "ALF8", "AbstractReversibleSolver"),
+        ("`Tsit5` is not", "ALF4", "McCallumFoster(solver)", "as_reversible.register"),
     ),
     (
         "more restarts than checkpoints",
@@ -251,7 +251,7 @@ REFUSALS = (
             adjoint=dfx.RecursiveCheckpointAdjoint(),
         ),
         ValueError,
-        ("solver=ALF4()", "`ControlTerm`", ".to_ode()", "does not converge"),
+        ("solver=ALF4()", "`ControlTerm`", ".to_ode()", "need not converge"),
     ),
     (
         "terms with another control than time, by the solver",
@@ -267,6 +267,36 @@ REFUSALS = (
         ),
         ValueError,
         ("solver=ALF4()", "`MultiTerm`", "not all `ODETerm`s", "a single `ODETerm`"),
+    ),
+    (
+        "jumps, by a solver of Diffrax that evaluates the vector field at these",
+        lambda: solve(solver=dfx.ReversibleHeun(), stepsize_controller=JUMPS),
+        NotImplementedError,
+        ("solver=ReversibleHeun()", "at a jump", "End the solve at the jump", "ALF4"),
+    ),
+    (
+        "coupling of a solver that is not an explicit Runge–Kutta one",
+        lambda: dr.McCallumFoster(dfx.Kvaerno3()),
+        ValueError,
+        ("`McCallumFoster(Kvaerno3())`", "explicit Runge–Kutta", "diffrax.Tsit5()"),
+    ),
+    (
+        "coupling by other numbers",
+        lambda: dr.McCallumFoster(dfx.Tsit5(), coupling=1.01),
+        ValueError,
+        ("`McCallumFoster(..., coupling=1.01)`", "positive", "one at the most"),
+    ),
+    (
+        "stochastic terms, by a coupled solver",
+        lambda: solve(terms=tree_term(), solver=dr.McCallumFoster(dfx.Heun())),
+        ValueError,
+        ("solver=McCallumFoster()", "`ControlTerm`", "ReversibleHeun"),
+    ),
+    (
+        "complex states, by a coupled solver",
+        lambda: solve(jnp.array([1.0 + 1.0j]), solver=dr.McCallumFoster(dfx.Heun())),
+        ValueError,
+        ("solver=McCallumFoster(...)", "complex128", "real"),
     ),
     (
         "complex states, by the solver",

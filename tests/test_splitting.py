@@ -203,13 +203,6 @@ def test_order_of_the_class(solver):
     assert f"embedded order {solver.error_order(None) - 1}, " in type(solver).__doc__
 
 
-class Affine(Counter):
-    def __call__(self, t, y, scale):
-        point = jax.lax.stop_gradient((t, y))
-        one = jax.pure_callback(self._increment, jax.ShapeDtypeStruct((), y.dtype), point)
-        return jax.lax.stop_gradient(one) * y
-
-
 @pytest.mark.parametrize(
     "solver, stages", ((SPLITTINGS[0], 1), (SPLITTINGS[1], 6), (SPLITTINGS[3], 17))
 )

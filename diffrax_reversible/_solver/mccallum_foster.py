@@ -233,7 +233,8 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, Y, Cotangent]:
-        """One evaluation and one pull-back for each evaluation of a step."""
+        """One evaluation and one pull-back for each evaluation of a step, without those
+        stages that nothing is read from."""
 
         def increment(t0, t1):
             def of(y, params):
@@ -242,29 +243,34 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
 
             return of
 
-        z_bar = cotangent.solver_state
-        (back, stages), pull = jax.vjp(increment(t1, t0), y1, params)
+        back, pull_back, _ = jax.vjp(increment(t1, t0), y1, params, has_aux=True)
         z0 = tree_add(solver_state, back)
-        more_y_bar, params_bar = pull((tree_scale(-1, z_bar), tree_zeros_like(stages)))
+        more_y_bar, more_params_bar = pull_back(tree_scale(-1, cotangent.solver_state))
         y1_bar = tree_add(cotangent.y, more_y_bar)
-        params_bar = tree_add(cotangent.params, params_bar)
+        params_bar = tree_add(cotangent.params, more_params_bar)
 
-        (forth, stages), pull = jax.vjp(increment(t0, t1), z0, params)
-        y0 = self._uncouple(y1, z0, forth)
-
-        def outputs(y0, z0, increment, stages):
-            dense_info = self._dense_info(y0, z0, increment, stages)
-            return self._couple(y0, z0, increment), dense_info
-
+        forward = increment(t0, t1)
         if dense_cotangent is None:
-            dense_cotangent = tree_zeros_like(outputs(y0, z0, forth, stages)[1])
-        _, pull_outputs = jax.vjp(outputs, y0, z0, forth, stages)
-        y0_bar, more_z_bar, forth_bar, stages_bar = pull_outputs((y1_bar, dense_cotangent))
-        z_bar = tree_add(z_bar, more_z_bar)
-        more_z_bar, more_params_bar = pull((forth_bar, stages_bar))
-        z_bar = tree_add(z_bar, more_z_bar)
+            forth, pull_forth, _ = jax.vjp(forward, z0, params, has_aux=True)
+            y0 = self._uncouple(y1, z0, forth)
+            _, pull_couple = jax.vjp(self._couple, y0, z0, forth)
+            y0_bar, z0_bar, forth_bar = pull_couple(y1_bar)
+        else:
+            (forth, stages), pull_forth = jax.vjp(forward, z0, params)
+            y0 = self._uncouple(y1, z0, forth)
+
+            def outputs(y0, z0, forth, stages):
+                dense_info = self._dense_info(y0, z0, forth, stages)
+                return self._couple(y0, z0, forth), dense_info
+
+            _, pull_outputs = jax.vjp(outputs, y0, z0, forth, stages)
+            y0_bar, z0_bar, *forth_bar = pull_outputs((y1_bar, dense_cotangent))
+            forth_bar = tuple(forth_bar)
+
+        more_z_bar, more_params_bar = pull_forth(forth_bar)
+        z0_bar = tree_add(cotangent.solver_state, tree_add(z0_bar, more_z_bar))
         params_bar = tree_add(params_bar, more_params_bar)
-        return y0, z0, Cotangent(y0_bar, z_bar, params_bar)
+        return y0, z0, Cotangent(y0_bar, z0_bar, params_bar)
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**

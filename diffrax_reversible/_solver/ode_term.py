@@ -51,9 +51,7 @@ def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
             f"{ode} a `ControlTerm`. If the control is differentiable, use "
             "`ControlTerm(...).to_ode()`: between the steps of a control its derivative is "
             "needed for the order. If it is noise, use for example "
-            "`diffrax.ReversibleHeun()`: the second approximation to the vector field that "
-            "this solver carries along, `v`, is off by what noise adds up to, and does not "
-            "converge with the step."
+            "`diffrax.ReversibleHeun()`: with noise this solver need not converge."
         )
     time = jnp.asarray(0.0)
     control = eqx.filter_eval_shape(terms.contr, time, time)

@@ -1,0 +1,121 @@
+"""Solvers of others under `ReversibleAdjoint`, by a registry."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import as_terms, FAMILIES, families, Network, network_args, relative_error
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+Y0 = jnp.array([1.0, 2.0, 0.5])
+
+
+class Staggered(dfx.AbstractSolver):
+    """`y1 = y0 + f(t0, z0) h` and `z1 = z0 + f(t1, y1) h`, with the interface of the
+    `AbstractReversibleSolver` that was proposed for Diffrax in its pull request 727."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 1
+
+    def init(self, terms, t0, t1, y0, args):
+        return y0
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        z0, control = solver_state, terms.contr(t0, t1)
+        y1 = y0 + terms.vf_prod(t0, z0, args, control)
+        z1 = z0 + terms.vf_prod(t1, y1, args, control)
+        return y1, None, dict(y0=y0, y1=y1), z1, dfx.RESULTS.successful
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        z1, control = solver_state, terms.contr(t0, t1)
+        z0 = z1 - terms.vf_prod(t1, y1, args, control)
+        y0 = y1 - terms.vf_prod(t0, z0, args, control)
+        return y0, dict(y0=y0, y1=y1), z0
+
+
+class FromBackwardStep(dr.AbstractReversibleAdapter):
+    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+        y0, _, solver_state = self.solver.backward_step(
+            terms, t0, t1, y1, args, solver_state, made_jump=False
+        )
+        return y0, solver_state
+
+
+dr.as_reversible.register(Staggered, FromBackwardStep)
+
+
+class Subclass(Staggered):
+    pass
+
+
+def loss(adjoint, y0, field, solver, **kwargs):
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        0.0,
+        3.0,
+        0.1,
+        y0,
+        network_args(),
+        saveat=dfx.SaveAt(ts=jnp.array([0.33, 1.0, 2.5])),
+        adjoint=adjoint,
+        max_steps=64,
+        **kwargs,
+    )
+    return jnp.sum(sol.ys**2)
+
+
+@pytest.mark.parametrize("solver", (Staggered(), Subclass()), ids=repr)
+def test_backward_step(solver):
+    """A few lines, also for a subclass."""
+    gradient = eqx.filter_jit(jax.grad(lambda y0, a: loss(a, y0, Network(), solver)))
+    adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
+    ours, default = (gradient(Y0, adjoint) for adjoint in adjoints)
+    assert relative_error(ours, default) < 1e-12
+
+
+def test_not_registered():
+    with pytest.raises(ValueError, match=r"`Euler` is not.*as_reversible\.register"):
+        loss(dr.ReversibleAdjoint(), Y0, Network(), dfx.Euler())
+
+
+def test_jumps_are_refused():
+    """As an adapter cannot know what becomes of the solver state."""
+    with pytest.raises(NotImplementedError, match=r"solver=Staggered\(\).*End the solve at"):
+        loss(dr.ReversibleAdjoint(), Y0, Network(), Staggered(), made_jump=True)
+
+
+def test_ours_stay_as_they_are():
+    for solver in (dr.ALF4(), dr.BlanesMoan4(), dr.McCallumFoster(dfx.Tsit5())):
+        assert dr.as_reversible(solver) is solver
+
+
+@families
+def test_reads_like_the_solver(family):
+    """The adapter is a solver of its own, that does what the other does."""
+    solver, field, y0, controller, dt0 = FAMILIES[family]
+    adapter, terms = dr.as_reversible(solver), as_terms(field)
+    assert adapter.order(terms) == solver.order(terms)
+    if isinstance(solver, dfx.AbstractAdaptiveSolver):
+        assert adapter.error_order(terms) == solver.error_order(terms)
+    args = network_args()
+    given = dict(saveat=dfx.SaveAt(ts=[0.7, 2.0]), stepsize_controller=controller)
+    ys, expected = (
+        dfx.diffeqsolve(terms, s, 0.0, 2.0, dt0, y0, args, **given).ys
+        for s in (adapter, solver)
+    )
+    for y, reference in zip(jax.tree.leaves(ys), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(y, reference)

@@ -1,0 +1,159 @@
+"""Coupled Runge–Kutta methods: order of the inner solver, evaluations, what is refused."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import PID, reference, relative_error
+from .test_work import Counter
+
+
+Y0 = jnp.array([0.7, -0.4])
+TS = jnp.linspace(0.0, 3.0, 97)[1:-1]
+
+
+def field(t, y, args):
+    """Not autonomous, and not Hamiltonian."""
+    a, b = y
+    return jnp.stack([b + 0.3 * a * b * jnp.cos(t), jnp.sin(a) - 0.5 * b])
+
+
+def test_reads_like_the_inner_solver():
+    terms = dfx.ODETerm(field)
+    for solver in (dfx.Heun(), dfx.Bosh3(), dfx.Dopri8()):
+        coupled = dr.McCallumFoster(solver)
+        assert coupled.order(terms) == solver.order(terms)
+        assert coupled.error_order(terms) == solver.error_order(terms)
+
+
+# The orders at the end, and between the steps as of Diffrax's own interpolation.
+@pytest.mark.parametrize(
+    "solver, order, between, steps",
+    (
+        (dr.McCallumFoster(dfx.Heun()), 2, 2, 64),
+        (dr.McCallumFoster(dfx.Ralston()), 2, 2, 64),
+        (dr.McCallumFoster(dfx.Bosh3()), 3, 3, 64),
+        (dr.McCallumFoster(dfx.Tsit5()), 5, 5, 16),
+        (dr.McCallumFoster(dfx.Tsit5(), coupling=0.9), 5, 5, 16),
+        (dr.McCallumFoster(dfx.Dopri5()), 5, 5, 16),
+        (dr.McCallumFoster(dfx.Dopri8()), 8, 6, 4),
+    ),
+    ids=repr,
+)
+def test_order(solver, order, between, steps):
+    """By slopes."""
+    exact = reference(field, Y0, 0.0, 3.0)
+    exact_between = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dfx.Dopri8(),
+        0.0,
+        3.0,
+        None,
+        Y0,
+        saveat=dfx.SaveAt(ts=TS),
+        # Ends at all of the times.
+        stepsize_controller=dfx.StepTo(jnp.linspace(0.0, 3.0, 97 * 8 - 7)),
+    ).ys
+
+    @jax.jit
+    def solve(dt0):
+        saveat = dfx.SaveAt(ts=TS, t1=True)
+        terms = dfx.ODETerm(field)
+        return dfx.diffeqsolve(terms, solver, 0.0, 3.0, dt0, Y0, saveat=saveat).ys
+
+    def errors(n):
+        ys = solve(jnp.array(3.0 / n))
+        pairs = (ys[-1], exact), (ys[:-1], exact_between)
+        return np.array([np.max(np.abs(x - y)) for x, y in pairs])
+
+    coarse, fine = errors(steps), errors(2 * steps)
+    assert np.min(fine) > 1e-13, "below the rounding floor; slopes mean nothing"
+    slopes = np.log2(coarse / fine)
+    assert np.all(slopes > np.array([order, between]) - 0.4), slopes
+
+
+# The stages that the error estimate is made of, and those that `y1` is.
+@pytest.mark.parametrize(
+    "solver, stages, needed",
+    (
+        (dfx.Heun(), 2, 2),
+        (dfx.Bosh3(), 4, 3),
+        (dfx.Tsit5(), 7, 6),
+        (dfx.Dopri8(), 13, 13),
+    ),
+    ids=repr,
+)
+@pytest.mark.parametrize("adaptive", (False, True))
+def test_evaluations(solver, stages, needed, adaptive):
+    counter = Counter()
+
+    def final(y0, scale):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(counter),
+            dr.McCallumFoster(solver),
+            0.0,
+            3.0,
+            jnp.array(0.5),
+            y0,
+            scale,
+            adjoint=dr.ReversibleAdjoint(),
+            stepsize_controller=PID if adaptive else dfx.ConstantStepSize(),
+        )
+        return jnp.sum(sol.ys), sol.stats
+
+    y0, scale = jnp.array([1.0, 2.0]), jnp.array(0.3)
+    forward, (_, stats) = counter.during(jax.jit(final), y0, scale)
+    steps, accepted = stats["num_steps"], stats["num_accepted_steps"]
+    assert forward == (needed + (stages if adaptive else needed)) * steps
+    gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
+    both, _ = counter.during(gradient, y0, scale)
+    # Each once, and those after the end of the step not at all.
+    assert both - forward == 2 * needed * accepted
+
+
+def test_adjoints():
+    """Those of Diffrax work with it as well."""
+
+    def gradient(adjoint):
+        def loss(y0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                dr.McCallumFoster(dfx.Tsit5()),
+                0.0,
+                3.0,
+                0.3,
+                y0,
+                adjoint=adjoint,
+                max_steps=20,
+            )
+            return jnp.sum(sol.ys**2)
+
+        return jax.jit(jax.grad(loss))(Y0)
+
+    ours = gradient(dr.ReversibleAdjoint())
+    for adjoint in (dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint()):
+        assert relative_error(ours, gradient(adjoint)) < 1e-13
+
+
+def test_walk_that_went_wrong_is_noticed():
+    """Of 4,000 steps, the walk back multiplies errors by `0.99 ** -4000`."""
+
+    def loss(y0):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.McCallumFoster(dfx.Heun(), coupling=0.99),
+            0.0,
+            4.0,
+            1e-3,
+            y0,
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=4096,
+        )
+        return jnp.sum(sol.ys**2)
+
+    with pytest.raises(RuntimeError, match="drift_tol"):
+        jax.jit(jax.grad(loss))(Y0)
