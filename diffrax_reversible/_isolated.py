@@ -16,8 +16,8 @@ def isolated(fn: Callable, t: RealScalarLike, *args) -> Any:
     """`fn(t, *args)`, in a computation of its own.
 
     That is a branch of a conditional of which the compiler does not know that it is
-    always taken. It cannot mix it with what stands around, which in the walk back is
-    something else than in the forward pass, and so it rounds alike.
+    always taken, even where it knows `t`. It cannot mix it with what stands around, which
+    in the walk back is something else than in the forward pass, and so it rounds alike.
     """
     structs = jax.eval_shape(fn, t, *args)
 
@@ -25,4 +25,5 @@ def isolated(fn: Callable, t: RealScalarLike, *args) -> Any:
         return jtu.tree_map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), structs)
 
     # The same for all elements of a batch, or both branches would be evaluated.
-    return lax.cond(eqxi.unvmap_any(t == t), lambda *a: fn(*a), never, t, *args)
+    always = lax.optimization_barrier(eqxi.unvmap_any(t == t))
+    return lax.cond(always, lambda *a: fn(*a), never, t, *args)

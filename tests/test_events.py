@@ -154,9 +154,8 @@ def test_solvers(solver):
 def test_families(family):
     """Saved at times, and where the event is located."""
     solver, field, _, controller, _ = FAMILIES[family]
-    fixed = isinstance(controller, dfx.ConstantStepSize)
-    kwargs = dict(solver=solver, saveat=dfx.SaveAt(ts=TS, t1=True))
-    kwargs |= dict(stepsize_controller=controller) if fixed else {}
+    kwargs = dict(solver=solver, stepsize_controller=controller)
+    kwargs |= dict(saveat=dfx.SaveAt(ts=TS, t1=True))
     kwargs |= dict(field=PENDULUM) if isinstance(field, tuple) else {}
     y0 = tuple(Y0) if isinstance(field, tuple) else Y0
     event = EVENTS["real, root finder"]

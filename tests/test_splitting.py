@@ -116,7 +116,7 @@ def test_error_estimate(tableau):
         (
             blanes_moan6_nystrom.kicks,
             blanes_moan6_nystrom.drifts,
-            dict(order=4),
+            dict(order=6),
             "order condition of order 5, by",
         ),
         ((0.5, 0.5), (1.0,), dict(order=2, embedded_order=2), "no error estimate"),
@@ -144,7 +144,7 @@ def force(t, q, args):
 
 
 Q0, P0 = jnp.array([0.7, -0.4]), jnp.array([0.3, 0.5])
-STEPS = {2: (128, 256), 4: (24, 48), 6: (12, 24), 8: (9, 18)}
+STEPS = {2: 128, 4: 24, 6: 12, 8: 9}
 TS = jnp.linspace(0.0, 3.0, 97)[1:-1]
 
 
@@ -157,8 +157,12 @@ def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
 
 
 @pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
-@pytest.mark.parametrize("drift, backwards", ((nonlinear, False), (affine, True)))
-def test_order(solver, drift, backwards):
+@pytest.mark.parametrize(
+    # More steps where the error is larger.
+    "drift, backwards, more",
+    ((nonlinear, False, 2), (affine, True, 1)),
+)
+def test_order(solver, drift, backwards, more):
     """At the end of a solve, between the steps, and of the derivative there, which is one
     less."""
     t0, t1 = (3.0, 0.0) if backwards else (0.0, 3.0)
@@ -190,7 +194,8 @@ def test_order(solver, drift, backwards):
         return np.array([np.max(np.abs(x - y)) for x, y in pairs])
 
     order = solver.order(None)
-    coarse, fine = map(errors, STEPS[order])
+    steps = more * STEPS[order]
+    coarse, fine = errors(steps), errors(2 * steps)
     assert np.min(fine) > 1e-13, "below the rounding floor; slopes mean nothing"
     slopes = np.log2(coarse / fine)
     assert np.all(slopes > [order - 0.4, order - 0.4, order - 1.4]), slopes
@@ -273,10 +278,10 @@ def henon_heiles(q):
 @pytest.mark.parametrize(
     "solver, dt, size",
     (
-        (SPLITTINGS[0], 0.05, 3e-4),
-        (SPLITTINGS[1], 0.5, 2e-3),
-        (SPLITTINGS[2], 0.8, 2e-3),
-        (SPLITTINGS[3], 1.0, 2e-3),
+        (SPLITTINGS[0], 0.05, 1e-3),
+        (SPLITTINGS[1], 0.5, 1e-5),
+        (SPLITTINGS[2], 0.8, 1e-6),
+        (SPLITTINGS[3], 1.0, 1e-4),
     ),
 )
 def test_energy(solver, dt, size):
@@ -304,7 +309,7 @@ def test_energy(solver, dt, size):
     assert len(energy) > steps / 100
     error = np.abs(energy / energy[0] - 1)
     tenth = len(error) // 10
-    assert 1e-3 * size < np.max(error[:tenth]) < size
+    assert size / 10 < np.max(error[:tenth]) < size
     assert np.max(error[-tenth:]) < 1.5 * np.max(error[:tenth])
 
 
@@ -317,9 +322,7 @@ def refused(y0, terms, solver=None):
 
 def test_refusals():
     pair = as_terms((lambda t, p, _: p, lambda t, q, _: -q))
-    message = refused([Q0, P0], pair)
-    assert "`y0=(q, p)`" in message and "`list`" in message
-    message = refused((Q0 + 1j, P0), pair)
+    message = refused((Q0.astype(complex), P0), pair)
     assert "real floating-point arrays" in message and "complex128" in message
     message = refused((jnp.zeros(3), P0), pair)
     assert "`term_q`" in message and "shapes of `q`" in message

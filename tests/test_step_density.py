@@ -14,7 +14,10 @@ from diffrax_reversible._controller.time_scale import squared_time_scale
 from diffrax_reversible._exact_sum import LowPart
 
 from .problems import (
+    as_terms,
     BITWISE,
+    FAMILIES,
+    families,
     Network,
     network_args,
     relative_error,
@@ -51,7 +54,7 @@ def solve(adjoint, field, y0, args=None, *, solver=None, t0=0.0, t1=3.0, **kwarg
     kwargs = dict(max_steps=max_steps) | kwargs
     solver = dr.ALF4() if solver is None else solver
     return dfx.diffeqsolve(
-        dfx.ODETerm(field),
+        as_terms(field),
         solver,
         t0,
         t1,
@@ -90,6 +93,20 @@ def test_gradients(solver, dt0, t0, t1):
         return sum_of_squares(solve(adjoint, field, y0, args, **kwargs).ys)
 
     assert_same_gradient(loss, jnp.array([1.0, 2.0, 0.5]), Network(), network_args())
+
+
+@families
+def test_families(family):
+    solver, field, y0, _, _ = FAMILIES[family]
+    # Where the steps before began is recorded for this one.
+    kwargs = dict(max_steps=200) if family == "LeapfrogMidpoint" else {}
+
+    def loss(adjoint, y0, field, args):
+        saveat = dfx.SaveAt(t1=True, ts=jnp.linspace(0, 3, 5))
+        given = dict(solver=solver, saveat=saveat) | kwargs
+        return sum_of_squares(solve(adjoint, field, y0, args, **given).ys)
+
+    assert_same_gradient(loss, y0, field, network_args())
 
 
 def test_gradients_of_everything_saved():

@@ -13,8 +13,12 @@ import pytest
 import diffrax_reversible as dr
 
 from .problems import (
+    as_terms,
     CONTROLLERS,
+    FAMILIES,
+    families,
     InverseOnly,
+    network_args,
     PID,
     relative_error,
     SOLVERS,
@@ -199,6 +203,34 @@ def test_forward_over_reverse(name):
     ours, expected = product(dr.ReversibleAdjoint()), product(dfx.DirectAdjoint())
     assert relative_error(ours[1], expected[1]) < 1e-9
     assert relative_error(ours[0], expected[0]) < 1e-10
+
+
+@families
+def test_families(family):
+    """`jvp` of `vmap` of `grad`, against those of the adjoint that stores everything."""
+    solver, field, y0, controller, dt0 = FAMILIES[family]
+    batch = jax.tree.map(lambda y: jnp.stack([y, y**2, -y / 2]), y0)
+
+    def final(y0, adjoint):
+        sol = dfx.diffeqsolve(
+            as_terms(field),
+            *(solver, 0.0, 1.0, dt0, y0, network_args()),
+            saveat=dfx.SaveAt(ts=TS / 3),
+            adjoint=adjoint,
+            stepsize_controller=controller,
+            max_steps=200,
+        )
+        return sum_of_squares(sol.ys)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient_and_product(batch, adjoint):
+        gradient = jax.vmap(jax.grad(lambda y0: final(y0, adjoint)))
+        return jax.jvp(gradient, (batch,), (jax.tree.map(jnp.cos, batch),))
+
+    adjoints = dr.ReversibleAdjoint(), dfx.DirectAdjoint()
+    ours, expected = (gradient_and_product(batch, adjoint) for adjoint in adjoints)
+    for x, reference in zip(ours, expected, strict=True):
+        assert relative_error(x, reference) < 1e-10
 
 
 def test_hessian():

@@ -390,11 +390,6 @@ class AbstractSplitting(
 
     def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
         call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
-        if not (isinstance(y, tuple) and len(y) == 2):
-            raise ValueError(
-                f"{call} needs a state `y0=(q, p)`, a tuple of two, and got one of type "
-                f"`{type(y).__name__}`."
-            )
         for leaf in jtu.tree_leaves(y):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise ValueError(
