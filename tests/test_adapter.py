@@ -1,5 +1,8 @@
 """Solvers of others under `ReversibleAdjoint`, by a registry."""
 
+import pathlib
+import re
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -46,15 +49,10 @@ class Staggered(dfx.AbstractSolver):
         return y0, dict(y0=y0, y1=y1), z0
 
 
-class FromBackwardStep(dr.AbstractReversibleAdapter):
-    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
-        y0, _, solver_state = self.solver.backward_step(
-            terms, t0, t1, y1, args, solver_state, made_jump=False
-        )
-        return y0, solver_state
-
-
-dr.as_reversible.register(Staggered, FromBackwardStep)
+README = pathlib.Path(__file__).parent.parent / "README.md"
+# The lines that register it stand in the README.
+(LINES,) = re.findall(r"```python\n([^`]*backward_step.*?)```", README.read_text(), re.S)
+exec(LINES, dict(MySolver=Staggered))
 
 
 class Subclass(Staggered):
@@ -94,7 +92,8 @@ def test_not_registered():
 
 def test_jumps_are_refused():
     """As an adapter cannot know what becomes of the solver state."""
-    with pytest.raises(NotImplementedError, match=r"solver=Staggered\(\).*End the solve at"):
+    message = r"solver=Staggered\(\).*End the solve at"
+    with pytest.raises(NotImplementedError, match=message):
         loss(dr.ReversibleAdjoint(), Y0, Network(), Staggered(), made_jump=True)
 
 

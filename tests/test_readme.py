@@ -10,7 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import SOLVERS
+from .problems import SOLVERS, SPLITTINGS
 from .test_refusals import REFUSALS
 
 
@@ -54,7 +54,7 @@ def test_quick_example(tmp_path):
 
 
 def test_solver_table():
-    first_table, _ = section("Solvers").split("There is one more evaluation")
+    first_table, *_ = section("Solvers").split("There is one more evaluation")
     rows = {row[0].strip("`"): row[1:] for row in table(first_table)}
     assert set(rows) == {type(solver).__name__ for solver in SOLVERS}
     for solver in SOLVERS:
@@ -65,6 +65,19 @@ def test_solver_table():
         assert int(evaluations) == tableau.stages
         degree = "cubic" if tableau.midpoint_weights is None else "quintic"
         assert dense == f"{degree}, order {tableau.interpolation_order}"
+
+
+def test_hamiltonian_table():
+    _, text = section("Solvers").split("### For separable Hamiltonian systems")
+    rows = {row[0].strip("`"): row[1:] for row in table(text)}
+    assert set(rows) == {type(solver).__name__ for solver in SPLITTINGS}
+    for solver in SPLITTINGS:
+        order, embedded, evaluations, dense, _ = rows[type(solver).__name__]
+        assert int(order) == solver.order(None)
+        assert int(embedded) == solver.error_order(None) - 1
+        assert int(evaluations) == solver.nystrom_tableau.stages
+        degree = {2: "cubic", 4: "cubic", 6: "quintic", 8: "septic"}[int(order)]
+        assert dense == f"{degree}, order {order}"
 
 
 def test_support_table():

@@ -41,9 +41,11 @@ from .validate import (
 class ReversibleAdjoint(AbstractAdjoint):
     """Backpropagates by walking the solve back, without storing its trajectory.
 
-    For use with an [`diffrax_reversible.AbstractReversibleSolver`][]. The gradient is that
-    of the numerical solution itself, as under [`diffrax.RecursiveCheckpointAdjoint`][]
-    with the same solver, up to the rounding of the reconstructed states.
+    For use with an [`diffrax_reversible.AbstractReversibleSolver`][], or a solver that
+    [`diffrax_reversible.as_reversible`][] has a reversible form of, as of
+    [`diffrax.ReversibleHeun`][]. The gradient is that of the numerical solution itself, as
+    under [`diffrax.RecursiveCheckpointAdjoint`][] with the same solver, up to the rounding
+    of the reconstructed states.
 
     Step locations other than `t0` and `t1` are held fixed. Under
     [`diffrax.PIDController`][] and [`diffrax_reversible.StepDensityController`][] they do
