@@ -1,10 +1,17 @@
+import functools
+import gc
+
 import jax
 import pytest
+from jax._src import compiler
 
 
 # Strict, so that nothing is promoted by accident; some tests use float32 as well.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Tracing makes objects by the million, of which few are garbage.
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -14,9 +21,28 @@ def clear_caches():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def compile_quickly(clear_caches):
+@functools.cache
+def quick_options():
+    """Of those that this version of XLA knows."""
+    options = dict(xla_cpu_use_fusion_emitters=False)
+    try:
+        jax.jit(lambda: 0.0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+@pytest.fixture
+def compile_quickly(monkeypatch):
     """Where compiling takes the time, and neither the last bit nor running matters."""
+    get_compile_options = compiler.get_compile_options
+
+    def get_quick_options(*args, env_options_overrides=None, **kwargs):
+        options = quick_options() | (env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=options, **kwargs)
+
+    quick_options()
+    monkeypatch.setattr(compiler, "get_compile_options", get_quick_options)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

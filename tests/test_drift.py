@@ -9,6 +9,9 @@ import pytest
 import diffrax_reversible as dr
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
 def contracting(t, y, rate):
     return -rate * (y - jnp.cos(t))
 

@@ -59,7 +59,8 @@ def assert_same_gradient(loss, *args, tol=1e-10):
 
     value, grad = gradient(dr.ReversibleAdjoint())
     expected_value, expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
-    assert value == expected_value
+    # Compiled in another way, error estimates round differently, and steps follow them.
+    np.testing.assert_allclose(value, expected_value, rtol=1e-11)
     assert jax.tree.structure(grad) == jax.tree.structure(expected_grad)
     assert relative_error(grad, expected_grad) < tol
     return grad

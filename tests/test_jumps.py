@@ -63,7 +63,8 @@ def gradients(loss, *args, checkpoints=0):
         of(dr.ReversibleAdjoint(checkpoints)),
         of(dfx.RecursiveCheckpointAdjoint()),
     )
-    np.testing.assert_allclose(ours[0], default[0], rtol=1e-13)
+    # Compiled in another way, error estimates round differently, and steps follow them.
+    np.testing.assert_allclose(ours[0], default[0], rtol=1e-11)
     assert relative_error(ours[1], default[1]) < 1e-10
     return ours[1]
 

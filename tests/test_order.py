@@ -12,6 +12,9 @@ import diffrax_reversible as dr
 from .problems import kepler, lorenz, reference, SOLVERS
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
 def forced(t, y, args):
     """Not autonomous, not Hamiltonian, neither expanding nor contracting throughout."""
     del args

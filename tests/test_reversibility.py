@@ -21,6 +21,8 @@ from .problems import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 Y = jnp.array([1.0, 2.0, 0.5])
 T0, T1 = jnp.array(0.2), jnp.array(0.5)
 

@@ -25,6 +25,8 @@ from .problems import (
 )
 
 
+compile_quickly = pytest.mark.usefixtures("compile_quickly")
+
 PERIOD = 2 * np.pi
 
 
@@ -76,6 +78,7 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     assert relative_error(grad, expected) < tol
 
 
+@compile_quickly
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
     (
@@ -95,6 +98,7 @@ def test_gradients(solver, dt0, t0, t1):
     assert_same_gradient(loss, jnp.array([1.0, 2.0, 0.5]), Network(), network_args())
 
 
+@compile_quickly
 @families
 def test_families(family):
     solver, field, y0, _, _ = FAMILIES[family]
@@ -109,6 +113,7 @@ def test_families(family):
     assert_same_gradient(loss, y0, field, network_args())
 
 
+@compile_quickly
 def test_gradients_of_everything_saved():
     """An event, ends of steps, dense output, a batch, and the end of the solve."""
 
@@ -129,6 +134,7 @@ def test_gradients_of_everything_saved():
     assert_same_gradient(batch, y0, jnp.array(5.0))
 
 
+@compile_quickly
 def test_continued():
     """From where another solve has ended, with its controller state: the first step of the
     second begins with a step size of its own."""
@@ -367,6 +373,7 @@ def test_any_solver_and_field(solver, field, y0, t1):
     np.testing.assert_allclose(found, expected, atol=2e-2)
 
 
+@compile_quickly
 def test_refusals():
     def run(controller, terms=None, y0=1.0, **kwargs):
         terms = dfx.ODETerm(lambda t, y, args: -y) if terms is None else terms

@@ -11,6 +11,9 @@ import diffrax_reversible as dr
 from .problems import PID
 
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
 class Counter:
     def __init__(self):
         self.count = 0
