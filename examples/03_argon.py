@@ -69,6 +69,8 @@ SPREAD = np.array([0.006, 0.031])
 NOISE = 0.01
 UNITS_TO_MELT, BLOCKS, DT = 20, 10, 5e-4
 STEPS = (250, 1000, 4000)
+# Of corrections: the size of the first.
+UNITS = (1e-2, 1e-3, 1e-4)
 
 Vectors = Float[Array, "atoms 3"]
 State = tuple[Vectors, Vectors]
@@ -246,10 +248,14 @@ def learn(y0: State, horizons, rng: np.random.Generator):
     exact, _ = jax.jit(lambda y0: solve(ARGON, y0, ts, 0.01, dr.BlanesMoan6()))(y0)
     positions = exact + NOISE * rng.standard_normal(exact.shape)
     history = [(0.0, *map(jnp.exp, pair), np.nan)]
-    for horizon in horizons:
+    for horizon, unit in zip(horizons, UNITS, strict=False):
         n = np.searchsorted(ts, horizon, side="right")
-        of = lambda x, n=n: mean_square(Pair(*x), y0, ts[:n], positions[:n])
-        value_and_grad = jax.jit(jax.value_and_grad(of))
+
+        def misfit(x, pair=pair, unit=unit, n=n):
+            corrected = jax.tree.map(lambda p, x: p + unit * x, pair, Pair(*x))
+            return mean_square(corrected, y0, ts[:n], positions[:n])
+
+        value_and_grad = jax.jit(jax.value_and_grad(misfit))
 
         def loss(x, value_and_grad=value_and_grad):
             value, gradient = value_and_grad(jnp.asarray(x))
@@ -258,9 +264,9 @@ def learn(y0: State, horizons, rng: np.random.Generator):
             return float(value), np.asarray(gradient)
 
         with tqdm.tqdm(desc=f"learning over {horizon}") as progress:
-            found = scipy.optimize.minimize(loss, pair, jac=True, method="BFGS")
-        pair = Pair(*found.x)
-        history.append((horizon, *np.exp(found.x), found.fun))
+            found = scipy.optimize.minimize(loss, np.zeros(2), jac=True, method="BFGS")
+        pair = Pair(*(p + unit * x for p, x in zip(pair, found.x, strict=True)))
+        history.append((horizon, *map(jnp.exp, pair), found.fun))
     return pair, ts, positions, history
 
 

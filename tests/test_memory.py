@@ -7,7 +7,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import COMPENSATED, PID, SOLVERS
+from .problems import as_terms, COMPENSATED, FAMILIES, families, PID, SOLVERS
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -17,25 +17,27 @@ def field(t, y, scale):
     return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
 
 
-def temporary_bytes(solver, controller, size, max_steps, adjoint=None, saveat=None):
+def temporary_bytes(
+    solver, controller, size, max_steps, adjoint=None, saveat=None, splits=False
+):
     adjoint = dr.ReversibleAdjoint(checkpoints=0) if adjoint is None else adjoint
     saveat = dfx.SaveAt(t1=True) if saveat is None else saveat
 
     def loss(y0, scale):
         sol = dfx.diffeqsolve(
-            dfx.ODETerm(field),
+            as_terms((field, field) if splits else field),
             solver,
             0.0,
             1.0,
             0.1,
-            y0,
+            (y0, y0) if splits else y0,
             scale,
             saveat=saveat,
             adjoint=adjoint,
             stepsize_controller=controller,
             max_steps=max_steps,
         )
-        return jnp.sum(sol.ys)
+        return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
@@ -50,6 +52,23 @@ def temporary_bytes(solver, controller, size, max_steps, adjoint=None, saveat=No
 def test_growth_with_steps(solver, controller, size):
     few, many = (temporary_bytes(solver, controller, size, n) for n in (1_000, 1_001_000))
     assert 0 < many - few <= 24 * 1_000_000
+
+
+@families
+def test_growth_of_families(family):
+    """Of the memory with steps, by two times each, and by that before for `LeapfrogMidpoint`;
+    and of no more than a few states for every one of the state."""
+    solver, field, _, controller, _ = FAMILIES[family]
+    kwargs = dict(splits=isinstance(field, tuple))
+    small, many, large = (
+        temporary_bytes(solver, controller, size, n, **kwargs)
+        for size, n in ((10, 1_000), (10, 1_001_000), (100_010, 1_000))
+    )
+    numbers = 3 if family == "LeapfrogMidpoint" else 2
+    assert 0 < many - small <= (8 * numbers + 8) * 1_000_000
+    states = (large - small) / 8e5
+    # `Tsit5` has seven stages, twice, and all are kept within a step.
+    assert states < (29 if family == "coupling" else 16)
 
 
 def test_growth_with_jumps():
