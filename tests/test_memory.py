@@ -67,8 +67,8 @@ def test_growth_of_families(family):
     numbers = 3 if family == "LeapfrogMidpoint" else 2
     assert 0 < many - small <= (8 * numbers + 8) * 1_000_000
     states = (large - small) / 8e5
-    # `Tsit5` has seven stages, twice, and all are kept within a step.
-    assert states < (29 if family == "coupling" else 16)
+    # All stages of `Tsit5` are kept within a step, by JAX 0.4 some of them twice.
+    assert states < (40 if family == "coupling" else 20)
 
 
 def test_growth_with_jumps():
