@@ -252,7 +252,7 @@ def learn(y0: State, horizons, rng: np.random.Generator):
         n = np.searchsorted(ts, horizon, side="right")
 
         def misfit(x, pair=pair, unit=unit, n=n):
-            corrected = jax.tree.map(lambda p, x: p + unit * x, pair, Pair(*x))
+            corrected = Pair(*(p + unit * d for p, d in zip(pair, x, strict=True)))
             return mean_square(corrected, y0, ts[:n], positions[:n])
 
         value_and_grad = jax.jit(jax.value_and_grad(misfit))

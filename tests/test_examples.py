@@ -26,8 +26,9 @@ def test_example(path, tmp_path):
 
 
 # `outcomes.py`: no gradient is wrong. `work_precision.py`: no error is more than 30 times
-# that of `Dopri5` at the same tolerance.
-@pytest.mark.parametrize("name", ("outcomes.py", "work_precision.py"))
+# that of `Dopri5` at the same tolerance. `speed.py`: gradients are right, and their memory
+# does not grow.
+@pytest.mark.parametrize("name", ("outcomes.py", "work_precision.py", "speed.py"))
 def test_benchmark(name):
     """In a part of it."""
     command = [sys.executable, FOLDER / "benchmarks" / name, "--quick"]

@@ -56,8 +56,8 @@ def test_growth_with_steps(solver, controller, size):
 
 @families
 def test_growth_of_families(family):
-    """Of the memory with steps, by two times each, and by that before for `LeapfrogMidpoint`;
-    and of no more than a few states for every one of the state."""
+    """With steps, by two times each, and for `LeapfrogMidpoint` by one more; and with the
+    state, by a few of them."""
     solver, field, _, controller, _ = FAMILIES[family]
     kwargs = dict(splits=isinstance(field, tuple))
     small, many, large = (
