@@ -68,7 +68,6 @@ PUBLISHED = np.array([[0.85, -5.5121, 0.0068], [0.9, -5.4689, 0.2406]])
 SPREAD = np.array([0.006, 0.031])
 NOISE = 0.01
 UNITS_TO_MELT, BLOCKS, DT = 20, 10, 5e-4
-STEPS = (250, 1000, 4000)
 # Of corrections: the size of the first.
 UNITS = (1e-2, 1e-3, 1e-4)
 
@@ -292,7 +291,7 @@ def temporary_megabytes(compiled) -> float:
     return memory.temp_size_in_bytes / 1e6
 
 
-def plot(observed, history, memory, path) -> None:
+def plot(observed, history, steps, memory, path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
     ts, potential, energy, pressure = observed
     time = np.arange(1, len(ts) + 1) / 10
@@ -308,7 +307,7 @@ def plot(observed, history, memory, path) -> None:
     middle.set(xlabel="learned over a time of", title="Relative error of what is learned")
     middle.legend()
     for name, sizes in memory.items():
-        right.loglog(STEPS, sizes, "o-", label=name)
+        right.loglog(steps, sizes, "o-", label=name)
     right.set(xlabel="steps", ylabel="MB", title="Memory of one gradient")
     right.legend()
     figure.tight_layout()
@@ -321,7 +320,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     rng = np.random.default_rng(0)
 
-    y0, observed = simulate(40 if quick else 200, rng)
+    y0, observed = simulate(20 if quick else 200, rng)
     compare(observed)
 
     _, _, _, history = learn(y0, (0.5,) if quick else (0.5, 1.0, 2.0), rng)
@@ -329,21 +328,24 @@ def main() -> None:
     for horizon, epsilon, sigma, value in history:
         print(f"{horizon:12.1f}{epsilon:10.6f}{sigma:10.6f}{value:10.4f}")
 
-    print("\nmemory of one gradient [MB]" + "".join(f"{n:8}" for n in STEPS) + " steps")
+    steps = (250, 4000) if quick else (250, 1000, 4000)
+    print("\nmemory of one gradient [MB]" + "".join(f"{n:8}" for n in steps) + " steps")
     memory = {}
     for name, adjoint in ADJOINTS.items():
-        gradients = [compiled_gradient(adjoint(n), y0, n) for n in STEPS]
+        gradients = [compiled_gradient(adjoint(n), y0, n) for n in steps]
         memory[name] = [temporary_megabytes(compiled) for compiled in gradients]
         print(f"{name:27}" + "".join(f"{x:8.2f}" for x in memory[name]))
 
     path = pathlib.Path(__file__).with_suffix(".png")
-    plot(observed, history, memory, path)
+    plot(observed, history, steps, memory, path)
     print(f"\nplotted in {path.name}")
 
     _, epsilon, sigma, value = history[-1]
-    # Nothing is left but noise, and the parameters are as precise as that lets them be.
+    # Nothing is left but noise. The parameters are as precise as that lets them be, which
+    # is to 1e-3 over a time of 0.5, and to 1e-5 over a time of 2; a few times that are
+    # left for the trajectories of other machines.
     assert abs(value - 1) < 0.05, value
-    assert max(abs(epsilon - 1), abs(sigma - 1)) < (1e-3 if quick else 1e-4)
+    assert max(abs(epsilon - 1), abs(sigma - 1)) < (5e-3 if quick else 1e-4)
     ours, default, stored = (sizes[-1] for sizes in memory.values())
     # Most of it is one evaluation of the forces between all pairs of atoms.
     assert ours < 1.02 * memory["ReversibleAdjoint"][0], memory

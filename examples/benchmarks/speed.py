@@ -260,6 +260,8 @@ def main() -> None:
     for name in tqdm.tqdm(options.problem or list(PROBLEMS), desc="problems"):
         rows = measure(PROBLEMS[name](), options.repeats)
         results["problems"][name] = rows
+        # Not to be lost if what follows is cut off.
+        (options.output / "speed.json").write_text(json.dumps(results, indent=1))
     if options.problem is None:
         results["memories"] = speed_growth.memories()
         results["growth"] = speed_growth.growth(options.repeats)
