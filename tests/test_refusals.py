@@ -146,6 +146,17 @@ REFUSALS = (
         ("records where the steps are", "Pass `max_steps=...`", "StepDensityController"),
     ),
     (
+        "no bound on the number of steps, if these are recorded by the solver",
+        lambda: grad(
+            max_steps=None,
+            solver=dfx.LeapfrogMidpoint(),
+            stepsize_controller=dr.StepDensityController(),
+            dt0=None,
+        ),
+        ValueError,
+        ("what this solver forgets", "Pass `max_steps=...`", "ALF4"),
+    ),
+    (
         "gradients with respect to t0 or t1, if saved by steps that move with them",
         lambda: grad_wrt(
             "t1",

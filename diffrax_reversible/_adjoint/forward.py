@@ -165,7 +165,7 @@ def solve_and_record(
     if recomputed and len(jtu.tree_leaves(scalars)) == 0:
         to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
     else:
-        max_steps = check_max_steps(problem.max_steps)
+        max_steps = check_max_steps(problem.max_steps, recomputed)
         to_record = RecordedSteps.allocate(max_steps, dtype, scalars, problem.with_jumps)
     record = Record(
         to_record,

@@ -22,7 +22,7 @@ _write = cast(Callable[..., Array], eqxi.buffer_at_set)
 
 
 def _is_buffer(x: Any) -> bool:
-    return x is not None and hasattr(x, "shape")
+    return hasattr(x, "shape")
 
 
 class Clock(eqx.Module):

@@ -27,8 +27,16 @@ def check_supported(terms: Terms) -> None:
         )
 
 
-def check_max_steps(max_steps: int | None) -> int:
-    """Raise an error where there is no bound on the length of the record of steps."""
+def check_max_steps(max_steps: int | None, recomputed: bool) -> int:
+    """Raise an error where there is no bound on the length of the record of steps; of steps
+    that could be `recomputed`, if it is the solver that asks for it."""
+    if max_steps is None and recomputed:
+        raise ValueError(
+            f"{call} records what this solver forgets in a step, and to be differentiated "
+            "it needs to know how many there can be at the most. Pass `max_steps=...`, or "
+            "use a solver of which the steps can be undone without, as "
+            "`diffrax_reversible.ALF4`."
+        )
     if max_steps is None:
         raise ValueError(
             f"{call} records where the steps are, two times a step, and to be "
