@@ -162,6 +162,8 @@ def solve_and_record(
     controller, dtype = problem.stepsize_controller, jnp.result_type(problem.t0)
     recomputed = isinstance(controller, AbstractReversibleStepSizeController)
     scalars = jax.eval_shape(lambda: problem.solver.to_record(inputs.solver_state))
+    if problem.solver.needs_restart(inputs.solver_state) is False:
+        checkpoints = 0
     if recomputed and len(jtu.tree_leaves(scalars)) == 0:
         to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
     else:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
-from .._tree import from_bits, to_bits
+from .._tree import from_bits, largest, to_bits
 
 
 # A restart where the deviation of `v`, times the step size, exceeds this many times the
@@ -85,9 +85,9 @@ class DeviationWatch(eqx.Module):
         noise = np.sum(np.abs(tableau.deviation_weights))
 
         def judge(sums, y, v, seed):
-            both = jnp.stack([_sample(y), _sample(v)])
-            sizes = jnp.max(jnp.abs(jnp.concatenate([sums, both])), axis=1, initial=0)
-            deviation, error, y_size, v_size = sizes
+            # One by one, which under `vmap` is four times as fast on a CPU as together.
+            arrays = (*sums, _sample(y), _sample(v))
+            deviation, error, y_size, v_size = map(largest, arrays)
             eps = jnp.finfo(y.dtype).eps
             rounding = jnp.asarray(noise * eps, v.dtype) * v_size
             seed = jnp.where(seed == 0, jnp.maximum(deviation, rounding), seed)

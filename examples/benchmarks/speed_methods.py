@@ -66,8 +66,10 @@ class Method(NamedTuple):
 
 
 def _reversible(setting, bounds):
+    """Errors of gradients are measured here: a walk back that misses by less than those of
+    interest may pass, as a few of a thousand chaotic solutions need."""
     del setting
-    return dr.ReversibleAdjoint(checkpoints=bounds.restarts)
+    return dr.ReversibleAdjoint(checkpoints=bounds.restarts, drift_tol=1e-6)
 
 
 def _default(setting, bounds):
