@@ -2,7 +2,6 @@
 
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -25,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart
-from .._isolated import isolated
+from .._isolated import isolated, recomputed
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
@@ -94,9 +93,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     ) -> ALFState:
         term = as_ode_term(self, terms)
         _check_state(self, y0)
-        # Checkpointed, as otherwise a gradient would hold on to the activations of this
-        # evaluation for the length of the solve.
-        v = eqx.filter_checkpoint(self._field)(term, t0, y0, args)
+        v = recomputed(lambda t, y: term.vf(t, y, args), t0, y0)
         low = None
         if self.compensated or self.bitwise:
             first_increment = largest(tree_scale(term.contr(t0, t1), v))

@@ -24,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart, Sum
-from .._isolated import isolated
+from .._isolated import isolated, recomputed
 from .._total_derivative import total_derivative
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .base import AbstractReversibleSolver, Cotangent
@@ -105,9 +105,7 @@ class AbstractSplitting(
         self._check(terms, t0, y0, args)
         q, p = y0
         term_q, term_p = self._terms(terms)
-        # Checkpointed, as otherwise a gradient would hold on to the activations of this
-        # evaluation for the length of the solve.
-        force = eqx.filter_checkpoint(self._evaluate)(term_p, t0, q, args)
+        force = recomputed(lambda t, q: term_p.vf(t, q, args), t0, q)
         low = None
         if self.compensated or self.bitwise:
             velocity = self._evaluate(term_q, t0, p, args)

@@ -84,7 +84,7 @@ def next_power_of_two(n: Any) -> int:
 def reference(problem: Problem) -> np.ndarray:
     setting, bounds = Setting(False, 1e-13), ROOM
     if problem.steps is not None:
-        steps = 2 * max(problem.steps["Dopri8"])
+        steps = 2 * max(problem.steps["Dopri8, all checkpoints"])
         setting, bounds = Setting(True, steps), Bounds(steps)
     run = compile_gradient(problem, BY_NAME["Dopri8"], setting, bounds).run
     return flatten(run()[0])
