@@ -11,7 +11,9 @@ the methods that there are in Diffrax (`speed_methods.py`), in one process, in f
 - Errors: Euclidean, of the gradient with respect to the initial state and all parameters,
   relative to that of `Dopri8` with a tolerance of 1e-13.
 - Times: medians of `--repeats` runs of everything that is compiled for a problem, in turns,
-  each round beginning with another. The first run is not among them.
+  each round beginning with another. Each time the last of as many runs as fill 0.1 seconds
+  counts, as in training, where one follows the other: the first ones also wake threads,
+  which takes as long as some of these.
 - Memory: temporary memory of the compiled gradient, by XLA. Compile times include tracing.
 - Evaluations: accepted and rejected steps, times the evaluations of a step, in the forward
   pass, and in the mean over an ensemble.
@@ -32,6 +34,7 @@ import json
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax as dfx
@@ -62,6 +65,8 @@ jax.config.update("jax_enable_x64", True)
 # Of dry runs. Longer ones are not tried.
 ROOM = Bounds(max_steps=2**13, restarts=64)
 PATIENCE = 2.0
+# In seconds.
+BUSY = 0.1
 # From there on an error is worth a measurement.
 USEFUL = 0.1
 FIXED = tuple(2**k for k in range(2, 14))
@@ -182,6 +187,17 @@ def candidates_of(problem: Problem, exact: np.ndarray, methods) -> list:
     return pairs
 
 
+def time_last(run: Callable[[], Any]) -> float:
+    """Seconds of the last of the runs that it takes to keep the machine busy."""
+    begin = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        run()
+        end = time.perf_counter()
+        if end - begin > BUSY:
+            return end - start
+
+
 def measure(problem: Problem, repeats: int, methods=METHODS) -> list[dict[str, Any]]:
     exact = reference(problem)
     if gradsolve() is None:
@@ -196,9 +212,7 @@ def measure(problem: Problem, repeats: int, methods=METHODS) -> list[dict[str, A
     for i in tqdm.trange(repeats, desc="rounds", leave=False):
         first = i * len(runs) // repeats
         for row, run in runs[first:] + runs[:first]:
-            start = time.perf_counter()
-            run()
-            row["seconds"].append(time.perf_counter() - start)
+            row["seconds"].append(time_last(run))
     jax.clear_caches()
     return rows
 
