@@ -145,3 +145,45 @@ def test_dense_output(solver, states):
 
     infos = jax.eval_shape(solve, jax.ShapeDtypeStruct((10,), jnp.float64))
     assert sum(info.size for info in jax.tree.leaves(infos)) == states * 7 * 10
+
+
+def _deep(t, y, weights):
+    del t
+    for weight in weights:
+        y = jnp.tanh(y @ weight)
+    return y
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.BlanesMoan6()), ids=repr)
+def test_one_evaluation(solver):
+    """Activations of a single evaluation of a deep field, however many stages."""
+    batch, width, layers = 512, 64, 12
+    splits = isinstance(solver, dr.BlanesMoan6)
+    fields = ((lambda t, p, args: p), _deep) if splits else _deep
+
+    def loss(y0, weights):
+        sol = dfx.diffeqsolve(
+            as_terms(fields),
+            *(solver, 0.0, 1.0, 0.1),
+            (y0, y0) if splits else y0,
+            weights,
+            adjoint=dr.ReversibleAdjoint(checkpoints=0),
+        )
+        return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
+
+    def one(y0, weights):
+        return jnp.sum(_deep(0.0, y0, weights))
+
+    y0 = jax.ShapeDtypeStruct((batch, width), jnp.float64)
+    weights = [jax.ShapeDtypeStruct((width, width), jnp.float64)] * layers
+    ours, floor = (
+        jax.jit(jax.grad(fn, argnums=(0, 1)))
+        .lower(y0, weights)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for fn in (loss, one)
+    )
+    states = (ours - floor) / (8 * batch * width)
+    # Activations of one more evaluation would be `layers` more.
+    assert states < layers

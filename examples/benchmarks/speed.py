@@ -23,7 +23,7 @@ steps before it is timed; it is shown apart, as is `DirectAdjoint`. Where there 
 a kind, steps fixed or adaptive, checkpoints by default or one for every step, the fastest
 counts. `speed.md` has the tables, `speed.json` all of it.
 
-    python speed.py                     # more than 40 minutes on two cores
+    python speed.py                     # 50 minutes on two cores
     python speed.py --problem Kepler    # and others, one of them each
     python speed.py --quick             # checks, but no times to speak of; a minute
     python speed.py --repeats 30 --output folder

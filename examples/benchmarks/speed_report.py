@@ -121,18 +121,37 @@ def compare(rows: list[Row], name: str, error: float) -> list[list[str]]:
     return lines
 
 
+def overview(problems: dict[str, list[Row]]) -> str:
+    """The fastest of each group, and the ratios of their times."""
+    header = ["problem", "error", "ours", "[ms]", "memory-lean rival", "[ms]", "ratio"]
+    lines = []
+    for name, rows in problems.items():
+        default = [row for row in rows if row["method"] == "Tsit5"]
+        for error in ERRORS:
+            groups = (rows, OURS), (rows, LEAN), (default, LEAN), (rows, APART, "gradsolve")
+            best = [fastest(of, group, error, *prefix) for of, group, *prefix in groups]
+            times = [np.nan if s is None else s.at("seconds", error) for s in best]
+            names = ["n/a" if sweep is None else str(sweep) for sweep in best]
+            ratios = [number(times[0] / time, 2) for time in times[1:]]
+            line = [name, f"{error:.0e}", names[0], _big(1e3 * times[0]), names[1]]
+            lines.append([*line, _big(1e3 * times[1]), *ratios])
+    return table([*header, "of Tsit5's by default", "of gradsolve's"], lines)
+
+
 def memory_targets(memories: dict[str, list[Row]]) -> list[list[str]]:
     """Of problems that were compiled only."""
     bounds = (
-        ("deep network", 100, "Tsit5", 0.25),
-        ("deep network", 100, "Dopri8", 0.15),
-        ("wave equation", 1000, "Tsit5", 0.15),
+        ("batched network", 1024, "ALF4", "Tsit5", 0.4),
+        ("deep network", 100, "ALF4", "Tsit5", 0.25),
+        ("deep network", 100, "ALF4", "Dopri8", 0.15),
+        ("wave equation", 1000, "ALF4", "Tsit5", 0.15),
+        ("wave equation", 1000, "BlanesMoan4", "Tsit5", 0.15),
     )
     lines = []
-    for name, steps, rival, bound in bounds:
+    for name, steps, ours, rival, bound in bounds:
         used = {r["method"]: r["memory"] for r in memories[name] if r["steps"] == steps}
-        ratio, case = used["ALF4"] / used[rival], f"{name}, {steps} steps"
-        names = "ALF4, fixed", f"{rival}, fixed"
+        ratio, case = used[ours] / used[rival], f"{name}, {steps} steps"
+        names = f"{ours}, fixed", f"{rival}, fixed"
         lines.append(_target("memory", case, *names, ratio, bound))
     return lines
 
@@ -224,6 +243,7 @@ def devices(times: dict[str, dict[str, float]]) -> str:
 def summary(results: Row) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     parts = [f"{results['machine']}, {versions}; medians of {results['repeats']} runs.\n"]
+    parts += ["## Fastest\n", overview(results["problems"])]
     parts += ["## Targets\n", targets(results)]
     for name, rows in results["problems"].items():
         parts += [f"## {name}, at equal errors of the gradient\n", equal_errors(rows)]
