@@ -107,7 +107,7 @@ def round_trip(solver):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(systems, states, states, st.floats(-4, 4, width=32), unit)
 def test_inverse_undoes_step(solver, dtypes, system, y0, deviation, t0, length):
     """Whatever `v` is, and in either direction of time."""
@@ -187,7 +187,9 @@ def controller_and_dt0(name, p):
         return dfx.ConstantStepSize(), p.dt0
     if name == "given":
         return dfx.StepTo(p.step_to), None
-    return dfx.PIDController(rtol=p.tol, atol=p.tol), p.dt0
+    # By default steps grow as if by an estimate of the error that may be nothing but rounding,
+    # and steps, and so gradients, would differ between two adjoints.
+    return dfx.PIDController(rtol=p.tol, atol=p.tol, factormax=3.0), p.dt0
 
 
 def read(sol, ts):

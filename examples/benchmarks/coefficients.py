@@ -22,7 +22,7 @@ steps onto the conditions. The same seed gives the same result.
     over that of the solver of this package of the order: on a tanh network, Kepler's
     problem, and a problem that contracts.
 
-    python coefficients.py                       # all that README tells of, 20 minutes
+    python coefficients.py                       # orders 4, 6 and 8; 15 minutes
     python coefficients.py --order 4 --sub-steps 10 --starts 400
     python coefficients.py --quick
 """

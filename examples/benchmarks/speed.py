@@ -57,7 +57,7 @@ from speed_methods import (
     METHODS,
     Setting,
 )
-from speed_problems import lorenz, Problem, PROBLEMS, small_network, wave
+from speed_problems import Problem, PROBLEMS, small_network, wave
 
 
 jax.config.update("jax_enable_x64", True)
@@ -221,12 +221,10 @@ def quick() -> None:
     """Gradients agree with the reference, and memory does not grow with steps."""
     problems = {
         "small network": small_network(),
-        "Lorenz ensemble": lorenz(8),
         "wave equation": wave((40, 24)),
     }
     settings = {
         "small network": (("ALF4", Setting(False, 1e-9)), ("Tsit5", Setting(False, 1e-9))),
-        "Lorenz ensemble": (("ALF6", Setting(False, 1e-9)),),
         "wave equation": (("BlanesMoan6", Setting(True, 16)), ("ALF4", Setting(True, 128))),
     }
     for name, problem in problems.items():
