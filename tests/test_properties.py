@@ -187,7 +187,7 @@ def controller_and_dt0(name, p):
         return dfx.ConstantStepSize(), p.dt0
     if name == "given":
         return dfx.StepTo(p.step_to), None
-    # By default steps grow as if by an estimate of the error that may be nothing but rounding,
+    # By default steps may grow by an estimate of the error that is nothing but rounding,
     # and steps, and so gradients, would differ between two adjoints.
     return dfx.PIDController(rtol=p.tol, atol=p.tol, factormax=3.0), p.dt0
 
