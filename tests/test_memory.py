@@ -147,6 +147,20 @@ def test_dense_output(solver, states):
     assert sum(info.size for info in jax.tree.leaves(infos)) == states * 7 * 10
 
 
+@pytest.mark.parametrize("splits, solver", ((True, dr.BlanesMoan6()), (False, dr.ALF4())))
+def test_room_for_restarts(splits, solver):
+    """Of two states each, but none for a solver that does not restart."""
+    fixed = dfx.ConstantStepSize()
+    none, eight = (
+        temporary_bytes(solver, fixed, 10_000, 100, adjoint=adjoint, splits=splits)
+        for adjoint in map(dr.ReversibleAdjoint, (0, 8))
+    )
+    if splits:
+        assert eight == none
+    else:
+        assert eight - none >= 2 * 8 * 80_000
+
+
 def _deep(t, y, weights):
     del t
     for weight in weights:
