@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -28,13 +27,3 @@ def isolated(fn: Callable, t: RealScalarLike, *args) -> Any:
     # The same for all elements of a batch, or both branches would be evaluated.
     always = lax.optimization_barrier(eqxi.unvmap_any(t == t))
     return lax.cond(always, lambda *a: fn(*a), never, t, *args)
-
-
-def recomputed(fn: Callable, t: RealScalarLike, *args) -> Any:
-    """`fn(t, *args)`, of which a gradient keeps nothing but what it is a function of.
-
-    It is isolated as well: it is made again only when the cotangent of its value is there.
-    Nothing else would keep XLA from making it before the walk back, and holding on to its
-    activations meanwhile.
-    """
-    return isolated(eqx.filter_checkpoint(fn), t, *args)

@@ -51,7 +51,7 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
     the steps after it."""
     args = network_args()
     state = solver.init(term(), T0, T1, Y, args)
-    y1, _, dense_info, state1, _ = solver.advance(term(), T0, T1, Y, args, state)
+    y1, _, dense_info, state1, _ = solver.step(term(), T0, T1, Y, args, state, False)
     params, static = eqx.partition((term(), args), eqx.is_inexact_array)
 
     def bind(params):
@@ -88,7 +88,7 @@ def test_fused_pullback_is_the_default_one(solver, interpolated):
     def projected(h):
         y, v, p = jax.tree.map(lambda x, d: x + h * d, (Y, state.v, params), direction)
         v = eqx.tree_at(lambda s: s.v, state, v)
-        y, _, info, v, _ = solver.advance(bind(p)[0], T0, T1, y, bind(p)[1], v)
+        y, _, info, v, _ = solver.step(bind(p)[0], T0, T1, y, bind(p)[1], v, False)
         out = as_vector((y, v)) @ as_vector((cotangent.y, cotangent.solver_state))
         if interpolated:
             out = out + as_vector(info) @ as_vector(dense_cotangent)

@@ -22,8 +22,8 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._solver.base import before_jump, Cotangent, linearise_step
-from .._tree import tree_add, tree_replace
+from .._solver.base import advance_densely, before_jump, Cotangent, linearise_step
+from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import drift
 from .finish import pull_finish
 from .forward import Trace
@@ -125,6 +125,28 @@ class _Walk(eqx.Module):
                 )
         return position
 
+    def pull_init(self, position: _Position) -> _Position:
+        """The solver state that the solve began with, unless it was given.
+
+        It is made here again where the walk has come to, so that this follows the walk, and
+        its activations are not held on to meanwhile.
+        """
+        problem, ct = self.problem, position.cotangent
+        if problem.passed_solver_state:
+            return position
+
+        def init(y, params):
+            context = self.context(params)
+            step = context.times.t0, context.times.of(problem.init_state.tnext)
+            state = problem.solver.init(context.terms, *step, y, context.args)
+            return eqx.filter(state, eqx.is_inexact_array)
+
+        _, pull = jax.vjp(init, position.y, self.params)
+        y_bar, params_bar = pull(ct.solver_state)
+        state_bar = tree_zeros_like(ct.solver_state)
+        ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+        return eqx.tree_at(lambda p: p.cotangent, position, ct)
+
     def undo_step(self, position: _Position) -> _Position:
         """One step of the walk."""
         step, steps = position.step - 1, self.trace.steps
@@ -213,8 +235,6 @@ class _Walk(eqx.Module):
 
     def restarted(self, position: _Position) -> BoolScalarLike:
         """Whether the solve was restarted where the walk is."""
-        if self.trace.restarts.capacity == 0:
-            return False
         i = position.restarts - 1
         return (i >= 0) & (self.trace.restarts.step[jnp.maximum(i, 0)] == position.step)
 
@@ -274,7 +294,7 @@ class _Walk(eqx.Module):
     def _dense_struct(self, t0, t1, y, solver_state) -> DenseInfo:
         terms, args = self.bind(self.params)
         _, _, dense_info, _, _ = eqx.filter_eval_shape(
-            self.problem.solver.advance, terms, t0, t1, y, args, solver_state
+            advance_densely, self.problem.solver, terms, t0, t1, y, args, solver_state
         )
         return dense_info
 
@@ -370,15 +390,17 @@ def _take(
 
 def _undo_all(walk: _Walk, position: _Position) -> _Position:
     """The whole walk, in two loops as in the forward pass."""
+    undo_step = lambda p: walk.undo_step(p)
+    if walk.trace.restarts.capacity == 0:
+        return lax.while_loop(lambda p: p.step > 0, undo_step, position)
 
     def segment(position):
-        if walk.trace.restarts.capacity > 0:
-            position = lax.while_loop(
-                lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
-            )
+        position = lax.while_loop(
+            lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
+        )
         return lax.while_loop(
             lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
-            lambda p: walk.undo_step(p),
+            undo_step,
             position,
         )
 
@@ -446,6 +468,7 @@ def walk_back(
     position = walk.pull_dense_times(position, cotangent)
     position = _undo_all(walk, position)
     position = walk.pull_start(position)
+    position = walk.pull_init(position)
     ct = position.cotangent
     gradient = Inputs(ct.y, ct.solver_state, ct.params)
     drifts = jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
-from .._solver.base import AbstractReversibleSolver
+from .._solver.base import AbstractReversibleSolver, advance_densely
 from .validate import hidden_closure
 
 
@@ -30,15 +30,16 @@ def close_terms(
     """
 
     def there_and_back(terms, args, t, y, solver_state):
-        y, _, _, solver_state, _ = solver.advance(terms, t, t, y, args, solver_state)
+        solver.init(terms, t, t, y, args)
+        step = solver, terms, t, t, y, args
+        y, _, _, solver_state, _ = advance_densely(*step, solver_state)
         return solver.inverse_step(terms, t, t, y, args, solver_state)
 
     def captures(terms, args):
         known = (solver, terms, args, t, y, solver_state)
 
         def step(t, y, solver_state):
-            y, _, _, solver_state, _ = solver.advance(terms, t, t, y, args, solver_state)
-            return y, solver_state
+            return advance_densely(solver, terms, t, t, y, args, solver_state)[:4]
 
         return _captured(eqx.filter_closure_convert(step, t, y, solver_state), known)
 

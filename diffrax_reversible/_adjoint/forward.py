@@ -12,9 +12,9 @@ from diffrax import AbstractLocalInterpolation, RESULTS
 from jaxtyping import Array, PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
-from .._custom_types import RealScalarLike, Terms
+from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
 from .._diffrax import State
-from .._solver.base import AbstractReversibleSolver, interrupt
+from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
 from .._tree import tree_replace
 from .problem import Inputs, Problem, save_states
 from .record import Record, RestartRecord
@@ -42,8 +42,16 @@ class Trace(eqx.Module):
         return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
 
 
+class _AdvancingState(eqx.Module):
+    """The solver state, and whether the next step will be interpolated in."""
+
+    solver_state: SolverState
+    interpolates: BoolScalarLike
+
+
 class _Advancing(eqx.Module):
-    """The solver as `loop` sees it here: restarts are not made by its steps."""
+    """The solver as `loop` sees it here: restarts are not made by its steps, and what only
+    interpolation takes is evaluated only where there is any."""
 
     solver: AbstractReversibleSolver
 
@@ -56,14 +64,22 @@ class _Advancing(eqx.Module):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del made_jump
-        return self.solver.advance(terms, t0, t1, y0, args, solver_state)
+        step = self.solver, terms, t0, t1, y0, args
+        if not isinstance(solver_state, _AdvancingState):
+            # Nothing but shapes is asked for.
+            return advance_densely(*step, solver_state)
+        y1, y_error, dense_info, after, result = advance_densely(
+            *step, solver_state.solver_state, solver_state.interpolates
+        )
+        after = _AdvancingState(after, solver_state.interpolates)
+        return y1, y_error, dense_info, after, result
 
 
 class _Steps:
     """A loop over steps that is not differentiated, and records what happens.
 
     It is left where a restart is due or a jump was made in any element of a batch, so that
-    the steps between pay for nothing that belongs to these.
+    the steps between pay for nothing that belongs to these, if there can be any.
     """
 
     def __init__(self, inputs: Inputs, problem: Problem, record: Record):
@@ -89,7 +105,10 @@ class _Steps:
 
         def step(carry):
             before, record = carry
-            after = body_fun(before)
+            interpolates = self.problem.interpolates(before)
+            advancing = _AdvancingState(before.solver_state, interpolates)
+            after = body_fun(tree_replace(_solver_state, before, [advancing]))
+            after = tree_replace(_solver_state, after, [after.solver_state.solver_state])
             return after, record.append(before, after, self.problem.solver)
 
         def interrupt_once(carry):
@@ -98,9 +117,15 @@ class _Steps:
             due = (d is not False and d & goes_on for d in interruptions(state))
             return self._interrupt(state, record, *due)
 
+        def goes_on(carry):
+            state, _ = carry
+            if not interruptible:
+                return running(state)
+            return running(state) & ~eqxi.unvmap_any(interrupted(state))
+
         def steps_until_interruption(carry):
             return eqxi.while_loop(
-                lambda c: running(c[0]) & ~eqxi.unvmap_any(interrupted(c[0])),
+                goes_on,
                 step,
                 carry,
                 max_steps=None,
@@ -115,11 +140,15 @@ class _Steps:
                 steps_until_interruption(carry),
             )
 
-        self.end, self.record = lax.while_loop(
-            lambda carry: eqxi.unvmap_any(running(carry[0])),
-            segment,
-            jtu.tree_map(jnp.asarray, (init_val, self.record)),
-        )
+        carry = jtu.tree_map(jnp.asarray, (init_val, self.record))
+        interruptible = any(due is not False for due in interruptions(carry[0]))
+        if interruptible:
+            carry = lax.while_loop(
+                lambda carry: eqxi.unvmap_any(running(carry[0])), segment, carry
+            )
+        else:
+            carry = steps_until_interruption(carry)
+        self.end, self.record = carry
         return self.end
 
     def _interrupt(self, state: State, record: Record, restarts, made_jump):
@@ -185,6 +214,10 @@ def solve_and_record(
         final_state.result,
     )
     return final_state, aux_stats, trace
+
+
+def _solver_state(state: State) -> list[SolverState]:
+    return [state.solver_state]
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from diffrax import AbstractStepSizeController, Event, SaveAt, SubSaveAt
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
+from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
 from .._tree import tree_replace
@@ -74,6 +74,8 @@ class Problem(eqx.Module):
     init_state: State
     progress_meter: Any
     max_steps: int | None = eqx.field(static=True)
+    # Whether the solver state was given, and is not what `init` makes of everything else.
+    passed_solver_state: bool = eqx.field(static=True)
     # Whether steps can begin at a jump.
     with_jumps: bool = eqx.field(static=True)
 
@@ -93,6 +95,18 @@ class Problem(eqx.Module):
             )
         )
         return by_event or any(sub.steps != 0 for sub in sub_saveats(self.saveat))
+
+    def interpolates(self, state: State) -> BoolScalarLike:
+        """Whether the step that begins at `state` may be interpolated in."""
+        if self.saveat.dense or self.finds_roots:
+            return True
+        reads = False
+        for sub, saved in zip(sub_saveats(self.saveat), save_states(state), strict=True):
+            if sub.ts is not None and len(sub.ts) > 0:
+                i = saved.saveat_ts_index
+                within = sub.ts[jnp.minimum(i, len(sub.ts) - 1)] <= state.tnext
+                reads = jnp.logical_or(reads, (i < len(sub.ts)) & within)
+        return reads
 
     def at(self, times: Times) -> "Problem":
         """With the ends of the solve at `times`."""

@@ -109,7 +109,6 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ):
-        del passed_solver_state
         check_supported(terms)
         # Those of others are replaced by their reversible form.
         solver = as_reversible(solver)
@@ -136,6 +135,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         )
         times = take_times(t0, t1, saveat)
         context = Context(terms, args, save_fns, event_fns, times)
+        if not passed_solver_state:
+            # The walk back differentiates `init` itself.
+            solver_state = jtu.tree_map(_detach, solver_state)
         inputs = Inputs(y0, solver_state, context)
         t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
         if passed_controller_state:
@@ -156,6 +158,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             init_state=jtu.tree_map(_detach, take_state(init_state)),
             progress_meter=progress_meter,
             max_steps=max_steps,
+            passed_solver_state=passed_solver_state,
             with_jumps=makes_jumps(stepsize_controller, solver, terms, args, init_state),
         )
         final_state, aux_stats = _reversible_loop(

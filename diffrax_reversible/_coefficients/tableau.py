@@ -138,6 +138,13 @@ class ALFTableau:
         return np.cumsum(c) - c / 2
 
     @ft.cached_property
+    def drifts(self) -> np.ndarray:
+        """What leads from the start of the step to its end by way of its mid-points, each
+        with the `v` between the evaluations there, shape `(s+1,)`."""
+        c = np.asarray(self.sub_steps)
+        return np.convolve(c, [0.5, 0.5])
+
+    @ft.cached_property
     def _runge_kutta(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.stages
         z, v = np.zeros(s + 1), np.eye(s + 1)[0]

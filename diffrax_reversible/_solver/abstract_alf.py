@@ -24,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart
-from .._isolated import isolated, recomputed
+from .._isolated import isolated
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
@@ -42,7 +42,9 @@ else:
 class _SubStep(NamedTuple):
     """One sub-step's share of the tableau; stacked along the first axis for a step."""
 
-    length: Array
+    # From where the last sub-step evaluated, or the start of the step, to where this one
+    # does.
+    drift: Array
     midpoint: Array
     # The weight of the evaluation in each of the linear functionals of a step, and in
     # those that watch the deviation.
@@ -58,10 +60,15 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 
         k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
 
-    each of which is undone by one evaluation of `f` at the same point `k`. The same
-    evaluation serves to pull cotangents back:
+    of which the second drift and the first of the next are made at once, so that there are
+    two updates a sub-step:
 
-        v̄ <- v̄' + h/2 z̄',  k̄ = z̄' + (∂f/∂z)ᵀ 2v̄,  θ̄ += (∂f/∂θ)ᵀ 2v̄,  z̄ = k̄,  v̄ <- h/2 k̄ - v̄
+        k <- k + d v,    u = f(t, k),    v <- 2u - v
+
+    with `d` from one evaluation to the next. Each is undone by one evaluation of `f` at the
+    same point `k`, which serves to pull cotangents back as well,
+
+        k̄ <- k̄ + (∂f/∂k)ᵀ 2v̄,    θ̄ <- θ̄ + (∂f/∂θ)ᵀ 2v̄,    v̄ <- d k̄ - v̄
 
     so that the backward pass costs one evaluation and one pull-back a sub-step.
     """
@@ -93,7 +100,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     ) -> ALFState:
         term = as_ode_term(self, terms)
         _check_state(self, y0)
-        v = recomputed(lambda t, y: term.vf(t, y, args), t0, y0)
+        v = self._field(term, t0, y0, args)
         low = None
         if self.compensated or self.bitwise:
             first_increment = largest(tree_scale(term.contr(t0, t1), v))
@@ -119,15 +126,12 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         weights = watch_weights(self.tableau)
 
         def sub_step(carry, sub: _SubStep):
-            z, v, sums, watch = carry
-            half = control * sub.length / 2
-            k = z.plus(tree_scale(half, v.high))
+            k, v, sums, watch = carry
+            k = k.plus(tree_scale(control * sub.drift, v.high))
             u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
-            new_v = v.reflect(u)
-            z = k.plus(tree_scale(half, new_v.high))
             sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
             watch = None if watch is None else watch.add(sub.watch, u)
-            return z, new_v, sums, watch
+            return k, v.reflect(u), sums, watch
 
         functionals = self._functionals()
         sums = {name: tree_scale(w[0], v0) for name, w in functionals.items()}
@@ -135,17 +139,14 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         if weights is not None:
             watch = DeviationWatch.start(weights[0], v0)
         carry = (*sums_of(y0, solver_state), sums, watch)
-        z, v, sums, watch = self._chain(sub_step, carry, functionals, t0, weights)
+        k, v, sums, watch = self._chain(sub_step, carry, functionals, t0, weights)
+        z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
         # it divides the error.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         y_error = sums.pop("error")
-        if self._evaluates_midpoint:
-            y_mid = tree_add(y0, sums["y_mid"])
-            slope = self._field(term, t0 + (t1 - t0) / 2, y_mid, args)
-            sums["k_mid"] = tree_scale(control, slope)
         deviation = solver_state.deviation
         if watch is not None and deviation is not None:
             deviation = watch.judge(self.tableau, control, y1, v1, deviation)
@@ -153,6 +154,21 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def extra_dense_info(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+        dense_info: DenseInfo,
+    ) -> DenseInfo:
+        if not self._evaluates_midpoint:
+            return {}
+        term = as_ode_term(self, terms)
+        y_mid = tree_add(dense_info["y0"], dense_info["y_mid"])
+        slope = self._field(term, t0 + (t1 - t0) / 2, y_mid, args)
+        return dict(k_mid=tree_scale(term.contr(t0, t1), slope))
 
     def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
         if solver_state.deviation is None:
@@ -243,17 +259,17 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         control = term.contr(t0, t1)
 
         def sub_step(carry, sub: _SubStep):
-            z, v, sums = carry
-            half = control * sub.length / 2
-            k = z.minus(tree_scale(half, v.high))
+            k, v, sums = carry
             u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
             v = v.reflect(u)
             sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
-            return k.minus(tree_scale(half, v.high)), v, sums
+            return k.minus(tree_scale(control * sub.drift, v.high)), v, sums
 
         assert all(w[0] == 0 for w in functionals.values())
         zeros = {name: tree_zeros_like(solver_state.v) for name in functionals}
-        carry = (*sums_of(y1, solver_state), zeros)
+        z, v = sums_of(y1, solver_state)
+        k = z.minus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
+        carry = (k, v, zeros)
         z, v, sums = self._chain(sub_step, carry, functionals, t0, reverse=True)
         y0, v0, low = split_sums(z, v)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
@@ -283,24 +299,33 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             assert all(w[0] == 0 for w in functionals.values())
 
         def sub_step(carry, sub: _SubStep):
-            z, v, (z_bar, v_bar, params_bar) = carry
-            half = control * sub.length / 2
-            k = z.minus(tree_scale(half, v.high))
+            k, v, (k_bar, v_bar, params_bar) = carry
+            drift = control * sub.drift
             t = t0 + sub.midpoint * (t1 - t0)
             u, pull = self._linearise_field(bind, t, k.high, params)
             v = v.reflect(u)
-            z = k.minus(tree_scale(half, v.high))
-            v_bar = tree_axpy(half, z_bar, v_bar)
-            u_bar = tree_scale(2, v_bar)
-            for name, weight in sub.weights.items():
-                u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
-            k_bar, more_params_bar = pull(u_bar)
-            z_bar = tree_add(z_bar, k_bar)
-            v_bar = jtu.tree_map(jnp.subtract, tree_scale(half, z_bar), v_bar)
-            return z, v, (z_bar, v_bar, tree_add(params_bar, more_params_bar))
+            k = k.minus(tree_scale(drift, v.high))
+            more_k_bar, more_params_bar = pull(tree_scale(2, v_bar))
+            k_bar = tree_add(k_bar, more_k_bar)
+            v_bar = jtu.tree_map(jnp.subtract, tree_scale(drift, k_bar), v_bar)
+            v_bar = add_sums(sub.weights, v_bar)
+            return k, v, (k_bar, v_bar, tree_add(params_bar, more_params_bar))
 
-        bars = (cotangent.y, cotangent.solver_state.v, cotangent.params)
-        carry = (*sums_of(y1, solver_state), bars)
+        def add_sums(weights, v_bar):
+            for name, weight in weights.items():
+                v_bar = tree_axpy(weight, sums_cotangent[name], v_bar)
+            return v_bar
+
+        # Half of what the sums pull back to an evaluation is added to `v_bar` beforehand,
+        # and taken off afterwards, which has the sign of what comes next.
+        halves = {name: np.convolve(w, [0.5, 0.5]) for name, w in functionals.items()}
+        last_drift = control * float(self.tableau.drifts[-1])
+        z, v = sums_of(y1, solver_state)
+        k = z.minus(tree_scale(last_drift, v.high))
+        v_bar = tree_axpy(last_drift, cotangent.y, cotangent.solver_state.v)
+        v_bar = add_sums({name: w[-1] for name, w in halves.items()}, v_bar)
+        functionals = {name: w[:-1] for name, w in halves.items()}
+        carry = (k, v, (cotangent.y, v_bar, cotangent.params))
         z, v, bars = self._chain(sub_step, carry, functionals, t0, reverse=True)
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
@@ -397,7 +422,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         """Scan `sub_step` over the sub-steps (compiles faster than unrolling them)."""
         dtype = jnp.result_type(t0)
         sub_steps = _SubStep(
-            jnp.asarray(self.tableau.sub_steps, dtype),
+            jnp.asarray(self.tableau.drifts[:-1], dtype),
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),

@@ -114,7 +114,7 @@ rounding = """\
     walk back then differs from the forward pass by no more than the vector field does
     when it is evaluated again. For single precision, long solves, and chaotic ones.
     Costs the memory of up to five more states, seven where steps are rejected, and about
-    forty operations for each entry of the state in a sub-step.
+    thirty operations for each entry of the state in a sub-step.
 - `bitwise`: as `compensated`, and whether the vector field is compiled by itself, so that
     the walk back gives every state to the last bit. Costs one more evaluation a sub-step
     in the backward pass. Entries that are smaller than `2^(-3p/4)` of the largest of their

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -52,13 +53,14 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     One that now and then replaces its solver state by something that the old one does not
     follow from says so through `needs_restart` and `restart`; one whose solver state
     depends on the vector field implements `cross_jump`; one that needs more than its state
-    to undo a step implements `to_record` and `recall`. A subclass that can undo
-    and differentiate a step with the same vector-field evaluations overrides
+    to undo a step implements `to_record` and `recall`; one of which the interpolation takes
+    evaluations that a step does not implements `extra_dense_info`. A subclass that can
+    undo and differentiate a step with the same vector-field evaluations overrides
     `inverse_step_and_pullback`, of which the default reconstructs the start of the step
     with `inverse_step` and then differentiates `advance`.
 
-    Interpolations have to be linear in the `dense_info` that `advance` returns, as
-    polynomial ones are.
+    Interpolations have to be linear in the `dense_info` that they take, as polynomial ones
+    are.
     """
 
     def step(
@@ -82,7 +84,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             self.needs_restart(solver_state),
             made_jump,
         )
-        return self.advance(terms, t0, t1, y0, args, solver_state)
+        return advance_densely(self, terms, t0, t1, y0, args, solver_state)
 
     @abc.abstractmethod
     def advance(
@@ -96,8 +98,26 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
         """A step, but for restarts.
 
-        Arguments and returns are those of [`diffrax.AbstractSolver.step`][].
+        Arguments and returns are those of [`diffrax.AbstractSolver.step`][], but for what
+        `extra_dense_info` adds to the `dense_info`.
         """
+
+    def extra_dense_info(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+        dense_info: DenseInfo,
+    ) -> DenseInfo:
+        """What interpolation takes beyond the `dense_info` that `advance` returned: more of
+        its entries.
+
+        `ReversibleAdjoint` asks for them only in those steps in which there is something to
+        interpolate; by default there are none.
+        """
+        del terms, t0, t1, args, dense_info
+        return {}
 
     @abc.abstractmethod
     def inverse_step(
@@ -225,7 +245,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             `params`.
         - `t0`, `t1`, `y1`, `solver_state`: as for `inverse_step`.
         - `cotangent`: at `t1`, with the sum of `params` so far.
-        - `dense_cotangent`: the cotangent of the `dense_info` that `advance` returned, or
+        - `dense_cotangent`: the cotangent of the `dense_info`, with what is extra of it, or
             `None` where nothing was interpolated.
 
         **Returns:**
@@ -236,6 +256,35 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             self, bind, params, t0, t1, y1, solver_state
         )
         return y0, solver_state0, pull(cotangent, dense_cotangent)
+
+
+def advance_densely(
+    solver: AbstractReversibleSolver,
+    terms: Terms,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    y0: Y,
+    args: Args,
+    solver_state: SolverState,
+    reads: BoolScalarLike = True,
+) -> tuple[Y, Y | None, DenseInfo, SolverState, RESULTS]:
+    """`advance`, with what is extra of its `dense_info`: zeros unless it is read."""
+    y1, y_error, dense_info, solver_state, result = solver.advance(
+        terms, t0, t1, y0, args, solver_state
+    )
+
+    def evaluate():
+        return solver.extra_dense_info(terms, t0, t1, args, dense_info)
+
+    def zeros():
+        return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    if reads is True:
+        extra = evaluate()
+    else:
+        shapes = jax.eval_shape(evaluate)
+        extra = lax.cond(eqxi.unvmap_any(reads), evaluate, zeros) if shapes else {}
+    return y1, y_error, {**dense_info, **extra}, solver_state, result
 
 
 def interrupt(
@@ -317,7 +366,7 @@ def linearise_step(
         terms, args = bind(params)
         state = eqx.combine(diff_state, nondiff_state)
         times = (t0, t1) if step_times is None else step_times(params)
-        y, _, dense_info, state, _ = solver.advance(terms, *times, y, args, state)
+        y, _, dense_info, state, _ = advance_densely(solver, terms, *times, y, args, state)
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
     diff_state = eqx.filter(solver_state0, eqx.is_inexact_array)

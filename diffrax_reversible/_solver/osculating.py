@@ -23,8 +23,9 @@ class OsculatingInterpolation(AbstractLocalInterpolation):
 
     - `t0`, `t1`: the ends of the step.
     - `y0`, `y1`: the solution there.
-    - `derivatives0`, `derivatives1`: its first and higher derivatives there, times
-        `t1 - t0` to the power of their order.
+    - `k0`, `k1`: its derivative there, times `t1 - t0`.
+    - `higher0`, `higher1`: its second and higher derivatives there, times `t1 - t0` to the
+        power of their order.
 
     ??? cite "Reference"
 
@@ -36,8 +37,10 @@ class OsculatingInterpolation(AbstractLocalInterpolation):
     t1: RealScalarLike
     y0: Y
     y1: Y
-    derivatives0: list[VF]
-    derivatives1: list[VF]
+    k0: VF
+    k1: VF
+    higher0: list[VF]
+    higher1: list[VF]
 
     def evaluate(
         self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
@@ -49,7 +52,8 @@ class OsculatingInterpolation(AbstractLocalInterpolation):
         # A step of no length has `y0 == y1`; any fraction will do.
         trivial = length == 0
         x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
-        starts, ends = [self.y0, *self.derivatives0], [self.y1, *self.derivatives1]
+        starts = [self.y0, self.k0, *self.higher0]
+        ends = [self.y1, self.k1, *self.higher1]
         count = len(starts)
         weights = [_basis(x, k, count) for k in range(count)]
         weights += [(-1) ** k * _basis(1 - x, k, count) for k in range(count)]

@@ -24,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart, Sum
-from .._isolated import isolated, recomputed
+from .._isolated import isolated
 from .._total_derivative import total_derivative
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .base import AbstractReversibleSolver, Cotangent
@@ -105,7 +105,7 @@ class AbstractSplitting(
         self._check(terms, t0, y0, args)
         q, p = y0
         term_q, term_p = self._terms(terms)
-        force = recomputed(lambda t, q: term_p.vf(t, q, args), t0, q)
+        force = self._evaluate(term_p, t0, q, args)
         low = None
         if self.compensated or self.bitwise:
             velocity = self._evaluate(term_q, t0, p, args)
@@ -157,35 +157,50 @@ class AbstractSplitting(
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         y_error = tree_scale(h_q, q_error), tree_scale(h_p, p_error)
+        velocity = term_q.vf(t1, y1[1], args)
         dense_info = dict(
             y0=y0,
             y1=y1,
-            derivatives0=self._derivatives(terms, t0, (t0, t1), y0, args, force0),
-            derivatives1=self._derivatives(terms, t1, (t0, t1), y1, args, force),
+            k0=(tree_scale(h_q, velocity0), tree_scale(h_p, force0)),
+            k1=(tree_scale(h_q, velocity), tree_scale(h_p, force)),
         )
         solver_state = SplittingState(force, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
 
-    def _derivatives(
+    def extra_dense_info(
+        self,
+        terms: _Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+        dense_info: DenseInfo,
+    ) -> DenseInfo:
+        return {
+            f"higher{end}": self._higher_derivatives(
+                terms, t, (t0, t1), dense_info[f"y{end}"], args
+            )
+            for end, t in enumerate((t0, t1))
+        }
+
+    def _higher_derivatives(
         self,
         terms: _Terms,
         t: RealScalarLike,
         step: tuple[RealScalarLike, RealScalarLike],
         y: Y,
         args: Args,
-        force: VF,
     ) -> list[VF]:
-        """As many derivatives of the solution at `(t, y)` as dense output takes."""
+        """The derivatives of the solution at `(t, y)` that dense output takes beyond the
+        first."""
         t0, t1 = step
-        terms = term_q, term_p = self._terms(terms)
+        term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
 
         def field(t, y):
             velocity, force = self.func(terms, t, y, args)
             return tree_scale(h_q, velocity), tree_scale(h_p, force)
 
-        velocity = term_q.vf(t, y[1], args)
-        derivatives: list[VF] = [(tree_scale(h_q, velocity), tree_scale(h_p, force))]
+        derivatives: list[VF] = []
         derivative = field
         for _ in range(self.tableau.order // 2 - 2):
             derivative = total_derivative(derivative, field, t1 - t0)
@@ -323,11 +338,14 @@ class AbstractSplitting(
     ) -> Cotangent:
         """Pull back what was interpolated with at one `end` of the step, if it was."""
         y_bar = dense_cotangent[f"y{end}"]
-        derivatives_bar = dense_cotangent[f"derivatives{end}"]
+        derivatives_bar = dense_cotangent[f"k{end}"], dense_cotangent[f"higher{end}"]
 
         def derivatives(y, force, params):
             terms, args = bind(params)
-            return self._derivatives(terms, t, step, y, args, force)
+            term_q, term_p = self._terms(terms)
+            h_q, h_p = term_q.contr(*step), term_p.contr(*step)
+            k = tree_scale(h_q, term_q.vf(t, y[1], args)), tree_scale(h_p, force)
+            return k, self._higher_derivatives(terms, t, step, y, args)
 
         def pull():
             _, pull = jax.vjp(derivatives, y, solver_state.force, params)
