@@ -201,3 +201,29 @@ def test_one_evaluation(solver):
     states = (ours - floor) / (8 * batch * width)
     # Activations of one more evaluation would be `layers` more.
     assert states < layers
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.BlanesMoan6()), ids=repr)
+def test_many_parameters(solver):
+    """Their cotangent is summed where it is returned, with no copy for the evaluation that
+    the solve begins with."""
+    size = 512
+    splits = isinstance(solver, dr.BlanesMoan6)
+    fields = ((lambda t, p, args: p), _deep) if splits else _deep
+
+    def loss(y0, weights):
+        sol = dfx.diffeqsolve(
+            as_terms(fields),
+            *(solver, 0.0, 1.0, 0.1),
+            (y0, y0) if splits else y0,
+            weights,
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
+
+    y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
+    weights = [jax.ShapeDtypeStruct((size, size), jnp.float64)] * 2
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    memory = gradient.lower(y0, weights).compile().memory_analysis()
+    # Of the evaluation at hand, one array of two.
+    assert memory.temp_size_in_bytes < 1.5 * 8 * size**2

@@ -21,7 +21,8 @@ class Counter:
     def __call__(self, t, y, scale):
         # Pure, so that what is not used is not evaluated either.
         point = jax.lax.stop_gradient((t, y))
-        one = jax.pure_callback(self._increment, jax.ShapeDtypeStruct((), y.dtype), point)
+        struct = jax.ShapeDtypeStruct((), y.dtype)
+        one = jax.pure_callback(self._increment, struct, point, vmap_method="sequential")
         return one * jnp.tanh(scale * y) - jnp.cos(t)
 
     def _increment(self, point):
@@ -60,10 +61,36 @@ def test_evaluations(solver, stages, controller, ts):
 
     y0, scale = jnp.array([1.0, 2.0]), jnp.array(0.3)
     forward, (_, steps) = field.during(jax.jit(final), y0, scale)
-    # To interpolate costs `ALF6` an evaluation a step.
+    # To interpolate costs `ALF6` an evaluation a step, and here every step is.
     evaluates = stages == 20 and ts is not None
     assert forward == (stages + evaluates) * steps + 1
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = field.during(gradient, y0, scale)
     # And another walk back over the step.
     assert forward < both <= (3 if evaluates else 2) * forward
+
+
+@pytest.mark.parametrize("batched", (False, True))
+def test_evaluations_of_steps_that_are_not_interpolated_in(batched):
+    """One in each step that is, if in any element of a batch."""
+    field = Counter()
+
+    def solve(y0, ts):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF6(),
+            *(0.0, 3.0, 0.25),
+            y0,
+            jnp.array(0.3),
+            saveat=dfx.SaveAt(ts=ts),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sol.ys
+
+    y0, ts = jnp.array([1.0, 2.0]), jnp.array([0.3, 0.4, 1.1, 2.2])
+    members, interpolated = 1, 3
+    if batched:
+        solve, members, interpolated = jax.vmap(solve), 2, 6
+        y0, ts = jnp.stack([y0, y0]), jnp.stack([ts, ts + 0.25])
+    forward, _ = field.during(jax.jit(solve), y0, ts)
+    assert forward == members * (20 * 12 + 1 + interpolated)
