@@ -205,6 +205,35 @@ def test_forward_over_reverse(name):
     assert relative_error(ours[0], expected[0]) < 1e-10
 
 
+@pytest.mark.parametrize("inner", range(3), ids=("y0", "args", "ts"))
+@pytest.mark.parametrize("outer", range(3), ids=("y0", "args", "ts"))
+def test_forward_over_reverse_of_something_else(inner, outer):
+    """The gradient with respect to one input, along another. Those along times are refused,
+    as the steps that they move are held fixed."""
+
+    def product(adjoint):
+        def final(*inputs):
+            y0, w, ts = inputs
+            return sum_of_squares(solve(y0, w, adjoint, saveat=dfx.SaveAt(ts=ts)).ys)
+
+        inputs = [BATCH[0], W, TS / 2]
+
+        def gradient(x):
+            along = [*inputs[:outer], x, *inputs[outer + 1 :]]
+            return jax.grad(final, inner)(*along)
+
+        x = inputs[outer]
+        return jax.jit(lambda x: jax.jvp(gradient, (x,), (jnp.cos(x),)))(x)
+
+    if outer == 2:
+        with pytest.raises(RuntimeError, match="in forward mode over"):
+            product(dr.ReversibleAdjoint())
+        return
+    ours, expected = product(dr.ReversibleAdjoint()), product(dfx.DirectAdjoint())
+    assert relative_error(ours[1], expected[1]) < 1e-9
+    assert relative_error(ours[0], expected[0]) < 1e-10
+
+
 @families
 def test_families(family):
     """`jvp` of `vmap` of `grad`, against those of the adjoint that stores everything."""

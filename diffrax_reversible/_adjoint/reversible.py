@@ -135,11 +135,16 @@ class ReversibleAdjoint(AbstractAdjoint):
         )
         times = take_times(t0, t1, saveat)
         context = Context(terms, args, save_fns, event_fns, times)
-        if not passed_solver_state:
-            # The walk back differentiates `init` itself.
-            solver_state = jtu.tree_map(_detach, solver_state)
-        inputs = Inputs(y0, solver_state, context)
-        t0, t1, saveat = jtu.tree_map(_detach, (t0, t1, saveat))
+        # If it was not passed, the walk back differentiates `init` itself.
+        given, made = (solver_state, None) if passed_solver_state else (None, solver_state)
+        (y0, given, context), (made, *fixed) = reverse_only(
+            (y0, given, context), (made, t0, t1, saveat)
+        )
+        inputs = Inputs(y0, given if passed_solver_state else made, context)
+        # What differentiates these gradients would not see that steps depend on them.
+        name = "`t0`, `t1` or `SaveAt(ts=...)` in forward mode over reverse mode"
+        fixed = hold_fixed(fixed, name)
+        t0, t1, saveat = jtu.tree_map(_detach_integers, fixed)
         if passed_controller_state:
             init_state = tree_replace(
                 lambda s: s.controller_state,
@@ -162,7 +167,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             with_jumps=makes_jumps(stepsize_controller, solver, terms, args, init_state),
         )
         final_state, aux_stats = _reversible_loop(
-            reverse_only(inputs), problem, self.checkpoints, self.drift_tol, throw
+            inputs, problem, self.checkpoints, self.drift_tol, throw
         )
         return _differentiate_outputs_only(final_state), aux_stats
 
@@ -211,6 +216,12 @@ def _differentiate_outputs_only(final_state: State) -> State:
 def _detach(x: Any) -> Any:
     if eqx.is_inexact_array(x):
         return lax.stop_gradient(x)
+    return _detach_integers(x)
+
+
+def _detach_integers(x: Any) -> Any:
+    if eqx.is_inexact_array(x):
+        return x
     if eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
         # JAX gives even the integer outputs of a custom gradient a tangent, which not
         # every operation accepts. Bitwise operations have none.

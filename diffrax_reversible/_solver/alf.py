@@ -58,9 +58,10 @@ class ALF6(AbstractALF):
     """Sixth-order composition of asynchronous leapfrog.
 
     Order 6, embedded order 5, twenty evaluations a step (and one at the start), quintic
-    interpolation of order 6 at one evaluation a step more, if there is anything to
-    interpolate (six states a step with `SaveAt(dense=True)`). For tolerances of 1e-6 and
-    below, and for long integrations.
+    interpolation of order 6 (six states a step with `SaveAt(dense=True)`). That takes one
+    evaluation more in each step that is interpolated in, and without `ReversibleAdjoint` in
+    every step if there is anything to interpolate. For tolerances of 1e-6 and below, and
+    for long integrations.
 
     Algebraically reversible: a step is undone by twenty evaluations, up to rounding.
     Restarts as [`diffrax_reversible.ALF4`][] does.

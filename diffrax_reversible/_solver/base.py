@@ -277,13 +277,13 @@ def advance_densely(
         return solver.extra_dense_info(terms, t0, t1, args, dense_info)
 
     def zeros():
+        shapes = jax.eval_shape(evaluate)
         return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    if reads is True:
-        extra = evaluate()
+    if isinstance(reads, bool):
+        extra = evaluate() if reads else zeros()
     else:
-        shapes = jax.eval_shape(evaluate)
-        extra = lax.cond(eqxi.unvmap_any(reads), evaluate, zeros) if shapes else {}
+        extra = lax.cond(eqxi.unvmap_any(reads), evaluate, zeros)
     return y1, y_error, {**dense_info, **extra}, solver_state, result
 
 
