@@ -81,13 +81,13 @@ def test_growth_with_jumps():
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
-def test_states(solver, controller):
+@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 7), (PID, 8)))
+def test_states(solver, controller, states):
     """In units of the state, whatever the number of sub-steps."""
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
-    # Eight with fixed steps from JAX 0.10 on; nine, and a Boolean each entry, else.
-    assert used < 9.2
+    # Six with fixed steps if there are sub-steps.
+    assert used < (states if jax.__version_info__ >= (0, 10) else 10) + 0.2
 
 
 @pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 5), (PID, 7)))
@@ -158,7 +158,8 @@ def test_room_for_restarts(splits, solver):
     if splits:
         assert eight == none
     else:
-        assert eight - none >= 2 * 8 * 80_000
+        # JAX 0.4 puts two of them where others are that are no longer needed.
+        assert eight - none >= (2 * 8 - 2) * 80_000
 
 
 def _deep(t, y, weights):
