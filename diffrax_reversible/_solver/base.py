@@ -60,7 +60,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     with `inverse_step` and then differentiates `advance`.
 
     Interpolations have to be linear in the `dense_info` that they take, as polynomial ones
-    are.
+    are. A gradient also goes through `init`, which is called again at the end of the walk
+    back.
     """
 
     def step(
