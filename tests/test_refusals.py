@@ -212,6 +212,12 @@ REFUSALS = (
         ("`jax.grad(jax.grad(...))`", "`jax.hessian(...)`", "DirectAdjoint"),
     ),
     (
+        "second derivatives along times",
+        lambda: jax.hessian(lambda t1: jnp.sum(solve(t1=t1).ys))(jnp.array(1.0)),
+        RuntimeError,
+        ("`SaveAt(ts=...)`", "`jax.hessian(...)`", "DirectAdjoint"),
+    ),
+    (
         "forward mode: `jvp`, `jacfwd`",
         lambda: jax.jvp(total, (Y0,), (Y0,)),
         RuntimeError,

@@ -32,6 +32,7 @@ from .validate import (
     check_supported,
     differentiate_once,
     hold_fixed,
+    hold_times_fixed,
     moving_steps,
     steps_move_with,
     too_few,
@@ -141,10 +142,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             (y0, given, context), (made, t0, t1, saveat)
         )
         inputs = Inputs(y0, given if passed_solver_state else made, context)
-        # What differentiates these gradients would not see that steps depend on them.
-        name = "`t0`, `t1` or `SaveAt(ts=...)` in forward mode over reverse mode"
-        fixed = hold_fixed(fixed, name)
-        t0, t1, saveat = jtu.tree_map(_detach_integers, fixed)
+        t0, t1, saveat = jtu.tree_map(_detach_integers, hold_times_fixed(fixed))
         if passed_controller_state:
             init_state = tree_replace(
                 lambda s: s.controller_state,
@@ -194,7 +192,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     `t1` unless by that or a `PIDController`; and for functions that close over traced
     values where they cannot be seen.
 - `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
-    forward mode, and for reverse mode over a gradient.
+    forward mode, for second derivatives along times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
     the walk back misses a state that it can be compared with.
 """

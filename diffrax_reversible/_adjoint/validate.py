@@ -102,6 +102,20 @@ def hold_fixed(x: PyTree, name: str) -> PyTree:
     )
 
 
+def hold_times_fixed(x: PyTree) -> PyTree:
+    """Raise an error if a gradient is differentiated along the times `x`: it does not see
+    that steps depend on them."""
+    return eqxi.nondifferentiable(
+        x,
+        msg=(
+            f"{call} does not give the derivatives of gradients along `t0`, `t1` or "
+            "`SaveAt(ts=...)`, as `jax.jvp(jax.grad(...), ...)` and `jax.hessian(...)` ask "
+            "for. Use `adjoint=diffrax.DirectAdjoint()`, or hold times fixed with "
+            "`jax.lax.stop_gradient`."
+        ),
+    )
+
+
 def differentiate_once(x: PyTree) -> PyTree:
     """Raise an error if `x`, of a gradient, is differentiated again in reverse mode."""
     return eqxi.nondifferentiable_backward(
