@@ -169,10 +169,8 @@ def _deep(t, y, weights):
     return y
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.BlanesMoan6()), ids=repr)
-def test_one_evaluation(solver):
-    """Activations of a single evaluation of a deep field, however many stages."""
-    batch, width, layers = 512, 64, 12
+def _loss(solver, checkpoints):
+    """Of the end of a solve of a deep field, as a function of `y0` and the weights."""
     splits = isinstance(solver, dr.BlanesMoan6)
     fields = ((lambda t, p, args: p), _deep) if splits else _deep
 
@@ -182,9 +180,17 @@ def test_one_evaluation(solver):
             *(solver, 0.0, 1.0, 0.1),
             (y0, y0) if splits else y0,
             weights,
-            adjoint=dr.ReversibleAdjoint(checkpoints=0),
+            adjoint=dr.ReversibleAdjoint(checkpoints),
         )
         return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
+
+    return loss
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.BlanesMoan6()), ids=repr)
+def test_one_evaluation(solver):
+    """Activations of a single evaluation of a deep field, however many stages."""
+    batch, width, layers = 512, 64, 12
 
     def one(y0, weights):
         return jnp.sum(_deep(0.0, y0, weights))
@@ -197,7 +203,7 @@ def test_one_evaluation(solver):
         .compile()
         .memory_analysis()
         .temp_size_in_bytes
-        for fn in (loss, one)
+        for fn in (_loss(solver, checkpoints=0), one)
     )
     states = (ours - floor) / (8 * batch * width)
     # Activations of one more evaluation would be `layers` more.
@@ -209,22 +215,9 @@ def test_many_parameters(solver):
     """Their cotangent is summed where it is returned, with no copy for the evaluation that
     the solve begins with."""
     size = 512
-    splits = isinstance(solver, dr.BlanesMoan6)
-    fields = ((lambda t, p, args: p), _deep) if splits else _deep
-
-    def loss(y0, weights):
-        sol = dfx.diffeqsolve(
-            as_terms(fields),
-            *(solver, 0.0, 1.0, 0.1),
-            (y0, y0) if splits else y0,
-            weights,
-            adjoint=dr.ReversibleAdjoint(),
-        )
-        return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
-
     y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
     weights = [jax.ShapeDtypeStruct((size, size), jnp.float64)] * 2
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(_loss(solver, checkpoints=8), argnums=(0, 1)))
     memory = gradient.lower(y0, weights).compile().memory_analysis()
     # Of the evaluation at hand, one array of two.
     assert memory.temp_size_in_bytes < 1.5 * 8 * size**2

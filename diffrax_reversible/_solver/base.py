@@ -115,7 +115,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         its entries.
 
         `ReversibleAdjoint` asks for them only in those steps in which there is something to
-        interpolate; by default there are none.
+        interpolate, which with `SaveAt(dense=True)` or the root finder of an event may be
+        any; by default there are none.
         """
         del terms, t0, t1, args, dense_info
         return {}
