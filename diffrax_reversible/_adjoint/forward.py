@@ -99,33 +99,32 @@ class _Steps:
             made_jump = self.problem.with_jumps and state.made_jump
             return restarts, made_jump
 
-        def interrupted(state):
-            restarts, made_jump = interruptions(state)
-            return running(state) & jnp.logical_or(restarts, made_jump)
+        def interrupted(state, goes_on):
+            """Whether a restart is due, or a jump was made, in any element that goes on."""
+            due = (jnp.logical_or(*interruptions(state))) & goes_on
+            return eqxi.unvmap_any(due)
 
         def step(carry):
-            before, record = carry
+            before, record, _ = carry
             interpolates = self.problem.interpolates(before)
             advancing = _AdvancingState(before.solver_state, interpolates)
             after = body_fun(tree_replace(_solver_state, before, [advancing]))
             after = tree_replace(_solver_state, after, [after.solver_state.solver_state])
-            return after, record.append(before, after, self.problem.solver)
+            record = record.append(before, after, self.problem.solver)
+            # In a batch this is called for elements that have finished as well, and what it
+            # makes of them must not interrupt the others.
+            due = interruptible and interrupted(after, running(before) & running(after))
+            return after, record, due
 
-        def interrupt_once(carry):
-            state, record = carry
+        def interrupt(carry):
+            state, record, _ = carry
             goes_on = running(state)
             due = (d is not False and d & goes_on for d in interruptions(state))
-            return self._interrupt(state, record, *due)
-
-        def goes_on(carry):
-            state, _ = carry
-            if not interruptible:
-                return running(state)
-            return running(state) & ~eqxi.unvmap_any(interrupted(state))
+            return *self._interrupt(state, record, *due), jnp.array(False)
 
         def steps_until_interruption(carry):
             return eqxi.while_loop(
-                goes_on,
+                lambda c: running(c[0]) & ~c[2],
                 step,
                 carry,
                 max_steps=None,
@@ -134,21 +133,20 @@ class _Steps:
             )
 
         def segment(carry):
-            return lax.while_loop(
-                lambda c: eqxi.unvmap_any(interrupted(c[0])),
-                interrupt_once,
-                steps_until_interruption(carry),
-            )
+            carry = lax.while_loop(lambda c: eqxi.unvmap_any(c[2]), interrupt, carry)
+            return steps_until_interruption(carry)
 
-        carry = jtu.tree_map(jnp.asarray, (init_val, self.record))
-        interruptible = any(due is not False for due in interruptions(carry[0]))
+        state, record = jtu.tree_map(jnp.asarray, (init_val, self.record))
+        interruptible = any(due is not False for due in interruptions(state))
         if interruptible:
             carry = lax.while_loop(
-                lambda carry: eqxi.unvmap_any(running(carry[0])), segment, carry
+                lambda carry: eqxi.unvmap_any(running(carry[0])),
+                segment,
+                (state, record, interrupted(state, running(state))),
             )
         else:
-            carry = steps_until_interruption(carry)
-        self.end, self.record = carry
+            carry = steps_until_interruption((state, record, jnp.array(False)))
+        self.end, self.record, _ = carry
         return self.end
 
     def _interrupt(self, state: State, record: Record, restarts, made_jump):

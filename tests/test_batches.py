@@ -1,0 +1,114 @@
+"""Batches in which every member does something else: each has the solution and the gradient
+that it has alone."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import relative_error
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+JUMP = 1.5
+
+
+def field(t, y, rate):
+    """Contracts, jumps, and if it starts from more than one it goes to infinity."""
+    a, b = y
+    jump = jnp.where(t < JUMP, 0.0, 0.3)
+    return jnp.stack([-rate * (a - jnp.cos(t) - jump), b * (b - 1)])
+
+
+# Rate, start of the second entry, threshold of the event, end.
+MEMBERS = {
+    "restarts": (20.0, 0.3, -9.0, 4.0),
+    "jumps": (1.0, 0.3, -9.0, 4.0),
+    "ends early": (15.0, 0.3, -9.0, 0.7),
+    "event": (8.0, 0.9, 0.5, 4.0),
+    "event at once": (8.0, 0.51, 0.5, 4.0),
+    "too many steps": (300.0, 0.3, -9.0, 4.0),
+    "smallest step reached": (10.0, 1.3, -9.0, 4.0),
+    "no steps": (10.0, 0.3, -9.0, 0.0),
+}
+# The gradients of solves that failed are NaN, alone as well.
+FAILED = {"too many steps", "smallest step reached"}
+
+
+def solve(solver, jumps, rate, b0, threshold, t1):
+    controller = dfx.PIDController(rtol=1e-4, atol=1e-6, dtmin=1e-4, force_dtmin=False)
+    if jumps:
+        controller = dfx.ClipStepSizeController(controller, jump_ts=jnp.array([JUMP]))
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        0.0,
+        t1,
+        jnp.array(0.05),
+        jnp.stack([jnp.array(0.2), b0]),
+        rate,
+        stepsize_controller=controller,
+        event=dfx.Event(lambda t, y, args, **kwargs: y[1] - threshold),
+        adjoint=dr.ReversibleAdjoint(checkpoints=64),
+        max_steps=256,
+        throw=False,
+    )
+    out = dict(ts=sol.ts, ys=sol.ys, result=sol.result._value, **sol.stats)
+    return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2), out
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
+@pytest.mark.parametrize("jumps", (False, True))
+def test_every_member_as_alone(solver, jumps):
+    run = jax.value_and_grad(
+        lambda *member: solve(solver, jumps, *member), argnums=(0, 1), has_aux=True
+    )
+    members = jnp.array(list(MEMBERS.values()))
+    (_, batched), batched_grad = jax.jit(jax.vmap(run))(*members.T)
+    alone = jax.jit(run)
+    results = {}
+    for i, (name, member) in enumerate(zip(MEMBERS, members, strict=True)):
+        (_, out), grad = alone(*member)
+        assert out["num_steps"] == batched["num_steps"][i], name
+        assert out["num_restarts"] == batched["num_restarts"][i], name
+        assert out["result"] == batched["result"][i], name
+        if name in FAILED:
+            continue
+        assert np.allclose(out["ts"], batched["ts"][i], rtol=1e-12), name
+        assert relative_error(batched["ys"][i], out["ys"]) < 1e-8, name
+        assert relative_error(jax.tree.map(lambda g, i=i: g[i], batched_grad), grad) < 1e-8
+        results[name] = int(out["num_restarts"])
+    # Each of them is what it is called.
+    assert results["restarts"] > 0 and results["ends early"] > 0
+    codes = {name: int(code) for name, code in zip(MEMBERS, batched["result"], strict=True)}
+    expected = dict.fromkeys(MEMBERS, dfx.RESULTS.successful)
+    expected["event"] = expected["event at once"] = dfx.RESULTS.event_occurred
+    expected["too many steps"] = dfx.RESULTS.max_steps_reached
+    expected["smallest step reached"] = dfx.RESULTS.dt_min_reached
+    assert codes == {name: result._value for name, result in expected.items()}
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
+def test_event_beside_restart(solver):
+    """What a member that has finished would do next does not stop the others."""
+
+    def solve(threshold):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y),
+            solver,
+            0.0,
+            20.0,
+            1.0,
+            jnp.array(10.0),
+            event=dfx.Event(lambda t, y, args, **kwargs: y - threshold),
+            stepsize_controller=dfx.PIDController(1e-3, 1e-6),
+            adjoint=dr.ReversibleAdjoint(),
+        ).ys[0]
+
+    thresholds = jnp.array([1e-3, 0.2, 2.0, 9.0, 5.0])
+    alone = jnp.stack([solve(threshold) for threshold in thresholds])
+    assert np.allclose(jax.vmap(solve)(thresholds), alone, rtol=1e-10)
