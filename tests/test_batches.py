@@ -40,7 +40,7 @@ FAILED = {"too many steps", "smallest step reached"}
 
 
 def solve(solver, jumps, rate, b0, threshold, t1):
-    controller = dfx.PIDController(rtol=1e-4, atol=1e-6, dtmin=1e-4, force_dtmin=False)
+    controller = dfx.PIDController(rtol=1e-4, atol=1e-6, dtmin=1e-7, force_dtmin=False)
     if jumps:
         controller = dfx.ClipStepSizeController(controller, jump_ts=jnp.array([JUMP]))
     sol = dfx.diffeqsolve(

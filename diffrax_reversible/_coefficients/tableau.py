@@ -7,6 +7,12 @@ import math
 
 import numpy as np
 
+from .coarse_error import (
+    coarse_error_weights,
+    effect_of_deviation,
+    growth_of_deviation,
+)
+from .linear_response import LinearResponse
 from .order_conditions import (
     error_functional,
     exact_derivative,
@@ -210,6 +216,71 @@ class ALFTableau:
             phi, embedded_order, self.error_scale, extra=[parasitic]
         )
         return weights
+
+    @ft.cached_property
+    def coarse_error_weights(self) -> np.ndarray:
+        """Weights of `u_0, ..., u_s` in a second error estimate, for steps next to the limit
+        of stability, zero if there is none.
+
+        Its order is one less than that of the first, and it does not see the parasitic
+        deviation either.
+        """
+        order = self._embedded_order - 1
+        if self.stages == 1 or order < 1:
+            return np.zeros(self.stages + 1)
+        matrix, _, v_weights = self._runge_kutta
+        conditions = [self._phi[tree][1:] for tree in trees_up_to(order)]
+        return coarse_error_weights(
+            self.linear_response,
+            self.error_weights,
+            self._deviation_error_weights,
+            v_weights,
+            np.stack([*conditions, matrix[1:, 0]]),
+        )
+
+    @ft.cached_property
+    def deviation_error_scale(self) -> float:
+        """What the deviation that `v` takes on in a step, times the length of the step, is
+        multiplied by for a third error estimate: so that on `y' = λ y` with small steps it
+        equals the first. Zero if there is none.
+
+        Only methods of order 4 need it: those of higher order have the freedom for a first
+        and a second estimate that leave nothing to be seen.
+        """
+        if self.order != 4 or self.deviation_weights is None:
+            return 0.0
+        tall: RootedTree = ((((),),),)
+        first, third = self.error_weights, self.deviation_weights
+        return float(abs((first @ self._phi[tall]) / (third @ self._phi[tall])))
+
+    @ft.cached_property
+    def deviation_growth(self) -> float:
+        """By how much a deviation that is there before a step grows in it, if the step is
+        not close to unstable."""
+        assert self.deviation_weights is not None
+        return growth_of_deviation(self.linear_response, self.deviation_weights)
+
+    @ft.cached_property
+    def deviation_effect(self) -> float:
+        """What a deviation of size one adds to the solution in a step, in units of the error
+        of the step over its first estimate, where it grows by a factor of two."""
+        assert self.deviation_weights is not None
+        return effect_of_deviation(
+            self.linear_response,
+            self.deviation_weights,
+            self._step_weights,
+            self.error_weights,
+        )
+
+    def linear_response(self, z: np.ndarray) -> LinearResponse:
+        """What a step makes of `y' = λ y`, as a function of `z = h λ`."""
+        return LinearResponse.of(self.runge_kutta_matrix, self._step_weights, z)
+
+    @property
+    def _deviation_error_weights(self) -> np.ndarray:
+        if self.deviation_weights is None:
+            return np.zeros(self.stages + 1)
+        return self.deviation_error_scale * self.deviation_weights
 
     @property
     def _embedded_order(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 from jaxtyping import Array
 
+from .._coefficients.coarse_error import power, threshold
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import (
     Args,
@@ -28,7 +29,7 @@ from .._isolated import isolated
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
-from .deviation import Deviation, DeviationWatch, watch_weights
+from .deviation import Deviation, DeviationWatch, raise_sample, watch_weights
 from .interpolation import HermiteInterpolation
 from .ode_term import as_ode_term
 
@@ -106,7 +107,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             first_increment = largest(tree_scale(term.contr(t0, t1), v))
             y_scale = jtu.tree_map(jnp.maximum, largest(y0), first_increment)
             low = LowPart.start(y0, y_scale), LowPart.start(v, largest(v))
-        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
+        return ALFState(v, self._start_watch(y0, v), low, jnp.array(True))
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return as_ode_term(self, terms).vf(t0, y0, args)
@@ -146,11 +147,19 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         # it divides the error.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
+        k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         y_error = sums.pop("error")
+        if "coarse_error" in sums:
+            coarse = sums.pop("coarse_error")
+            y_error = jtu.tree_map(combine_errors, y_error, coarse, k0, k1)
         deviation = solver_state.deviation
         if watch is not None and deviation is not None:
-            deviation = watch.judge(self.tableau, control, y1, v1, deviation)
-        k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
+            fresh = solver_state.fresh
+            assert fresh is not None
+            step = self.tableau, control, y1, v1, deviation, fresh
+            deviation, excess = watch.judge(*step)
+            if self.tableau.deviation_error_scale > 0:
+                y_error = jtu.tree_map(raise_sample, y_error, excess)
         dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
@@ -187,7 +196,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         low = solver_state.low
         if low is not None:
             low = low[0], LowPart.start(v, largest(v))
-        return ALFState(v, self._no_deviation(v), low, jnp.array(True))
+        deviation = solver_state.deviation
+        if deviation is not None:
+            deviation = deviation.restarted(self.tableau, v)
+        return ALFState(v, deviation, low, jnp.array(True))
 
     def cross_jump(
         self,
@@ -396,13 +408,17 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             u = self._field(as_ode_term(self, terms), t, k, args)
         return u, pull
 
-    def _no_deviation(self, v: VF) -> Deviation | None:
-        """As just after a restart. `None` if it cannot be told."""
-        return None if watch_weights(self.tableau) is None else Deviation.none(v)
+    def _start_watch(self, y: Y, v: VF) -> Deviation | None:
+        """`None` if the deviation cannot be told."""
+        if self.tableau.deviation_weights is None:
+            return None
+        return Deviation.start(self.tableau, y, v)
 
     def _functionals(self) -> dict[str, np.ndarray]:
         """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
         functionals = {"error": self.tableau.error_weights}
+        if np.any(self.tableau.coarse_error_weights):
+            functionals["coarse_error"] = self.tableau.coarse_error_weights
         if self.tableau.midpoint_weights is not None:
             functionals["y_mid"] = self.tableau.midpoint_weights
         if self.tableau.midpoint_slope_weights is not None:
@@ -436,6 +452,19 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             reverse=reverse,
         )
         return carry
+
+
+def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
+    """The error estimate, of two of different order.
+
+    The coarse one counts where the step is about as large as is stable: there it is not small
+    beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
+    """
+    size = jnp.abs(coarse)
+    slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
+    limit = jnp.maximum(jnp.maximum(slopes, size), jnp.finfo(size.dtype).tiny)
+    coarse = coarse * (size / limit) ** power
+    return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
 
 def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):

@@ -1,0 +1,159 @@
+"""Error estimates for steps next to the limit of stability.
+
+For small steps an error estimate is a multiple of the leading term of an error. For large
+ones it need not resemble the error at all: on `y' = λ y` it is a polynomial in `z = h λ`,
+which may vanish where the step is unstable. The fine estimate of order 3 of five sub-steps
+does so near `z = -3` and `z = -6`, and is less than a twentieth of the error on all that is
+between. Two more estimates bound it from below.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .linear_response import left_half_plane, LinearResponse
+from .order_conditions import null_space_of
+
+
+# The coarse estimate counts in full where it exceeds this fraction of what the two slopes at
+# the ends of the step add up to. Where it is smaller, it is reduced by this power of the
+# quotient, which leaves the fine estimate its order.
+threshold = 0.1
+power = 2
+
+# The estimate by the deviation counts beyond this multiple of the fine one.
+usual_deviation = 0.5
+
+# With a margin to the quarter of the error that is asked for where that exceeds 1e-3.
+_fraction = 0.3
+_least_error = 1e-3
+_radius = 15.0
+_fitted_radius = 6.0
+# Points per unit of `|z|`, and angles.
+_dense = 100, 361
+_sparse = 20, 46
+
+
+def combine(fine: np.ndarray, coarse: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """The size of both estimates together."""
+    coarse = np.abs(coarse)
+    quotient = np.minimum(coarse / (threshold * slopes), 1)
+    return np.maximum(np.abs(fine), coarse * quotient**power)
+
+
+def coarse_error_weights(
+    response_of: Callable[[np.ndarray], LinearResponse],
+    fine_weights: np.ndarray,
+    deviation_weights: np.ndarray,
+    v_weights: np.ndarray,
+    conditions: np.ndarray,
+) -> np.ndarray:
+    """Weights of `u_0, ..., u_s` in the coarse estimate, zero if there is none.
+
+    It is a multiple of `d + b e`, of the estimate `d` of the smaller order that is closest
+    to the error on `y' = λ y`, and of the fine estimate `e`. The multiple is the smallest
+    with which all estimates together bound the error from below on the left half-plane, and
+    `b` that with which the coarse estimate is the smallest where errors are below 1e-3:
+    smaller tolerances should not see it.
+
+    **Arguments:**
+
+    - `response_of`: the `LinearResponse` of a step, as a function of `z`.
+    - `fine_weights`: of `u_0, ..., u_s` in the fine estimate.
+    - `deviation_weights`: those in the estimate by the deviation, zero if there is none.
+    - `v_weights`: those in `v` at the end of the step.
+    - `conditions`: what the coarse estimate has to annihilate, of `u_1, ..., u_s`.
+    """
+    weights = np.zeros_like(fine_weights)
+    unit = fine_weights[1:] / np.linalg.norm(fine_weights[1:])
+    null_space = null_space_of(np.concatenate([conditions, unit[None]]))
+    if null_space.shape[1] == 0:
+        return weights
+    dense, sparse = (
+        response_of(left_half_plane(_radius, *resolution)) for resolution in (_dense, _sparse)
+    )
+    direction = null_space @ _closest(sparse, null_space)
+
+    def parts(response, b):
+        fine = np.abs(fine_weights @ response.stages)
+        deviation = np.abs(deviation_weights @ response.stages) - usual_deviation * fine
+        coarse = (direction + b * unit) @ response.stages[1:]
+        slopes = np.abs(response.z) + np.abs(v_weights @ response.stages)
+        return np.maximum(fine, deviation), coarse, slopes
+
+    def cost(b):
+        others, coarse, slopes = parts(sparse, b)
+        multiple = _multiple(sparse, others, coarse, slopes)
+        size = np.maximum(others, np.abs(sparse.error))
+        total = combine(others, multiple * coarse, slopes)
+        return np.max((total / size)[size < _least_error])
+
+    # Of equally good ones that closest to `direction`.
+    b = min(np.linspace(-2, 2, 81), key=lambda b: (round(cost(b), 2), abs(b)))
+    weights[1:] = _multiple(dense, *parts(dense, b)) * (direction + b * unit)
+    return weights
+
+
+def _closest(response: LinearResponse, basis: np.ndarray) -> np.ndarray:
+    """Coordinates of what is closest to the error on `y' = λ y`, relative to its size."""
+    if basis.shape[1] == 1:
+        return np.ones(1)
+    size = np.abs(response.error)
+    response = response.at((size > _least_error) & (np.abs(response.z) <= _fitted_radius))
+    size = np.abs(response.error)
+    matrix = (basis.T @ response.stages[1:] / size).T
+    target = response.error / size
+    matrix, target = (np.concatenate([x.real, x.imag]) for x in (matrix, target))
+    return np.linalg.lstsq(matrix, target, rcond=1e-2)[0]
+
+
+def _multiple(
+    response: LinearResponse, others: np.ndarray, coarse: np.ndarray, slopes: np.ndarray
+) -> float:
+    """The smallest multiple of the coarse estimate that makes up for the others."""
+    error = np.abs(response.error)
+    needed = (error > _least_error) & (others < _fraction * error)
+    if not np.any(needed):
+        return 0.0
+    target, limit = _fraction * error[needed], threshold * slopes[needed]
+    # The `x` with `x min(x / limit, 1)^power = target`.
+    x = np.where(target < limit, (target * limit**power) ** (1 / (power + 1)), target)
+    return float(np.max(x / np.abs(coarse[needed])))
+
+
+def growth_of_deviation(
+    response_of: Callable[[np.ndarray], LinearResponse], deviation_weights: np.ndarray
+) -> float:
+    """By how much a deviation seems to grow in a step of `y' = λ y`, three quarters as long as
+    is stable."""
+    response = _stable(response_of)
+    growth = np.abs(deviation_weights @ response.parasitic)
+    return float(np.max(growth[: round(0.75 * len(growth))]))
+
+
+def effect_of_deviation(
+    response_of: Callable[[np.ndarray], LinearResponse],
+    deviation_weights: np.ndarray,
+    step_weights: np.ndarray,
+    error_weights: np.ndarray,
+) -> float:
+    """The smallest `q` for which a deviation of `v` of size one, that seems to grow by a
+    factor of `g` in a step, adds at most `(g - 1)^2 q h` to the solution, for all stable
+    steps of `y' = λ y`.
+
+    In units of the error of a step over its fine estimate, both with `λ h = -1`.
+    """
+    response = _stable(response_of)
+    growth = np.maximum.accumulate(np.abs(deviation_weights @ response.parasitic))
+    effect = np.abs(step_weights @ response.parasitic)
+    grows = growth > 1.05
+    unit = response_of(np.array([-1.0]))
+    error = unit.error / (error_weights @ unit.stages)
+    return float(np.max(effect[grows] / (growth[grows] - 1) ** 2) / np.abs(error[0]))
+
+
+def _stable(response_of: Callable[[np.ndarray], LinearResponse]) -> LinearResponse:
+    """Of steps of `y' = λ y`, by their length, up to what is stable."""
+    response = response_of(-np.linspace(0, _radius, 1501)[1:])
+    limit = np.argmax(np.append(np.abs(response.solution) > 1, True))
+    return response.at(np.arange(limit))
