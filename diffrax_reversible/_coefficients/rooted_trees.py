@@ -44,6 +44,11 @@ def trees_up_to(order: int) -> tuple[RootedTree, ...]:
     return tuple(it.chain.from_iterable(map(rooted_trees, range(1, order + 1))))
 
 
+def tall_tree(order: int) -> RootedTree:
+    """The tree without branches, the only one that counts on `y' = λ y`."""
+    return () if order == 1 else (tall_tree(order - 1),)
+
+
 @ft.cache
 def order_of(tree: RootedTree) -> int:
     """The number of vertices, |τ|."""

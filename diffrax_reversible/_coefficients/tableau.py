@@ -13,6 +13,7 @@ from .coarse_error import (
     growth_of_deviation,
 )
 from .linear_response import LinearResponse
+from .continuous_extension import ContinuousExtension
 from .order_conditions import (
     error_functional,
     exact_derivative,
@@ -27,6 +28,7 @@ from .rooted_trees import (
     order_of,
     rooted_trees,
     RootedTree,
+    tall_tree,
     trees_up_to,
 )
 
@@ -249,7 +251,7 @@ class ALFTableau:
         """
         if self.order != 4 or self.deviation_weights is None:
             return 0.0
-        tall: RootedTree = ((((),),),)
+        tall = tall_tree(self.order)
         first, third = self.error_weights, self.deviation_weights
         return float(abs((first @ self._phi[tall]) / (third @ self._phi[tall])))
 
@@ -288,36 +290,11 @@ class ALFTableau:
         return self.embedded_order
 
     @ft.cached_property
-    def midpoint_weights(self) -> np.ndarray | None:
-        """Weights of `u_0, ..., u_s` in the solution at the mid-point.
-
-        `y(t + h/2) ≈ y_0 + h Σ a_i u_i` up to order `order - 1`, at no evaluation. `None`
-        where the conditions have no solution, or where cubic Hermite interpolation needs no
-        help (`order <= 4`).
-        """
-        if self.order <= 4:
-            return None
-
-        def value(tree):
-            return exact_value(tree) / 2 ** order_of(tree)
-
-        return self._fit(value, self.order - 1, self.order - 1)
-
-    @ft.cached_property
-    def midpoint_slope_weights(self) -> np.ndarray | None:
-        """Weights of `u_0, ..., u_s` in the derivative at the mid-point.
-
-        `h y'(t + h/2) ≈ h Σ b_i u_i`, up to order `order - 2` and at least to the order 5
-        that quintic interpolation needs, at no evaluation. `None` where the conditions have
-        no solution: there the vector field has to be evaluated.
-        """
-        if self.midpoint_weights is None:
-            return None
-
-        def slope(tree):
-            return exact_derivative(tree) / 2 ** (order_of(tree) - 1)
-
-        return self._fit(slope, max(self.order - 2, 5), self.order - 1)
+    def continuous_extension(self) -> ContinuousExtension:
+        """The solution within a step."""
+        return ContinuousExtension.of(
+            self.runge_kutta_matrix, self._step_weights, self.order
+        )
 
     @ft.cached_property
     def deviation_weights(self) -> np.ndarray | None:
@@ -363,8 +340,3 @@ class ALFTableau:
                 )
             )
         return np.concatenate([[0.0], weights])
-
-    @property
-    def interpolation_order(self) -> int:
-        """The order of the dense output between the steps."""
-        return min(self.order, 4 if self.midpoint_weights is None else 6)

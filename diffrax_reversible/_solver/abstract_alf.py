@@ -1,7 +1,9 @@
 """Compositions of asynchronous leapfrog, whatever their coefficients."""
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
+import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -80,7 +82,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 
     # Which terms these may be, `as_ode_term` checks.
     term_structure: ClassVar = AbstractTerm
-    interpolation_cls: ClassVar = HermiteInterpolation
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _ALFInterpolation(self.tableau)
 
     def order(self, terms: Terms) -> int:
         del terms
@@ -156,11 +161,13 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         if watch is not None and deviation is not None:
             fresh = solver_state.fresh
             assert fresh is not None
-            step = self.tableau, control, y1, v1, deviation, fresh
+            step = self.tableau, control, y1, deviation, fresh
             deviation, excess = watch.judge(*step)
             if self.tableau.deviation_error_scale > 0:
                 y_error = jtu.tree_map(raise_sample, y_error, excess)
-        dense_info = dict(y0=y0, y1=y1, k0=k0, k1=k1, **sums)
+        dense_info = dict(y0=y0, y1=y1, inner=self._pop_inner(sums))
+        if not self._evaluates_slopes:
+            dense_info |= dict(k0=k0, k1=k1)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
 
@@ -172,12 +179,25 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
         dense_info: DenseInfo,
     ) -> DenseInfo:
-        if not self._evaluates_midpoint:
+        """The derivatives that the interpolation takes. At the ends of a step `v` will not do,
+        of which the deviation may be larger than all errors."""
+        if not self._evaluates_slopes:
             return {}
         term = as_ode_term(self, terms)
-        y_mid = tree_add(dense_info["y0"], dense_info["y_mid"])
-        slope = self._field(term, t0 + (t1 - t0) / 2, y_mid, args)
-        return dict(k_mid=tree_scale(term.contr(t0, t1), slope))
+        control = term.contr(t0, t1)
+
+        def slope(t, y):
+            return tree_scale(control, self._field(term, t, y, args))
+
+        y0, inner = dense_info["y0"], dense_info["inner"]
+        slopes = dict(k0=slope(t0, y0), k1=slope(t1, dense_info["y1"]))
+        extension = self.tableau.continuous_extension
+        if extension.evaluates_midpoint:
+            middle = self._midpoint
+            weights = extension.slope_weights[middle]
+            y_mid = tree_add(y0, _with_slopes(inner[middle], weights, slopes))
+            slopes["k_mid"] = slope(t0 + (t1 - t0) / 2, y_mid)
+        return slopes
 
     def needs_restart(self, solver_state: ALFState) -> BoolScalarLike:
         if solver_state.deviation is None:
@@ -299,15 +319,20 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, ALFState, Cotangent]:
         control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
-        start, functionals, sums_cotangent = None, {}, {}
+        dense, functionals, sums_cotangent = None, {}, {}
         if dense_cotangent is not None:
-            if self._evaluates_midpoint:
-                dense_cotangent, cotangent = self._pull_midpoint(
-                    bind, params, t0, t1, y1, solver_state, cotangent, dense_cotangent
-                )
-            start, end, sums_cotangent = _split_dense(dense_cotangent, control)
-            cotangent = add_to_state(cotangent, *end)
-            functionals = {name: self._functionals()[name] for name in sums_cotangent}
+            dense = dict(dense_cotangent)
+            if "k_mid" in dense:
+                step = t0, t1, y1, solver_state
+                dense, cotangent = self._pull_midpoint(bind, params, step, cotangent, dense)
+            cotangent = self._pull_end(
+                bind, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
+            )
+            functionals = self._inner_functionals()
+            sums_cotangent = {
+                name: tree_scale(control, bar)
+                for name, bar in zip(functionals, dense["inner"], strict=True)
+            }
             assert all(w[0] == 0 for w in functionals.values())
 
         def sub_step(carry, sub: _SubStep):
@@ -342,49 +367,100 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
         cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
-        if start is not None:
-            cotangent = add_to_state(cotangent, *start)
+        if dense is not None:
+            cotangent = self._pull_end(
+                bind, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
+            )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
+
+    def _pull_end(
+        self,
+        bind: Bind,
+        params: Params,
+        control: RealScalarLike,
+        t: RealScalarLike,
+        y: Y,
+        cotangent: Cotangent,
+        y_bar: Y,
+        slope_bar: VF,
+    ) -> Cotangent:
+        """Pull the cotangents of what was interpolated with at one end of the step back to
+        the state there: of the solution, and of its derivative times the length of the
+        step."""
+        slope_bar = tree_scale(control, slope_bar)
+        if not self._evaluates_slopes:
+            return add_to_state(cotangent, y_bar, slope_bar)
+        more_y_bar, params_bar = self._pull_field(bind, params, t, y, slope_bar)
+        y_bar = tree_add(y_bar, more_y_bar)
+        return Cotangent(
+            tree_add(cotangent.y, y_bar),
+            cotangent.solver_state,
+            tree_add(cotangent.params, params_bar),
+        )
 
     def _pull_midpoint(
         self,
         bind: Bind,
         params: Params,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y1: Y,
-        solver_state: ALFState,
+        step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
         cotangent: Cotangent,
         dense_cotangent: DenseInfo,
     ) -> tuple[DenseInfo, Cotangent]:
-        """Pull the cotangent of the slope at the mid-point back, where there is any.
+        """Pull the cotangent of the derivative at the mid-point back, where there is any.
 
         Where the mid-point is, is known only at the end of a walk back, which is made just
         for it.
         """
+        t0, t1, y1, solver_state = step
         ct = dict(dense_cotangent)
         slope_bar = ct.pop("k_mid")
+        middle = self._midpoint
+        weights = self.tableau.continuous_extension.slope_weights[middle]
+        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
 
-        def pull():
+        def mid_point():
             terms, args = bind(params)
-            midpoint = {"y_mid": self._functionals()["y_mid"]}
-            step = (t0, t1, y1, args, solver_state, midpoint)
-            y0, _, sums = self._walk_back(terms, *step)
-            y_mid = tree_add(y0, sums["y_mid"])
-            control = as_ode_term(self, terms).contr(t0, t1)
-            _, pull = self._linearise_field(bind, t0 + (t1 - t0) / 2, y_mid, params)
-            return pull(tree_scale(control, slope_bar))
+            name = list(self._inner_functionals())[middle]
+            functional = {name: self._inner_functionals()[name]}
+            y0, _, sums = self._walk_back(terms, *step[:3], args, solver_state, functional)
+            term, ends = as_ode_term(self, terms), dict(k0=(t0, y0), k1=(t1, y1))
+            slopes = {
+                name: tree_scale(control, self._field(term, t, y, args))
+                for name, (t, y) in ends.items()
+            }
+            return tree_add(y0, _with_slopes(sums[name], weights, slopes))
 
-        some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(slope_bar))
-        y_bar, params_bar = lax.cond(
-            eqxi.unvmap_any(some != 0),
-            pull,
-            lambda: tree_zeros_like((ct["y_mid"], params)),
+        slope_bar = tree_scale(control, slope_bar)
+        y_bar, params_bar = self._pull_field(
+            bind, params, t0 + (t1 - t0) / 2, mid_point, slope_bar
         )
-        ct["y0"], ct["y_mid"] = tree_add(ct["y0"], y_bar), tree_add(ct["y_mid"], y_bar)
+        inner = list(ct["inner"])
+        inner[middle] = tree_add(inner[middle], y_bar)
+        ct |= dict(y0=tree_add(ct["y0"], y_bar), inner=inner)
+        for name, weight in zip(("k0", "k1"), weights, strict=False):
+            ct[name] = tree_axpy(float(weight), y_bar, ct[name])
         params_bar = tree_add(cotangent.params, params_bar)
         return ct, Cotangent(cotangent.y, cotangent.solver_state, params_bar)
+
+    def _pull_field(
+        self,
+        bind: Bind,
+        params: Params,
+        t: RealScalarLike,
+        y: Y | Callable[[], Y],
+        vf_bar: VF,
+    ) -> tuple[Y, Params]:
+        """Pull the cotangent of the vector field at `(t, y)` back, if it is not zero."""
+
+        def pull():
+            point = y() if callable(y) else y
+            _, pull = self._linearise_field(bind, t, point, params)
+            return pull(vf_bar)
+
+        some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(vf_bar))
+        zeros = tree_zeros_like((vf_bar, params))
+        return lax.cond(eqxi.unvmap_any(some != 0), pull, lambda: zeros)
 
     def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
         """The vector field, and if `bitwise` then one that rounds alike everywhere."""
@@ -419,18 +495,25 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         functionals = {"error": self.tableau.error_weights}
         if np.any(self.tableau.coarse_error_weights):
             functionals["coarse_error"] = self.tableau.coarse_error_weights
-        if self.tableau.midpoint_weights is not None:
-            functionals["y_mid"] = self.tableau.midpoint_weights
-        if self.tableau.midpoint_slope_weights is not None:
-            functionals["k_mid"] = self.tableau.midpoint_slope_weights
-        return functionals
+        return functionals | self._inner_functionals()
+
+    def _inner_functionals(self) -> dict[str, np.ndarray]:
+        """Weights in the solution at fractions of the step."""
+        weights = self.tableau.continuous_extension.weights
+        return {f"inner_{i}": row for i, row in enumerate(weights)}
+
+    def _pop_inner(self, sums: dict[str, VF]) -> list[VF]:
+        return [sums.pop(name) for name in self._inner_functionals()]
 
     @property
-    def _evaluates_midpoint(self) -> bool:
-        """Whether interpolation takes an evaluation at the mid-point."""
-        tableau = self.tableau
-        has_midpoint = tableau.midpoint_weights is not None
-        return has_midpoint and tableau.midpoint_slope_weights is None
+    def _evaluates_slopes(self) -> bool:
+        """Whether interpolation takes evaluations at the ends of the step."""
+        return len(self.tableau.continuous_extension.fractions) > 0
+
+    @property
+    def _midpoint(self) -> int:
+        """Which of the fractions is the mid-point."""
+        return self.tableau.continuous_extension.fractions.index(0.5)
 
     def _chain(
         self, sub_step, carry, functionals, t0, watch_weights=None, reverse: bool = False
@@ -467,12 +550,29 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
 
-def _split_dense(dense_cotangent: DenseInfo, control: RealScalarLike):
-    """Cotangents of `(y0, v0)`, of `(y1, v1)` and of the sums `Σ w_i u_i`."""
-    ct = dict(dense_cotangent)
-    start = ct.pop("y0"), tree_scale(control, ct.pop("k0"))
-    end = ct.pop("y1"), tree_scale(control, ct.pop("k1"))
-    return start, end, {name: tree_scale(control, leaf) for name, leaf in ct.items()}
+class _ALFInterpolation(eqx.Module):
+    """Makes the interpolation of a step; hashable."""
+
+    tableau: ALFTableau = eqx.field(static=True)
+
+    def __call__(self, *, t0, t1, y0, y1, inner, **slopes) -> HermiteInterpolation:
+        extension = self.tableau.continuous_extension
+        inner = [
+            _with_slopes(values, weights, slopes)
+            for weights, values in zip(extension.slope_weights, inner, strict=True)
+        ]
+        return HermiteInterpolation(
+            t0, t1, y0, y1, inner=inner, fractions=extension.fractions, **slopes
+        )
+
+
+def _with_slopes(values: Y, weights: np.ndarray, slopes: dict[str, VF]) -> Y:
+    """What the derivatives at the ends, and at the mid-point, add to a value within the
+    step."""
+    for name, weight in zip(("k0", "k1", "k_mid"), weights, strict=False):
+        if weight != 0:
+            values = tree_axpy(float(weight), slopes[name], values)
+    return values
 
 
 def _check_state(solver: AbstractALF, y0: Y) -> None:

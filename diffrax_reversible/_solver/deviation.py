@@ -58,8 +58,7 @@ class Deviation(eqx.Module):
     - `seed`: the size of the deviation after the first step since the last restart, relative
         to `scales`; before that what it may be by rounding.
     - `sizes`: of the deviation of the sampled entries.
-    - `scales`: the largest magnitude that they have had since the start of the solve, or
-        have moved by in a step.
+    - `scales`: the largest magnitude that they have had since the start of the solve.
     """
 
     # Whether `v` has to be restarted before the next step.
@@ -126,7 +125,6 @@ class DeviationWatch(eqx.Module):
         tableau: ALFTableau,
         control: RealScalarLike,
         y: Y,
-        v: VF,
         before: Deviation,
         fresh: BoolScalarLike,
     ) -> tuple[Deviation, PyTree[Float[Array, " sample"]]]:
@@ -138,7 +136,7 @@ class DeviationWatch(eqx.Module):
         **Arguments:**
 
         - `control`: the length of the step.
-        - `y`, `v`: at its end.
+        - `y`: at its end.
         - `before`: what was known before it.
         - `fresh`: whether there was no deviation then.
 
@@ -147,8 +145,8 @@ class DeviationWatch(eqx.Module):
         What is known now, and an error estimate for the sampled entries: by how much more
         the deviation has grown than that of a stable step does.
         """
-        known = from_bits((before.seeds, before.sizes, before.scales), (v, v, v))
-        leaves = (jtu.tree_leaves(x) for x in (self.sums, y, v, *known))
+        known = from_bits((before.seeds, before.sizes, before.scales), (y, y, y))
+        leaves = (jtu.tree_leaves(x) for x in (self.sums, y, *known))
         judged = [
             _judge(tableau, control, fresh, *leaf) for leaf in zip(*leaves, strict=True)
         ]
@@ -158,7 +156,7 @@ class DeviationWatch(eqx.Module):
 
         def pick(name):
             leaves = [getattr(leaf, name) for leaf in judged]
-            return jtu.tree_unflatten(jtu.tree_structure(v), leaves)
+            return jtu.tree_unflatten(jtu.tree_structure(y), leaves)
 
         known = to_bits((pick("seed"), pick("sizes"), pick("scales")))
         return Deviation(restart, *known), pick("excess")
@@ -170,7 +168,6 @@ def _judge(
     fresh: BoolScalarLike,
     sums: Float[Array, "2 sample"],
     y: Array,
-    v: Array,
     seed: Float[Array, ""],
     sizes: Float[Array, " sample"],
     scales: Float[Array, " sample"],
@@ -179,8 +176,7 @@ def _judge(
     eps = jnp.finfo(y.dtype).eps
     deviation, error = jnp.abs(sums)
     old = jnp.where(fresh, 0, sizes)
-    y, v = jnp.abs(sample(y)), jnp.abs(sample(v))
-    scales = jnp.maximum(scales, jnp.maximum(y, h * v))
+    scales = jnp.maximum(scales, jnp.abs(sample(y)))
     unit = _at_least(scales)
     # One by one, which under `vmap` is faster on a CPU than together.
     relative = _largest(deviation / unit)

@@ -1,7 +1,9 @@
 """Dense output between the ends of a step."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree
 
@@ -9,18 +11,22 @@ from .._custom_types import RealScalarLike, Y
 
 
 class HermiteInterpolation(AbstractLocalInterpolation):
-    """Hermite interpolation through both ends of a step and, if given, its mid-point.
+    """Hermite interpolation through both ends of a step, and values within it.
 
-    Without mid-point cubic; with the solution and its derivative at the mid-point
-    quintic. Exact to the bit at both ends, and linear in the data.
+    The polynomial through the solution and its derivative at both ends, through the solution
+    at given fractions of the step, and if given through the derivative at the mid-point. Of
+    degree three, and one more for each of the others. Exact to the bit at both ends, and
+    linear in the data.
 
     **Arguments:**
 
     - `t0`, `t1`: the ends of the step.
     - `y0`, `y1`: the solution there.
     - `k0`, `k1`: its derivative there, times `t1 - t0`.
-    - `y_mid`: the solution at the mid-point, less `y0`. `None` for cubic interpolation.
-    - `k_mid`: its derivative at the mid-point, times `t1 - t0`.
+    - `inner`: the solution at the `fractions`, less `y0`.
+    - `k_mid`: its derivative at the mid-point, times `t1 - t0`. One of the fractions has to
+        be a half.
+    - `fractions`: greater than zero and less than one.
 
     All of `y0, ...` are PyTrees of arrays of the structure and shapes of the state.
     """
@@ -31,8 +37,9 @@ class HermiteInterpolation(AbstractLocalInterpolation):
     y1: Y
     k0: Y
     k1: Y
-    y_mid: Y | None = None
+    inner: list[Y] = eqx.field(default_factory=list)
     k_mid: Y | None = None
+    fractions: tuple[float, ...] = eqx.field(default=(), static=True)
 
     def evaluate(
         self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
@@ -43,40 +50,43 @@ class HermiteInterpolation(AbstractLocalInterpolation):
         length = self.t1 - self.t0
         # A step of no length has `y0 == y1`; any fraction will do.
         trivial = length == 0
-        fraction = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
-        cubic = jtu.tree_map(
-            lambda *data: _cubic(fraction.astype(data[0].dtype), *data),
-            self.y0,
-            self.y1,
-            self.k0,
-            self.k1,
-        )
-        if self.y_mid is None:
-            return cubic
-        return jtu.tree_map(
-            lambda c, *data: c + _bump(fraction.astype(c.dtype), *data),
-            cubic,
-            self.y0,
-            self.y1,
-            self.k0,
-            self.k1,
-            self.y_mid,
-            self.k_mid,
-        )
+        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+        others = [] if self.k_mid is None else [self.k_mid]
+        bumps = _bumps(x, self.fractions, self.k_mid is not None)
+
+        def combine(y0, y1, k0, k1, *data):
+            dtype = y0.dtype
+            y = _cubic(x.astype(dtype), y0, y1, k0, k1)
+            # What the cubic misses there.
+            for i, (theta, inner) in enumerate(zip(self.fractions, data, strict=False)):
+                missed = inner - _cubic(theta, jnp.zeros_like(y0), y1 - y0, k0, k1)
+                y = y + bumps[i].astype(dtype) * missed
+            if self.k_mid is not None:
+                missed = data[-1] - (3 * (y1 - y0) / 2 - (k0 + k1) / 4)
+                y = y + bumps[-1].astype(dtype) * missed
+            return y
+
+        ends = self.y0, self.y1, self.k0, self.k1
+        return jtu.tree_map(combine, *ends, *self.inner, *others)
 
 
-def _cubic(x: Array, y0: Array, y1: Array, k0: Array, k1: Array) -> Array:
+def _cubic(x, y0: Array, y1: Array, k0: Array, k1: Array) -> Array:
     x_ = 1 - x
     return (1 + 2 * x) * x_**2 * y0 + x**2 * (1 + 2 * x_) * y1 + x * x_ * (x_ * k0 - x * k1)
 
 
-def _bump(
-    x: Array, y0: Array, y1: Array, k0: Array, k1: Array, y_mid: Array, k_mid: Array
-) -> Array:
-    """What the cubic misses at the mid-point, by a quintic that is flat at the ends.
-
-    `16 x^2 (1 - x)^2` is one at the mid-point and has no slope there.
-    """
-    value = y_mid - (y1 - y0) / 2 - (k0 - k1) / 8
-    slope = k_mid - 3 * (y1 - y0) / 2 + (k0 + k1) / 4
-    return 16 * (x * (1 - x)) ** 2 * (value + (x - 0.5) * slope)
+def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Array]:
+    """Polynomials `x^2 (1 - x)^2 B(x)`, flat at both ends, each one at one of the fractions
+    and zero at the others; `with_slope` flat at the mid-point as well, and one more that has
+    the slope one there and is zero at all fractions."""
+    nodes = np.array(fractions)
+    count = len(nodes) + with_slope
+    powers = np.arange(count)
+    # In powers of `x - 1/2`. At the mid-point `x^2 (1 - x)^2` is flat.
+    rows = (nodes * (1 - nodes))[:, None] ** 2 * np.power.outer(nodes - 0.5, powers)
+    if with_slope:
+        rows = np.concatenate([rows, [np.where(powers == 1, 1 / 16, 0.0)]])
+    coefficients = np.linalg.inv(rows) if count > 0 else rows
+    flat = (x * (1 - x)) ** 2
+    basis = [flat * (x - 0.5) ** k for k in range(count)]
+    return [sum(float(c) * b for c, b in zip(cs, basis, strict=True)) for cs in coefficients.T]
