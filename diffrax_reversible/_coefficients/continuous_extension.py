@@ -20,8 +20,10 @@ from .rooted_trees import (
 
 # Where conditions leave freedom, residuals of the next order of this size count as much as
 # errors on `y' = λ y` that are as large as that of the step, and as what the deviation of `v`
-# adds, if it is so many times what it adds to the end of the step.
-_residual = 1e-5
+# adds, if it is so many times what it adds to the end of the step. Residuals count more the
+# further their order is below that of the step.
+_residual = 1e-2
+_per_order = 1e-3
 _parasitic = 3.0
 
 
@@ -53,7 +55,7 @@ class ContinuousExtension:
         matrix: np.ndarray, step_weights: np.ndarray, order: int
     ) -> "ContinuousExtension":
         """That of the largest order, and of several the one that evaluates least and that is
-        exact to the order of the method on `y' = λ y`.
+        exact to one more order on `y' = λ y`.
 
         **Arguments:**
 
@@ -68,7 +70,7 @@ class ContinuousExtension:
         # More than a polynomial of that degree can be is of no use.
         for exact in range(min(order - 1, len(fractions) + 3), 1, -1):
             for evaluates in (False, True):
-                for exact_on_linear in (order, exact):
+                for exact_on_linear in (exact + 1, exact):
                     weights = stages.fit_all(fractions, exact, exact_on_linear, evaluates)
                     if weights is not None:
                         parts = weights[:, :count], weights[:, count:]
@@ -143,9 +145,10 @@ class _Stages:
         null_space = null_space_of(matrix)
         if null_space.shape[1] > 0:
             trees = rooted_trees(exact + 1)
+            residual = _residual * _per_order ** (self.order - exact)
             next_order = (
-                np.array([phi[tree][1:] for tree in trees]) / _residual,
-                np.array([target(tree) for tree in trees]) / _residual,
+                np.array([phi[tree][1:] for tree in trees]) / residual,
+                np.array([target(tree) for tree in trees]) / residual,
             )
             on_linear = self._on_linear(lambda z: np.exp(theta * z) - 1)
             systems = zip(next_order, on_linear, strict=True)
