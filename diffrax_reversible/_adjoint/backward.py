@@ -240,7 +240,8 @@ class _Walk(eqx.Module):
 
     def undo_restart(self, position: _Position) -> _Position:
         """Go on from what was stored, after a look at where the walk has come to."""
-        t, y, solver_state = self.trace.restarts.read(position.restarts - 1)
+        t, y, stored = self.trace.restarts.read(position.restarts - 1)
+        solver_state = eqx.combine(stored, position.solver_state)
         ct = position.cotangent
         nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
 
@@ -266,12 +267,15 @@ class _Walk(eqx.Module):
 
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
-        terms, _ = self.bind(self.params)
+        terms, args = self.bind(self.params)
         length = self.problem.t1 - self.problem.t0
         step = position.clock.start, position.clock.end
-        scales = self.problem.solver.error_scales(terms, *step, length, *true)
-        walked, end = (position.y, position.solver_state), self.trace.end
-        return drift(walked, true, scales, (end.y, end.solver_state))
+        y, solver_state = true
+        scales = self.problem.solver.error_scales(
+            terms, *step, length, y, args, solver_state
+        )
+        walked = position.y, position.solver_state
+        return drift(walked, true, scales, self.trace.known_after(position.restarts))
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
@@ -463,7 +467,8 @@ def walk_back(
         [],
     )
     start = (inputs.y0, inputs.solver_state)
-    no_drift = [jnp.zeros_like(d) for d in walk.drift(position, start)]
+    drifts = jax.eval_shape(walk.drift, position, start)
+    no_drift = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), drifts)
     position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
     position = walk.pull_dense_times(position, cotangent)
     position = _undo_all(walk, position)

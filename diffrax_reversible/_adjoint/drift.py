@@ -33,18 +33,25 @@ _messages = [
 ]
 
 
+# No entry is taken for smaller than this power of the machine epsilon of the largest.
+least_scale = 0.75
+
+
 def drift(
     reconstructed: PyTree, true: PyTree, scales: PyTree, end: PyTree
 ) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error as a fraction of its scale.
+    """For every leaf, the largest error of an entry as a fraction of its scale.
 
-    If that is zero, then the largest entry at the `end` of the solve takes its place.
+    That is the larger of what is given, or of what the entry is at the `end` that the walk
+    began with.
     """
 
     def leaf_drift(r, t, scale, e):
-        scale = jnp.where(scale == 0, largest(e), scale)
-        error = largest(r - t)
-        return jnp.where(error == 0, 0, error / jnp.where(scale == 0, 1, scale))
+        scale = jnp.maximum(scale, jnp.abs(e))
+        scale = jnp.maximum(scale, jnp.finfo(t.dtype).eps ** least_scale * largest(scale))
+        error = jnp.abs(r - t)
+        # But for zero, an error of what has no size at all is as bad as can be.
+        return largest(jnp.where(error == 0, 0, error / jnp.where(scale == 0, 1, scale)))
 
     leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales, end)), strict=True)
     return [leaf_drift(*leaf) for leaf in leaves]

@@ -12,7 +12,14 @@ from diffrax import AbstractLocalInterpolation, RESULTS
 from jaxtyping import Array, PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
-from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+    RealScalarLike,
+    SolverState,
+    Terms,
+    Y,
+)
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
 from .._tree import tree_replace
@@ -40,6 +47,17 @@ class Trace(eqx.Module):
     def zero_ys(self) -> list[PyTree[Array]]:
         """In the shapes of what each `SubSaveAt` writes."""
         return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
+
+    def known_after(self, restarts: IntScalarLike) -> tuple[Y, SolverState]:
+        """The state and what is differentiated of the solver state where the walk back
+        began last, if there are still so many `restarts` to undo."""
+        end = eqx.filter((self.end.y, self.end.solver_state), eqx.is_inexact_array)
+        if self.restarts.capacity == 0:
+            return end
+        stored = jnp.minimum(self.restarts.count, self.restarts.capacity)
+        _, *known = self.restarts.read(jnp.minimum(restarts, self.restarts.capacity - 1))
+        known = eqx.filter(tuple(known), eqx.is_inexact_array)
+        return jtu.tree_map(lambda k, e: jnp.where(restarts < stored, k, e), known, end)
 
 
 class _AdvancingState(eqx.Module):
@@ -161,7 +179,7 @@ class _Steps:
             restarts,
             made_jump,
         )
-        record = record.interrupt(state, restarted, crossed)
+        record = record.interrupt(state, self.problem.solver, restarted, crossed)
         made_jump = jnp.where(made_jump, False, state.made_jump)
         state = tree_replace(
             lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
@@ -177,7 +195,8 @@ def _solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dic
 
 def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """The final state and statistics, where nothing is differentiated."""
-    restarts = RestartRecord.allocate(0, problem.t0, inputs.y0, inputs.solver_state)
+    stored = problem.solver.to_store(inputs.solver_state)
+    restarts = RestartRecord.allocate(0, problem.t0, inputs.y0, stored)
     final_state, aux_stats, _ = _solve(inputs, problem, Record(None, restarts))
     return final_state, aux_stats
 
@@ -196,10 +215,9 @@ def solve_and_record(
     else:
         max_steps = check_max_steps(problem.max_steps, recomputed)
         to_record = RecordedSteps.allocate(max_steps, dtype, scalars, problem.with_jumps)
-    record = Record(
-        to_record,
-        RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, inputs.solver_state),
-    )
+    stored = problem.solver.to_store(inputs.solver_state)
+    restarts = RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, stored)
+    record = Record(to_record, restarts)
     final_state, aux_stats, steps = _solve(inputs, problem, record)
     end = steps.end
     assert end is not None and steps.record.steps is not None

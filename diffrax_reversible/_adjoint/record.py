@@ -38,6 +38,8 @@ class RestartRecord(eqx.Module):
     def allocate(
         capacity: int, t: RealScalarLike, y: Y, solver_state: SolverState
     ) -> "RestartRecord":
+        """**Arguments:** what is stored of a restart, as an example."""
+
         def zeros(x):
             x = jnp.asarray(x)
             return jnp.zeros((capacity, *x.shape), x.dtype)
@@ -46,8 +48,13 @@ class RestartRecord(eqx.Module):
         rows = (jtu.tree_map(zeros, x) for x in (t, y, solver_state))
         return RestartRecord(*rows, step=step, count=jnp.array(0))
 
-    def append(self, state: State, restarted: BoolScalarLike) -> "RestartRecord":
-        """Store the state before a restart, if it is `restarted`."""
+    def append(
+        self, state: State, solver_state: SolverState, restarted: BoolScalarLike
+    ) -> "RestartRecord":
+        """Store the state before a restart, if it is `restarted`.
+
+        - `solver_state`: what of it is stored.
+        """
         count = self.count + jnp.where(restarted, 1, 0)
         if self.capacity == 0:
             return eqx.tree_at(lambda r: r.count, self, count)
@@ -57,7 +64,7 @@ class RestartRecord(eqx.Module):
             return rows.at[self.count].set(jnp.where(stored, value, rows[self.count]))
 
         step = jnp.asarray(state.num_accepted_steps, jnp.int32)
-        values = (state.tprev, state.y, state.solver_state, step)
+        values = (state.tprev, state.y, solver_state, step)
         rows = (self.t, self.y, self.solver_state, self.step)
         return RestartRecord(*jtu.tree_map(write, rows, values), count=count)
 
@@ -86,8 +93,13 @@ class Record(eqx.Module):
         return Record(self.steps.append(before, scalars, accepted), self.restarts)
 
     def interrupt(
-        self, state: State, restarted: BoolScalarLike, crossed: BoolScalarLike
+        self,
+        state: State,
+        solver: AbstractReversibleSolver,
+        restarted: BoolScalarLike,
+        crossed: BoolScalarLike,
     ) -> "Record":
         """Record that at `state` there was a restart, or a jump was crossed."""
         steps = None if self.steps is None else self.steps.cross(crossed)
-        return Record(steps, self.restarts.append(state, restarted))
+        stored = solver.to_store(state.solver_state)
+        return Record(steps, self.restarts.append(state, stored, restarted))

@@ -30,8 +30,8 @@ _least_error = 1e-3
 _radius = 15.0
 _fitted_radius = 6.0
 # Points per unit of `|z|`, and angles.
-_dense = 100, 361
-_sparse = 20, 46
+_dense = 40, 181
+_sparse = 10, 31
 
 
 def combine(fine: np.ndarray, coarse: np.ndarray, slopes: np.ndarray) -> np.ndarray:
@@ -70,7 +70,8 @@ def coarse_error_weights(
     if null_space.shape[1] == 0:
         return weights
     dense, sparse = (
-        response_of(left_half_plane(_radius, *resolution)) for resolution in (_dense, _sparse)
+        response_of(left_half_plane(_radius, *resolution))
+        for resolution in (_dense, _sparse)
     )
     direction = null_space @ _closest(sparse, null_space)
 

@@ -153,7 +153,9 @@ class _Stages:
             on_linear = self._on_linear(lambda z: np.exp(theta * z) - 1)
             systems = zip(next_order, on_linear, strict=True)
             matrix, rhs = (np.concatenate(parts) for parts in systems)
-            freedom = np.linalg.lstsq(matrix @ null_space, rhs - matrix @ weights, rcond=1e-3)
+            freedom = np.linalg.lstsq(
+                matrix @ null_space, rhs - matrix @ weights, rcond=1e-3
+            )
             weights = weights + null_space @ freedom[0]
         return np.append(0.0, weights)
 

@@ -31,7 +31,7 @@ from .._isolated import isolated
 from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
-from .deviation import Deviation, DeviationWatch, raise_sample, watch_weights
+from .deviation import Deviation, DeviationWatch, watch_weights
 from .interpolation import HermiteInterpolation
 from .ode_term import as_ode_term
 
@@ -164,7 +164,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             step = self.tableau, control, y1, deviation, fresh
             deviation, excess = watch.judge(*step)
             if self.tableau.deviation_error_scale > 0:
-                y_error = jtu.tree_map(raise_sample, y_error, excess)
+                y_error = jtu.tree_map(lambda y, e: e.raise_error(y), y_error, excess)
         dense_info = dict(y0=y0, y1=y1, inner=self._pop_inner(sums))
         if not self._evaluates_slopes:
             dense_info |= dict(k0=k0, k1=k1)
@@ -249,20 +249,29 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         t1: RealScalarLike,
         length: RealScalarLike,
         y0: Y,
+        args: Args,
         solver_state: ALFState,
     ) -> tuple[Y, ALFState]:
-        """Of `y` no less than what the step adds to it, and of `v` no less than what moves
-        `y` as far as its size in the length of the solve: a solve may start at zero, or at
-        rest."""
-        v_scale = largest(solver_state.v)
+        """Of an entry of `y` no less than what the step adds to it, and of `v` no less than
+        what moves `y` as far as its size in the length of the solve: a solve may start at
+        zero, or at rest."""
+        del args
+        v_scale = jtu.tree_map(jnp.abs, solver_state.v)
         step = jnp.abs(as_ode_term(self, terms).contr(t0, t1))
-        y_scale = jtu.tree_map(jnp.maximum, largest(y0), tree_scale(step, v_scale))
+        y_scale = jtu.tree_map(
+            lambda y, hv: jnp.maximum(jnp.abs(y), hv), y0, tree_scale(step, v_scale)
+        )
         v_scale = jtu.tree_map(
             lambda v, y: jnp.maximum(v, y / jnp.asarray(jnp.abs(length), y.dtype)),
             v_scale,
             y_scale,
         )
         return y_scale, ALFState(v_scale, None, None, None)
+
+    def to_store(self, solver_state: ALFState) -> ALFState:
+        """All but what is known of the deviation, which grows anew."""
+        none = jtu.tree_map(lambda x: None, solver_state.deviation)
+        return ALFState(solver_state.v, none, solver_state.low, solver_state.fresh)
 
     def inverse_step(
         self,

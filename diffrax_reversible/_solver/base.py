@@ -24,7 +24,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._tree import largest, tree_add, tree_zeros_like
+from .._tree import tree_add, tree_zeros_like
 
 
 _SolverState = TypeVar("_SolverState")
@@ -188,6 +188,14 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         del terms, t0, t1, y, args
         return solver_state, False
 
+    def to_store(self, solver_state: _SolverState) -> _SolverState:
+        """What `ReversibleAdjoint` stores of the solver state before a restart.
+
+        By default all of it. In place of leaves of which the walk back makes no use there may
+        be `None`; where it comes to the restart, they are left as they are.
+        """
+        return solver_state
+
     def to_record(self, solver_state: _SolverState) -> PyTree[Array]:
         """Scalars of the solver state that a step forgets, and that undoing it takes.
 
@@ -209,24 +217,31 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         t1: RealScalarLike,
         length: RealScalarLike,
         y0: Y,
+        args: Args,
         solver_state: _SolverState,
-    ) -> PyTree[Float[Array, ""]]:
+    ) -> PyTree[Array]:
         """What errors of the walk back are measured by, where it comes to a known state.
+
+        They may be larger if the state is larger where the walk back began.
 
         **Arguments:**
 
-        - `terms`: as [`diffrax.AbstractSolver.step`][].
+        - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
         - `t0`, `t1`: the step that begins there.
         - `length`: of the solve, in time.
         - `y0`, `solver_state`: what is known.
 
         **Returns:**
 
-        For every floating-point array of `(y0, solver_state)`, in that order, a scalar: by
-        default its largest entry.
+        For every floating-point array of `(y0, solver_state)`, in that order, an array of
+        its shape: by default the larger of what each entry is at both ends of the step,
+        which is made again.
         """
-        del terms, t0, t1, length
-        return largest(eqx.filter((y0, solver_state), eqx.is_inexact_array))
+        del length
+        y1, _, _, state1, _ = self.advance(terms, t0, t1, y0, args, solver_state)
+        ends = (y0, solver_state), (y1, state1)
+        before, after = (eqx.filter(end, eqx.is_inexact_array) for end in ends)
+        return jtu.tree_map(lambda x, y: jnp.maximum(jnp.abs(x), jnp.abs(y)), before, after)
 
     def inverse_step_and_pullback(
         self,

@@ -12,6 +12,7 @@ from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._tree import from_bits, to_bits
+from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
 
 
 # Restart where the deviation of `v`, times the step size, exceeds this many times the Taylor
@@ -31,13 +32,6 @@ _harm = 300.0
 _shared = 0.3
 # A step itself makes a deviation of up to so many times the error estimate.
 _made = 10.0
-# Restart where the deviation has grown by this power of the machine epsilon since the last
-# restart, as by so much rounding errors grow in the walk back: to about a hundredth of the
-# square root of the machine epsilon.
-_growth = -0.37
-# No entry is taken for smaller than this power of the machine epsilon of the largest.
-_least_scale = 0.75
-_sample_size = 1024
 
 
 def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
@@ -80,7 +74,7 @@ class Deviation(eqx.Module):
 
         def seed(v, scales):
             rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
-            return jnp.asarray(rounding, v.dtype) * _largest(sample(v) / _at_least(scales))
+            return jnp.asarray(rounding, v.dtype) * largest_entry(sample(v) / units(scales))
 
         seeds = jtu.tree_map(seed, v, from_bits(self.scales, v))
         return Deviation(jnp.array(False), to_bits(seeds), self.sizes, self.scales)
@@ -93,17 +87,30 @@ class _Judged(NamedTuple):
     seed: Float[Array, ""]
     sizes: Float[Array, " sample"]
     scales: Float[Array, " sample"]
-    # An error estimate.
-    excess: Float[Array, " sample"]
+    excess: "Excess"
+
+
+class Excess(eqx.Module):
+    """An error estimate of the sampled entries of an array, and their scales."""
+
+    error: Float[Array, " sample"]
+    unit: Float[Array, " sample"]
+
+    def raise_error(self, error: Array) -> Array:
+        """Another estimate, with its sampled entries no less in size than this one. If not
+        all are sampled, then it is raised as a whole by as much as the sample on average."""
+        known = jnp.abs(sample(error))
+        raised = jnp.maximum(known, self.error)
+        if raised.size == error.size:
+            return raised.reshape(error.shape)
+        before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
+        return error * jnp.sqrt(jnp.where(before == 0, 1, after / before))
 
 
 class DeviationWatch(eqx.Module):
     """Sums of stage derivatives that tell the deviation of `v` and the local error.
 
-    They are kept of every entry of arrays of up to two thousand, and of about a thousand
-    entries of larger ones, evenly spread, as to watch every entry of these would cost as many
-    passes over memory as a cheap vector field does. What happens to an entry that is not
-    sampled, and to none that is, goes unnoticed until the walk back.
+    They are kept of sampled entries, see `sample`.
     """
 
     sums: PyTree[Float[Array, "2 sample"]]
@@ -127,7 +134,7 @@ class DeviationWatch(eqx.Module):
         y: Y,
         before: Deviation,
         fresh: BoolScalarLike,
-    ) -> tuple[Deviation, PyTree[Float[Array, " sample"]]]:
+    ) -> tuple[Deviation, PyTree[Excess]]:
         """Whether the deviation threatens the accuracy of the next steps, or the walk back.
 
         Every entry is measured by a scale of its own, see `Deviation`, so that none is too
@@ -176,15 +183,13 @@ def _judge(
     eps = jnp.finfo(y.dtype).eps
     deviation, error = jnp.abs(sums)
     old = jnp.where(fresh, 0, sizes)
-    scales = jnp.maximum(scales, jnp.abs(sample(y)))
-    unit = _at_least(scales)
+    scales, unit = largest_so_far(scales, y)
     # One by one, which under `vmap` is faster on a CPU than together.
-    relative = _largest(deviation / unit)
-    relative_error = _largest(error / unit)
-    relative_old = _largest(old / unit)
+    relative = largest_entry(deviation / unit)
+    relative_error = largest_entry(error / unit)
+    relative_old = largest_entry(old / unit)
 
     seed = jnp.where(fresh, jnp.maximum(seed, relative), seed)
-    grown = relative > eps**_growth * seed
     taylor_term = h * relative_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, eps**_floor, _most)
     # What the deviation adds to the solution grows with its own growth.
@@ -192,48 +197,17 @@ def _judge(
     background = jnp.maximum(background, unit * (_made * relative_error))
     background = jnp.where(background == 0, 1, background)
     growth = jnp.maximum(deviation / background - 1, 0)
-    effect = _largest(growth**2 * deviation / unit) * tableau.deviation_effect
+    effect = largest_entry(growth**2 * deviation / unit) * tableau.deviation_effect
     harmful = h * effect > jnp.maximum(h * _harm * relative_error, eps**_floor)
-    restart = grown | inaccurate | (harmful & jnp.logical_not(fresh))
+    restart = has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(fresh))
 
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    return _Judged(restart, seed, deviation, scales, excess)
-
-
-def raise_sample(x: Array, least: Float[Array, " sample"]) -> Array:
-    """`x`, with its sampled entries no less in size than `least`."""
-    size = jnp.maximum(least, jnp.abs(sample(x)))
-    if size.size == x.size:
-        return size.reshape(x.shape)
-    flat = x.reshape(-1)
-    return flat.at[:: _stride(flat)].set(size).reshape(x.shape)
-
-
-def sample(x: Array) -> Float[Array, " sample"]:
-    """Every entry of an array, or of a large one some, evenly spread."""
-    x = x.reshape(-1)
-    return x[:: _stride(x)]
-
-
-def _stride(x: Float[Array, " n"]) -> int:
-    # Odd, for axes of even length not to be sampled at the same places.
-    return 1 if x.size <= 2 * _sample_size else x.size // _sample_size | 1
+    return _Judged(restart, seed, deviation, scales, Excess(excess, unit))
 
 
 def _outer(weights: Float[Array, " 2"], x: Float[Array, " n"]) -> Float[Array, "2 n"]:
     return weights.astype(x.dtype)[:, None] * x
-
-
-def _largest(x: Array) -> Float[Array, ""]:
-    return jnp.max(x, initial=0)
-
-
-def _at_least(scales: Float[Array, " sample"]) -> Float[Array, " sample"]:
-    """Scales that can be divided by: none is zero, or tiny beside the others."""
-    least = jnp.finfo(scales.dtype).eps ** _least_scale * _largest(scales)
-    scales = jnp.maximum(scales, least)
-    return jnp.where(scales == 0, 1, scales)
 
 
 def _noise(tableau: ALFTableau) -> float:

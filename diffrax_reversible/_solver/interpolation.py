@@ -89,4 +89,6 @@ def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Arr
     coefficients = np.linalg.inv(rows) if count > 0 else rows
     flat = (x * (1 - x)) ** 2
     basis = [flat * (x - 0.5) ** k for k in range(count)]
-    return [sum(float(c) * b for c, b in zip(cs, basis, strict=True)) for cs in coefficients.T]
+    return [
+        sum(float(c) * b for c, b in zip(cs, basis, strict=True)) for cs in coefficients.T
+    ]

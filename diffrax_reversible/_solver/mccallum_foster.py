@@ -17,9 +17,20 @@ from diffrax import (
 )
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Args, Bind, DenseInfo, Params, RealScalarLike, Terms, VF, Y
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
 from .._tree import tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .base import AbstractReversibleSolver, Cotangent
+from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 
 
@@ -65,7 +76,9 @@ class _Coupled(eqx.Module):
         return CoupledInterpolation(self.inner(t0=t0, t1=t1, **inner), offset0, offset1)
 
 
-class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
+class McCallumFoster(
+    AbstractReversibleSolver[CoupledState], AbstractAdaptiveSolver[CoupledState]
+):
     """An explicit Runge–Kutta method, made algebraically reversible.
 
     With `y + Ψ_h(y)` the step of the `solver` and `λ` the `coupling`, `y` and a second copy
@@ -76,12 +89,18 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
     of which `z0` and then `y0` follow from `z1` and `y1`. The order is that of the solver,
     as are error estimate and interpolation, both of the step of `z0`.
 
-    Two steps of the solver a step, of which the first takes no stage that is only for the
-    next step unless an error estimate or dense output is read. A step is undone by as many
-    evaluations, divided by `λ`: errors of the walk back grow by `1 / λ` a step, if the flow
-    does not damp them, and over `n` steps by `λ^-n`; over 1,000 steps at the default of
-    0.999 by 2.7, over 10,000 by 22,000. Where the flow contracts, `y` and `z` part unless
-    steps are small, and there is no restart: there use [`diffrax_reversible.ALF4`][].
+    Two steps of the solver a step, of which the second takes no stage that is only for the
+    next step. A step is undone by as many evaluations, or fewer, divided by `λ`: errors of
+    the walk back grow by `1 / λ` a step, if the flow does not damp them, and over `n` steps by
+    `λ^-n`; over 1,000 steps at the default of 0.999 by 2.7, over 10,000 by 22,000.
+
+    The copies part, fastest where the flow contracts, and no error estimate sees that. Where
+    their distance exceeds three times the estimate, in any entry by its own size, or where it
+    has grown too much for the walk back, `z` is set to `y` before the next step, at no
+    evaluation. `ReversibleAdjoint` stores two states at each such restart. Conservative
+    problems take some ten of them, contracting ones about one for each `λ T = 2` of the
+    direction that contracts fastest, or if steps are large one for every step: there
+    [`diffrax_reversible.ALF4`][] needs fewer.
 
     Memory of `SaveAt(dense=True)`: that of the `solver`, and two states a step.
 
@@ -129,8 +148,8 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
 
     def init(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
-    ) -> Y:
-        """The second copy of the state."""
+    ) -> CoupledState:
+        """A second copy of the state."""
         del t0, t1, args
         as_ode_term(self, terms)
         for leaf in jtu.tree_leaves(y0):
@@ -139,7 +158,7 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
                     "`diffeqsolve(..., solver=McCallumFoster(...))` needs a state of real "
                     f"floating-point arrays, got {jnp.result_type(leaf)}."
                 )
-        return y0
+        return CoupledState(y0, Separation.start(y0))
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return as_ode_term(self, terms).vf(t0, y0, args)
@@ -197,16 +216,60 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
         t1: RealScalarLike,
         y0: Y,
         args: Args,
-        solver_state: Y,
-    ) -> tuple[Y, Y, DenseInfo, Y, RESULTS]:
-        z0 = solver_state
+        solver_state: CoupledState,
+    ) -> tuple[Y, Y, DenseInfo, CoupledState, RESULTS]:
+        z0 = solver_state.copy
         increment, stages = self._increment(terms, t0, t1, z0, args)
         y1 = self._couple(y0, z0, increment)
         back, _ = self._increment(terms, t1, t0, y1, args)
         z1 = jtu.tree_map(jnp.subtract, z0, back)
         y_error = _combine(self._tableau.b_error, stages)
         dense_info = self._dense_info(y0, z0, increment, stages)
-        return y1, y_error, dense_info, z1, RESULTS.successful
+        separation = solver_state.separation.judge(y1, z1, y_error)
+        solver_state = CoupledState(z1, separation)
+        return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def needs_restart(self, solver_state: CoupledState) -> BoolScalarLike:
+        return solver_state.separation.restart
+
+    def restart(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: CoupledState,
+    ) -> CoupledState:
+        """`z <- y`."""
+        del terms, t, args
+        return CoupledState(y, solver_state.separation.restarted())
+
+    def to_store(self, solver_state: CoupledState) -> CoupledState:
+        """The copy."""
+        none = jtu.tree_map(lambda x: None, solver_state.separation)
+        return CoupledState(solver_state.copy, none)
+
+    def error_scales(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: CoupledState,
+    ) -> tuple[Y, CoupledState]:
+        """Of an entry of either copy no less than what the vector field adds to it in the
+        step."""
+        del length
+        term = as_ode_term(self, terms)
+        step = term.vf_prod(t0, y0, args, term.contr(t0, t1))
+
+        def scale(y):
+            return jtu.tree_map(lambda y, s: jnp.maximum(jnp.abs(y), jnp.abs(s)), y, step)
+
+        scales = CoupledState(scale(solver_state.copy), solver_state.separation)
+        return scale(y0), eqx.filter(scales, eqx.is_inexact_array)
 
     def inverse_step(
         self,
@@ -215,12 +278,12 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
         t1: RealScalarLike,
         y1: Y,
         args: Args,
-        solver_state: Y,
-    ) -> tuple[Y, Y]:
+        solver_state: CoupledState,
+    ) -> tuple[Y, CoupledState]:
         back, _ = self._increment(terms, t1, t0, y1, args)
-        z0 = tree_add(solver_state, back)
+        z0 = tree_add(solver_state.copy, back)
         increment, _ = self._increment(terms, t0, t1, z0, args)
-        return self._uncouple(y1, z0, increment), z0
+        return self._uncouple(y1, z0, increment), with_copy(solver_state, z0)
 
     def inverse_step_and_pullback(
         self,
@@ -229,10 +292,10 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
-        solver_state: Y,
+        solver_state: CoupledState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-    ) -> tuple[Y, Y, Cotangent]:
+    ) -> tuple[Y, CoupledState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, without those
         stages that nothing is read from."""
 
@@ -244,8 +307,9 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
             return of
 
         back, pull_back, _ = jax.vjp(increment(t1, t0), y1, params, has_aux=True)
-        z0 = tree_add(solver_state, back)
-        more_y_bar, more_params_bar = pull_back(tree_scale(-1, cotangent.solver_state))
+        z0 = tree_add(solver_state.copy, back)
+        z1_bar = cotangent.solver_state.copy
+        more_y_bar, more_params_bar = pull_back(tree_scale(-1, z1_bar))
         y1_bar = tree_add(cotangent.y, more_y_bar)
         params_bar = tree_add(cotangent.params, more_params_bar)
 
@@ -268,9 +332,10 @@ class McCallumFoster(AbstractReversibleSolver[Y], AbstractAdaptiveSolver[Y]):
             forth_bar = tuple(forth_bar)
 
         more_z_bar, more_params_bar = pull_forth(forth_bar)
-        z0_bar = tree_add(cotangent.solver_state, tree_add(z0_bar, more_z_bar))
+        z0_bar = tree_add(z1_bar, tree_add(z0_bar, more_z_bar))
         params_bar = tree_add(params_bar, more_params_bar)
-        return y0, z0, Cotangent(y0_bar, z0_bar, params_bar)
+        cotangent = Cotangent(y0_bar, with_copy(cotangent.solver_state, z0_bar), params_bar)
+        return y0, with_copy(solver_state, z0), cotangent
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**

@@ -231,18 +231,25 @@ class AbstractSplitting(
         t1: RealScalarLike,
         length: RealScalarLike,
         y0: Y,
+        args: Args,
         solver_state: SplittingState,
     ) -> tuple[Y, SplittingState]:
-        """Of `p` no less than what the step adds to it, and of the force no less than what
-        changes `p` by its size in the length of the solve."""
-        _, term_p = self._terms(terms)
-        force = largest(solver_state.force)
-        p = tree_scale(jnp.abs(term_p.contr(t0, t1)), force)
-        p = jtu.tree_map(jnp.maximum, largest(y0[1]), p)
+        """Of an entry of `q` and `p` no less than what the step adds to it, and of the force
+        no less than what changes `p` by its size in the length of the solve."""
+        term_q, term_p = self._terms(terms)
+        drift = self._evaluate(term_q, t0, y0[1], args)
+
+        def scale(term, y, vf):
+            step = tree_scale(term.contr(t0, t1), vf)
+            return jtu.tree_map(lambda y, s: jnp.maximum(jnp.abs(y), jnp.abs(s)), y, step)
+
+        q, p = scale(term_q, y0[0], drift), scale(term_p, y0[1], solver_state.force)
         force = jtu.tree_map(
-            lambda f, p: jnp.maximum(f, p / jnp.asarray(jnp.abs(length), p.dtype)), force, p
+            lambda f, p: jnp.maximum(jnp.abs(f), p / jnp.asarray(jnp.abs(length), p.dtype)),
+            solver_state.force,
+            p,
         )
-        return (largest(y0[0]), p), SplittingState(force, None, None)
+        return (q, p), SplittingState(force, None, None)
 
     def inverse_step(
         self,
