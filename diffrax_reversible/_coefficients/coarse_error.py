@@ -87,7 +87,7 @@ def coarse_error_weights(
         multiple = _multiple(sparse, others, coarse, slopes)
         size = np.maximum(others, np.abs(sparse.error))
         total = combine(others, multiple * coarse, slopes)
-        return np.max((total / size)[size < _least_error])
+        return np.max((total / size)[size < _least_error], initial=0)
 
     # Of equally good ones that closest to `direction`.
     b = min(np.linspace(-2, 2, 81), key=lambda b: (round(cost(b), 2), abs(b)))
@@ -150,7 +150,8 @@ def effect_of_deviation(
     grows = growth > 1.05
     unit = response_of(np.array([-1.0]))
     error = unit.error / (error_weights @ unit.stages)
-    return float(np.max(effect[grows] / (growth[grows] - 1) ** 2) / np.abs(error[0]))
+    ratios = effect[grows] / (growth[grows] - 1) ** 2
+    return float(np.max(ratios, initial=0) / np.abs(error[0]))
 
 
 def _stable(response_of: Callable[[np.ndarray], LinearResponse]) -> LinearResponse:

@@ -244,7 +244,7 @@ class ALFTableau:
     def deviation_error_scale(self) -> float:
         """What the deviation that `v` takes on in a step, times the length of the step, is
         multiplied by for a third error estimate: so that on `y' = λ y` with small steps it
-        equals the first. Zero if there is none.
+        equals the first. Zero if there is none, as the deviation is of another order.
 
         Only methods of order 4 need it: those of higher order have the freedom for a first
         and a second estimate that leave nothing to be seen.
@@ -253,7 +253,8 @@ class ALFTableau:
             return 0.0
         tall = tall_tree(self.order)
         first, third = self.error_weights, self.deviation_weights
-        return float(abs((first @ self._phi[tall]) / (third @ self._phi[tall])))
+        first, third = abs(first @ self._phi[tall]), abs(third @ self._phi[tall])
+        return float(first / third) if third > tolerance else 0.0
 
     @ft.cached_property
     def deviation_growth(self) -> float:

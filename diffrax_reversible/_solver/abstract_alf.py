@@ -238,7 +238,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         z, v = sums_of(y, solver_state)
         v = v.minus(self._field(term, t0, y, args)).plus(self._field(term, t1, y, args))
         _, v, low = split_sums(z, v)
-        crossed = ALFState(v, solver_state.deviation, low, solver_state.fresh)
+        deviation = solver_state.deviation
+        if deviation is not None:
+            deviation = deviation.across_jump(v)
+        crossed = ALFState(v, deviation, low, solver_state.fresh)
         assert solver_state.fresh is not None
         return crossed, jnp.logical_not(solver_state.fresh)
 

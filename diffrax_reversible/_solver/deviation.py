@@ -23,6 +23,9 @@ from .entry_scales import has_grown, largest_entry, largest_so_far, sample, unit
 _ratio = 3.0
 _floor = 0.4
 _most = 0.3
+# Of a step that is short because an output is due, the error says little about the next ones:
+# those of earlier steps count with this factor for each that has been made since.
+_recent = 0.5
 # Restart where what the deviation adds to the solution in a step may exceed this many times
 # the error of the step. Tuned on the same problems, where it adds few restarts, and on
 # `examples/benchmarks/solutions.py`.
@@ -51,6 +54,7 @@ class Deviation(eqx.Module):
 
     - `seed`: the size of the deviation after the first step since the last restart, relative
         to `scales`; before that what it may be by rounding.
+    - `errors`: the error estimate of recent steps, relative to `scales`.
     - `sizes`: of the deviation of the sampled entries.
     - `scales`: the largest magnitude that they have had since the start of the solve.
     """
@@ -58,6 +62,7 @@ class Deviation(eqx.Module):
     # Whether `v` has to be restarted before the next step.
     restart: BoolScalarLike
     seeds: PyTree[Int[Array, ""]]
+    errors: PyTree[Int[Array, ""]]
     sizes: PyTree[Int[Array, " sample"]]
     scales: PyTree[Int[Array, " sample"]]
 
@@ -66,7 +71,8 @@ class Deviation(eqx.Module):
         """Where `v` was evaluated."""
         scales = jtu.tree_map(lambda y: jnp.abs(sample(y)), y)
         sizes = jtu.tree_map(jnp.zeros_like, scales)
-        none = Deviation(jnp.array(False), *to_bits((sizes, sizes, scales)))
+        zeros = jtu.tree_map(lambda y: jnp.zeros((), y.dtype), y)
+        none = Deviation(jnp.array(False), *to_bits((zeros, zeros, sizes, scales)))
         return none.restarted(tableau, v)
 
     def restarted(self, tableau: ALFTableau, v: VF) -> "Deviation":
@@ -77,7 +83,14 @@ class Deviation(eqx.Module):
             return jnp.asarray(rounding, v.dtype) * largest_entry(sample(v) / units(scales))
 
         seeds = jtu.tree_map(seed, v, from_bits(self.scales, v))
-        return Deviation(jnp.array(False), to_bits(seeds), self.sizes, self.scales)
+        return Deviation(
+            jnp.array(False), to_bits(seeds), self.errors, self.sizes, self.scales
+        )
+
+    def across_jump(self, v: VF) -> "Deviation":
+        """What the next step makes of another field is no growth."""
+        sizes = jtu.tree_map(lambda v: jnp.full_like(sample(v), jnp.inf), v)
+        return Deviation(self.restart, self.seeds, self.errors, to_bits(sizes), self.scales)
 
 
 class _Judged(NamedTuple):
@@ -85,6 +98,7 @@ class _Judged(NamedTuple):
 
     restart: Bool[Array, ""]
     seed: Float[Array, ""]
+    error: Float[Array, ""]
     sizes: Float[Array, " sample"]
     scales: Float[Array, " sample"]
     excess: "Excess"
@@ -152,7 +166,8 @@ class DeviationWatch(eqx.Module):
         What is known now, and an error estimate for the sampled entries: by how much more
         the deviation has grown than that of a stable step does.
         """
-        known = from_bits((before.seeds, before.sizes, before.scales), (y, y, y))
+        known = before.seeds, before.errors, before.sizes, before.scales
+        known = from_bits(known, (y, y, y, y))
         leaves = (jtu.tree_leaves(x) for x in (self.sums, y, *known))
         judged = [
             _judge(tableau, control, fresh, *leaf) for leaf in zip(*leaves, strict=True)
@@ -165,7 +180,7 @@ class DeviationWatch(eqx.Module):
             leaves = [getattr(leaf, name) for leaf in judged]
             return jtu.tree_unflatten(jtu.tree_structure(y), leaves)
 
-        known = to_bits((pick("seed"), pick("sizes"), pick("scales")))
+        known = to_bits(tuple(map(pick, ("seed", "error", "sizes", "scales"))))
         return Deviation(restart, *known), pick("excess")
 
 
@@ -176,6 +191,7 @@ def _judge(
     sums: Float[Array, "2 sample"],
     y: Array,
     seed: Float[Array, ""],
+    recent_error: Float[Array, ""],
     sizes: Float[Array, " sample"],
     scales: Float[Array, " sample"],
 ) -> _Judged:
@@ -190,7 +206,8 @@ def _judge(
     relative_old = largest_entry(old / unit)
 
     seed = jnp.where(fresh, jnp.maximum(seed, relative), seed)
-    taylor_term = h * relative_error / tableau.error_scale
+    recent_error = jnp.maximum(relative_error, _recent * recent_error)
+    taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, eps**_floor, _most)
     # What the deviation adds to the solution grows with its own growth.
     background = jnp.maximum(old, unit * (_shared * relative_old))
@@ -203,7 +220,7 @@ def _judge(
 
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    return _Judged(restart, seed, deviation, scales, Excess(excess, unit))
+    return _Judged(restart, seed, recent_error, deviation, scales, Excess(excess, unit))
 
 
 def _outer(weights: Float[Array, " 2"], x: Float[Array, " n"]) -> Float[Array, "2 n"]:
