@@ -1,5 +1,6 @@
 """Arithmetic on PyTrees, each leaf in its own dtype."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,11 @@ def tree_zeros_like(x: PyTree[Any]) -> PyTree[Any]:
 def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
     """The largest entry of every array."""
     return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), x)
+
+
+def larger(*xs: Array) -> Array:
+    """The largest magnitude of several arrays, entry by entry."""
+    return ft.reduce(jnp.maximum, map(jnp.abs, xs))
 
 
 def to_bits(x: PyTree[Array]) -> PyTree[Array]:

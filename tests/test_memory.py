@@ -81,12 +81,13 @@ def test_growth_with_jumps():
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 7), (PID, 8)))
+@pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 8), (PID, 9)))
 def test_states(solver, controller, states):
     """In units of the state, whatever the number of sub-steps."""
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
-    # Six with fixed steps if there are sub-steps.
+    # Those of `y` and `v` and of their cotangents, the start and the end, and what a step adds:
+    # with error estimates, these.
     assert used < (states if jax.__version_info__ >= (0, 10) else 10) + 0.2
 
 
@@ -133,7 +134,7 @@ def test_default_adjoint_needs_more():
     assert default > 4 * ours
 
 
-@pytest.mark.parametrize("solver, states", zip(SOLVERS, (4, 4, 6, 6), strict=True))
+@pytest.mark.parametrize("solver, states", zip(SOLVERS, (4, 5, 8, 7), strict=True))
 def test_dense_output(solver, states):
     """States a step, as documented."""
 

@@ -63,8 +63,9 @@ def test_solver_table():
         assert int(order) == tableau.order == tableau.velocity_order
         assert int(embedded) == tableau.embedded_order
         assert int(evaluations) == tableau.stages
-        degree = "cubic" if tableau.midpoint_weights is None else "quintic"
-        assert dense == f"{degree}, order {tableau.interpolation_order}"
+        extension = tableau.continuous_extension
+        degree = 3 + len(extension.fractions) + extension.evaluates_midpoint
+        assert dense == f"degree {degree}, order {extension.order}"
 
 
 def test_hamiltonian_table():

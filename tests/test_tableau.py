@@ -3,6 +3,9 @@
 import itertools as it
 import math
 
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,19 +95,96 @@ def test_error_estimate(order):
     assert abs(size / tableau.error_scale - 1) < 1e-8
 
 
-@pytest.mark.parametrize("order", (6, 8))
-def test_midpoint(order):
+@pytest.mark.parametrize("order, between", ((4, 4), (6, 6), (8, 7)))
+def test_continuous_extension(order, between):
+    """The conditions at fractions of the step, with what is evaluated after it as stages."""
     tableau = TABLEAUS[order]
-    matrix, _, _ = runge_kutta(tableau.sub_steps)
-    value, slope = tableau.midpoint_weights, tableau.midpoint_slope_weights
-    for tree in trees_up_to(order - 1):
-        exact = 0.5 ** order_of(tree) / density(tree)
-        assert abs(value @ weight(tree, matrix) - exact) < 1e-12
-    # Otherwise it is evaluated.
-    assert (slope is None) == (order == 6)
-    for tree in trees_up_to(order - 2) if slope is not None else ():
-        exact = order_of(tree) * 0.5 ** (order_of(tree) - 1) / density(tree)
-        assert abs(slope @ weight(tree, matrix) - exact) < 1e-11
+    extension = tableau.continuous_extension
+    assert extension.order == between
+    assert extension.evaluates_midpoint == (order == 6)
+    matrix, z, _ = runge_kutta(tableau.sub_steps)
+    s = len(matrix)
+    # Of the derivatives at the start, at the end, and at the mid-point.
+    rows = [np.zeros(s), z]
+    if order == 6:
+        rows.append(extension.weights[1])
+    extended = np.zeros((s + len(rows), s + len(rows)))
+    extended[:s, :s] = matrix
+    for i, row in enumerate(rows):
+        extended[s + i, :s] = row
+    if order == 6:
+        extended[s + 2, s : s + 2] = extension.slope_weights[1, :2]
+    all_weights = np.concatenate([extension.weights, extension.slope_weights], axis=1)
+    for theta, weights in zip(extension.fractions, all_weights, strict=True):
+        for tree in trees_up_to(between - 1):
+            exact = theta ** order_of(tree) / density(tree)
+            assert abs(weights @ weight(tree, extended) - exact) < 1e-11
+        # Of the deviation of `v` nothing is seen, but for what it makes of stages.
+        assert weights[0] == 0
+        assert abs(weights[:s] @ matrix[:, 0]) < 1e-13
+
+
+def left_half_plane(radius, step, angles):
+    directions = np.exp(1j * np.linspace(np.pi / 2, np.pi, angles))
+    return np.outer(np.arange(step, radius + step / 2, step), directions).ravel()
+
+
+def estimate(tableau, z):
+    """The error estimate and the error of a step of `y' = λ y` from `y = 1` and `v = λ`, as
+    functions of `z = h λ`."""
+    y, v, u = np.ones_like(z), z, [z]
+    for c in tableau.sub_steps:
+        k = y + c / 2 * v
+        u.append(z * k)
+        v = 2 * u[-1] - v
+        y = k + c / 2 * v
+    u = np.stack(u)
+    fine = np.abs(tableau.error_weights @ u)
+    coarse = np.abs(tableau.coarse_error_weights @ u)
+    coarse = coarse * np.minimum(coarse / (0.1 * (np.abs(z) + np.abs(v))), 1) ** 2
+    if tableau.deviation_error_scale > 0:
+        third = tableau.deviation_error_scale * np.abs(tableau.deviation_weights @ u)
+        coarse = np.maximum(coarse, third - fine / 2)
+    return np.maximum(fine, coarse), np.abs(y - np.exp(z)), fine
+
+
+@pytest.mark.parametrize("order", (2, 4, 6, 8))
+def test_error_estimate_is_not_blind(order):
+    """It is at least a quarter of the error of a step wherever that exceeds 1e-3, on the left
+    half-plane; and far from there it is the fine one alone."""
+    tableau = TABLEAUS[order]
+    size, error, fine = estimate(tableau, left_half_plane(15, 0.0173, 173))
+    large = error > 1e-3
+    assert np.min(size[large] / error[large]) > 0.25
+    small = left_half_plane(0.1, 0.01, 19)
+    size, _, fine = estimate(tableau, small)
+    assert np.all(size < 1.001 * fine)
+    if order == 4:
+        # Without the others it would be blind.
+        z = -np.linspace(3, 6, 100)
+        _, error, fine = estimate(tableau, z)
+        assert np.all(fine < error / 16)
+
+
+@pytest.mark.parametrize("order", (2, 4, 6, 8))
+def test_error_estimate_of_a_step(order):
+    """Of the solver, by these functions."""
+    solver = {2: dr.ALF2(), 4: dr.ALF4(), 6: dr.ALF6(), 8: dr.ALF8()}[order]
+    term = dfx.ODETerm(lambda t, y, args: -y)
+
+    @jax.jit
+    @jax.vmap
+    def step(h):
+        y0 = jnp.array([1.0])
+        state = solver.init(term, 0.0, h, y0, None)
+        y1, error, *_ = solver.step(term, 0.0, h, y0, None, state, made_jump=False)
+        return y1[0], jnp.abs(error[0])
+
+    h = np.linspace(0.1, 12, 120)
+    y1, size = step(h)
+    expected, error, _ = estimate(TABLEAUS[order], -h)
+    np.testing.assert_allclose(size, expected, rtol=1e-6, atol=1e-13)
+    np.testing.assert_allclose(np.abs(y1 - np.exp(-h)), error, rtol=1e-6, atol=1e-13)
 
 
 def test_own_coefficients():

@@ -271,11 +271,11 @@ class _Walk(eqx.Module):
         length = self.problem.t1 - self.problem.t0
         step = position.clock.start, position.clock.end
         y, solver_state = true
+        end = self.trace.known_after(position.restarts)
         scales = self.problem.solver.error_scales(
-            terms, *step, length, y, args, solver_state
+            terms, *step, length, y, args, solver_state, *end
         )
-        walked = position.y, position.solver_state
-        return drift(walked, true, scales, self.trace.known_after(position.restarts))
+        return drift((position.y, position.solver_state), true, scales)
 
     def _pull_step_outputs(self, position: _Position, t1: RealScalarLike) -> _Position:
         """Outputs of `SaveAt(steps=n)`, written at the end of a step."""

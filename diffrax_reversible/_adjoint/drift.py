@@ -37,23 +37,16 @@ _messages = [
 least_scale = 0.75
 
 
-def drift(
-    reconstructed: PyTree, true: PyTree, scales: PyTree, end: PyTree
-) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error of an entry as a fraction of its scale.
+def drift(reconstructed: PyTree, true: PyTree, scales: PyTree) -> list[Float[Array, ""]]:
+    """For every leaf, the largest error of an entry as a fraction of its scale."""
 
-    That is the larger of what is given, or of what the entry is at the `end` that the walk
-    began with.
-    """
-
-    def leaf_drift(r, t, scale, e):
-        scale = jnp.maximum(scale, jnp.abs(e))
+    def leaf_drift(r, t, scale):
         scale = jnp.maximum(scale, jnp.finfo(t.dtype).eps ** least_scale * largest(scale))
         error = jnp.abs(r - t)
         # But for zero, an error of what has no size at all is as bad as can be.
         return largest(jnp.where(error == 0, 0, error / jnp.where(scale == 0, 1, scale)))
 
-    leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales, end)), strict=True)
+    leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
     return [leaf_drift(*leaf) for leaf in leaves]
 
 

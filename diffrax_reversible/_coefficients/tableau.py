@@ -12,8 +12,8 @@ from .coarse_error import (
     effect_of_deviation,
     growth_of_deviation,
 )
-from .linear_response import LinearResponse
 from .continuous_extension import ContinuousExtension
+from .linear_response import LinearResponse
 from .order_conditions import (
     error_functional,
     exact_derivative,
@@ -25,7 +25,6 @@ from .order_conditions import (
 )
 from .rooted_trees import (
     elementary_weights,
-    order_of,
     rooted_trees,
     RootedTree,
     tall_tree,

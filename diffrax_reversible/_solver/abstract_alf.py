@@ -28,7 +28,14 @@ from .._custom_types import (
 )
 from .._exact_sum import LowPart
 from .._isolated import isolated
-from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .._tree import (
+    larger,
+    largest,
+    tree_add,
+    tree_axpy,
+    tree_scale,
+    tree_zeros_like,
+)
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
 from .deviation import Deviation, DeviationWatch, watch_weights
@@ -254,19 +261,19 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0: Y,
         args: Args,
         solver_state: ALFState,
+        y_end: Y,
+        solver_state_end: ALFState,
     ) -> tuple[Y, ALFState]:
         """Of an entry of `y` no less than what the step adds to it, and of `v` no less than
         what moves `y` as far as its size in the length of the solve: a solve may start at
         zero, or at rest."""
-        del args
-        v_scale = jtu.tree_map(jnp.abs, solver_state.v)
-        step = jnp.abs(as_ode_term(self, terms).contr(t0, t1))
-        y_scale = jtu.tree_map(
-            lambda y, hv: jnp.maximum(jnp.abs(y), hv), y0, tree_scale(step, v_scale)
-        )
+        # The `v` of the end is not needed, and need not be kept in memory.
+        del args, solver_state_end
+        step = tree_scale(as_ode_term(self, terms).contr(t0, t1), solver_state.v)
+        y_scale = jtu.tree_map(larger, y0, step, y_end)
         v_scale = jtu.tree_map(
-            lambda v, y: jnp.maximum(v, y / jnp.asarray(jnp.abs(length), y.dtype)),
-            v_scale,
+            lambda v, y: larger(v, y / jnp.asarray(length, y.dtype)),
+            solver_state.v,
             y_scale,
         )
         return y_scale, ALFState(v_scale, None, None, None)

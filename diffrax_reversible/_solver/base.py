@@ -11,7 +11,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, RESULTS
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
@@ -24,7 +24,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._tree import tree_add, tree_zeros_like
+from .._tree import larger, tree_add, tree_zeros_like
 
 
 _SolverState = TypeVar("_SolverState")
@@ -219,10 +219,10 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         y0: Y,
         args: Args,
         solver_state: _SolverState,
+        y_end: Y,
+        solver_state_end: _SolverState,
     ) -> PyTree[Array]:
         """What errors of the walk back are measured by, where it comes to a known state.
-
-        They may be larger if the state is larger where the walk back began.
 
         **Arguments:**
 
@@ -230,18 +230,20 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         - `t0`, `t1`: the step that begins there.
         - `length`: of the solve, in time.
         - `y0`, `solver_state`: what is known.
+        - `y_end`, `solver_state_end`: what was known where the walk back began. Of the solver
+            state there need not be more than its floating-point arrays.
 
         **Returns:**
 
         For every floating-point array of `(y0, solver_state)`, in that order, an array of
-        its shape: by default the larger of what each entry is at both ends of the step,
-        which is made again.
+        its shape: by default the largest of what each entry is there, after one step, which
+        is made again, and where the walk back began.
         """
         del length
         y1, _, _, state1, _ = self.advance(terms, t0, t1, y0, args, solver_state)
-        ends = (y0, solver_state), (y1, state1)
-        before, after = (eqx.filter(end, eqx.is_inexact_array) for end in ends)
-        return jtu.tree_map(lambda x, y: jnp.maximum(jnp.abs(x), jnp.abs(y)), before, after)
+        known = (y0, solver_state), (y1, state1), (y_end, solver_state_end)
+        known = (eqx.filter(k, eqx.is_inexact_array) for k in known)
+        return jtu.tree_map(larger, *known)
 
     def inverse_step_and_pullback(
         self,

@@ -28,7 +28,7 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._tree import tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .._tree import larger, tree_add, tree_axpy, tree_scale, tree_zeros_like
 from .base import AbstractReversibleSolver, Cotangent
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
@@ -258,18 +258,17 @@ class McCallumFoster(
         y0: Y,
         args: Args,
         solver_state: CoupledState,
+        y_end: Y,
+        solver_state_end: CoupledState,
     ) -> tuple[Y, CoupledState]:
         """Of an entry of either copy no less than what the vector field adds to it in the
         step."""
-        del length
+        del length, solver_state_end
         term = as_ode_term(self, terms)
         step = term.vf_prod(t0, y0, args, term.contr(t0, t1))
-
-        def scale(y):
-            return jtu.tree_map(lambda y, s: jnp.maximum(jnp.abs(y), jnp.abs(s)), y, step)
-
-        scales = CoupledState(scale(solver_state.copy), solver_state.separation)
-        return scale(y0), eqx.filter(scales, eqx.is_inexact_array)
+        scales = jtu.tree_map(larger, y0, step, y_end)
+        state = eqx.filter(solver_state, eqx.is_inexact_array)
+        return scales, with_copy(state, scales)
 
     def inverse_step(
         self,

@@ -26,7 +26,14 @@ from .._custom_types import (
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
 from .._total_derivative import total_derivative
-from .._tree import largest, tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .._tree import (
+    larger,
+    largest,
+    tree_add,
+    tree_axpy,
+    tree_scale,
+    tree_zeros_like,
+)
 from .base import AbstractReversibleSolver, Cotangent
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
@@ -233,21 +240,22 @@ class AbstractSplitting(
         y0: Y,
         args: Args,
         solver_state: SplittingState,
+        y_end: Y,
+        solver_state_end: SplittingState,
     ) -> tuple[Y, SplittingState]:
         """Of an entry of `q` and `p` no less than what the step adds to it, and of the force
         no less than what changes `p` by its size in the length of the solve."""
+        # The force at the end is not needed, and need not be kept in memory.
+        del solver_state_end
         term_q, term_p = self._terms(terms)
-        drift = self._evaluate(term_q, t0, y0[1], args)
-
-        def scale(term, y, vf):
-            step = tree_scale(term.contr(t0, t1), vf)
-            return jtu.tree_map(lambda y, s: jnp.maximum(jnp.abs(y), jnp.abs(s)), y, step)
-
-        q, p = scale(term_q, y0[0], drift), scale(term_p, y0[1], solver_state.force)
+        velocity = self._evaluate(term_q, t0, y0[1], args)
+        steps = (
+            tree_scale(term.contr(t0, t1), vf)
+            for term, vf in ((term_q, velocity), (term_p, solver_state.force))
+        )
+        q, p = (jtu.tree_map(larger, *ys) for ys in zip(y0, steps, y_end, strict=True))
         force = jtu.tree_map(
-            lambda f, p: jnp.maximum(jnp.abs(f), p / jnp.asarray(jnp.abs(length), p.dtype)),
-            solver_state.force,
-            p,
+            lambda f, p: larger(f, p / jnp.asarray(length, p.dtype)), solver_state.force, p
         )
         return (q, p), SplittingState(force, None, None)
 
