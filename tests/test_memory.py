@@ -86,8 +86,8 @@ def test_states(solver, controller, states):
     """In units of the state, whatever the number of sub-steps."""
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
-    # Those of `y` and `v` and of their cotangents, the start and the end, and what a step adds:
-    # with error estimates, these.
+    # Those of `y` and `v` and of their cotangents, the start and the end, and what a step
+    # adds: with error estimates, these.
     assert used < (states if jax.__version_info__ >= (0, 10) else 10) + 0.2
 
 

@@ -97,7 +97,8 @@ def test_error_estimate(order):
 
 @pytest.mark.parametrize("order, between", ((4, 4), (6, 6), (8, 7)))
 def test_continuous_extension(order, between):
-    """The conditions at fractions of the step, with what is evaluated after it as stages."""
+    """The conditions at fractions of the step, with what is evaluated after it as
+    stages."""
     tableau = TABLEAUS[order]
     extension = tableau.continuous_extension
     assert extension.order == between
@@ -150,8 +151,8 @@ def estimate(tableau, z):
 
 @pytest.mark.parametrize("order", (2, 4, 6, 8))
 def test_error_estimate_is_not_blind(order):
-    """It is at least a quarter of the error of a step wherever that exceeds 1e-3, on the left
-    half-plane; and far from there it is the fine one alone."""
+    """It is at least a quarter of the error of a step wherever that exceeds 1e-3, on the
+    left half-plane; and far from there it is the fine one alone."""
     tableau = TABLEAUS[order]
     size, error, fine = estimate(tableau, left_half_plane(15, 0.0173, 173))
     large = error > 1e-3

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._solver.entry_scales import units
 from .._tree import largest
 from .validate import call, too_few
 
@@ -33,18 +34,11 @@ _messages = [
 ]
 
 
-# No entry is taken for smaller than this power of the machine epsilon of the largest.
-least_scale = 0.75
-
-
 def drift(reconstructed: PyTree, true: PyTree, scales: PyTree) -> list[Float[Array, ""]]:
     """For every leaf, the largest error of an entry as a fraction of its scale."""
 
     def leaf_drift(r, t, scale):
-        scale = jnp.maximum(scale, jnp.finfo(t.dtype).eps ** least_scale * largest(scale))
-        error = jnp.abs(r - t)
-        # But for zero, an error of what has no size at all is as bad as can be.
-        return largest(jnp.where(error == 0, 0, error / jnp.where(scale == 0, 1, scale)))
+        return largest((r - t) / units(scale))
 
     leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
     return [leaf_drift(*leaf) for leaf in leaves]

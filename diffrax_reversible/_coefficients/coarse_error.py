@@ -15,8 +15,8 @@ from .linear_response import left_half_plane, LinearResponse
 from .order_conditions import null_space_of
 
 
-# The coarse estimate counts in full where it exceeds this fraction of what the two slopes at
-# the ends of the step add up to. Where it is smaller, it is reduced by this power of the
+# The coarse estimate counts in full where it exceeds this fraction of what the two slopes
+# at the ends of the step add up to. Where it is smaller, it is reduced by this power of the
 # quotient, which leaves the fine estimate its order.
 threshold = 0.1
 power = 2
@@ -125,8 +125,8 @@ def _multiple(
 def growth_of_deviation(
     response_of: Callable[[np.ndarray], LinearResponse], deviation_weights: np.ndarray
 ) -> float:
-    """By how much a deviation seems to grow in a step of `y' = λ y`, three quarters as long as
-    is stable."""
+    """By how much a deviation seems to grow in a step of `y' = λ y`, three quarters as long
+    as is stable."""
     response = _stable(response_of)
     growth = np.abs(deviation_weights @ response.parasitic)
     return float(np.max(growth[: round(0.75 * len(growth))]))

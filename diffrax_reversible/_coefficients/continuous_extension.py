@@ -19,9 +19,9 @@ from .rooted_trees import (
 
 
 # Where conditions leave freedom, residuals of the next order of this size count as much as
-# errors on `y' = λ y` that are as large as that of the step, and as what the deviation of `v`
-# adds, if it is so many times what it adds to the end of the step. Residuals count more the
-# further their order is below that of the step.
+# errors on `y' = λ y` that are as large as that of the step, and as what the deviation of
+# `v` adds, if it is so many times what it adds to the end of the step. Residuals count more
+# the further their order is below that of the step.
 _residual = 1e-2
 _per_order = 1e-3
 _parasitic = 3.0
@@ -36,8 +36,8 @@ class ContinuousExtension:
     and these values hardly see its deviation.
 
     - `weights`: of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
-    - `slope_weights`: of the derivatives at both ends, and if `evaluates_midpoint` of that at
-        the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
+    - `slope_weights`: of the derivatives at both ends, and if `evaluates_midpoint` of that
+        at the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
     - `order`: of the solution between the ends of steps.
     """
 
@@ -54,8 +54,8 @@ class ContinuousExtension:
     def of(
         matrix: np.ndarray, step_weights: np.ndarray, order: int
     ) -> "ContinuousExtension":
-        """That of the largest order, and of several the one that evaluates least and that is
-        exact to one more order on `y' = λ y`.
+        """That of the largest order, and of several the one that evaluates least and that
+        is exact to one more order on `y' = λ y`.
 
         **Arguments:**
 

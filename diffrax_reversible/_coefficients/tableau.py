@@ -220,8 +220,8 @@ class ALFTableau:
 
     @ft.cached_property
     def coarse_error_weights(self) -> np.ndarray:
-        """Weights of `u_0, ..., u_s` in a second error estimate, for steps next to the limit
-        of stability, zero if there is none.
+        """Weights of `u_0, ..., u_s` in a second error estimate, for steps next to the
+        limit of stability, zero if there is none.
 
         Its order is one less than that of the first, and it does not see the parasitic
         deviation either.
@@ -264,8 +264,8 @@ class ALFTableau:
 
     @ft.cached_property
     def deviation_effect(self) -> float:
-        """What a deviation of size one adds to the solution in a step, in units of the error
-        of the step over its first estimate, where it grows by a factor of two."""
+        """What a deviation of size one adds to the solution in a step, in units of the
+        error of the step over its first estimate, where it grows by a factor of two."""
         assert self.deviation_weights is not None
         return effect_of_deviation(
             self.linear_response,

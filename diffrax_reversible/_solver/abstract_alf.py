@@ -186,8 +186,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
         dense_info: DenseInfo,
     ) -> DenseInfo:
-        """The derivatives that the interpolation takes. At the ends of a step `v` will not do,
-        of which the deviation may be larger than all errors."""
+        """The derivatives that the interpolation takes. At the ends of a step `v` will not
+        do, of which the deviation may be larger than all errors."""
         if not self._evaluates_slopes:
             return {}
         term = as_ode_term(self, terms)
@@ -559,8 +559,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     """The error estimate, of two of different order.
 
-    The coarse one counts where the step is about as large as is stable: there it is not small
-    beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
+    The coarse one counts where the step is about as large as is stable: there it is not
+    small beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
     """
     size = jnp.abs(coarse)
     slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))

@@ -191,8 +191,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     def to_store(self, solver_state: _SolverState) -> _SolverState:
         """What `ReversibleAdjoint` stores of the solver state before a restart.
 
-        By default all of it. In place of leaves of which the walk back makes no use there may
-        be `None`; where it comes to the restart, they are left as they are.
+        By default all of it. In place of leaves of which the walk back makes no use there
+        may be `None`; where it comes to the restart, they are left as they are.
         """
         return solver_state
 
@@ -230,8 +230,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         - `t0`, `t1`: the step that begins there.
         - `length`: of the solve, in time.
         - `y0`, `solver_state`: what is known.
-        - `y_end`, `solver_state_end`: what was known where the walk back began. Of the solver
-            state there need not be more than its floating-point arrays.
+        - `y_end`, `solver_state_end`: what was known where the walk back began. Of the
+            solver state there need not be more than its floating-point arrays.
 
         **Returns:**
 

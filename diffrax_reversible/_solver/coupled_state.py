@@ -10,11 +10,12 @@ from .._tree import from_bits, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample
 
 
-# Restart where the distance of the copies exceeds this many times the error estimate, and
-# this power of the machine epsilon times the scale of the entry, but in any case where it
-# exceeds this fraction of the scale. With a ratio of ten errors were up to ten times those of
-# the Runge–Kutta method, and restarts hardly fewer; with three they are about the same. Tuned
-# on Kepler's, Lorenz', Lotka and Volterra's and van der Pol's equations, and on networks.
+# Restart where the distance of the copies, in any entry, exceeds this many times its error
+# estimate, and this power of the machine epsilon times its scale, but in any case where it
+# exceeds this fraction of the scale. With a ratio of ten errors were up to ten times those
+# of the Runge–Kutta method, and restarts hardly fewer; with three they are about the same.
+# Tuned on Kepler's, Lorenz', Lotka and Volterra's and van der Pol's equations, and on
+# networks.
 _ratio = 3.0
 _floor = 0.75
 _most = 0.3
@@ -27,10 +28,10 @@ class Separation(eqx.Module):
 
     All but `restart` as bits, and for every array:
 
-    - `seed`: the distance after the first step since the last restart, relative to `scales`;
-        zero before that.
-    - `scales`: the largest magnitude that the sampled entries have had since the start of the
-        solve.
+    - `seed`: the distance after the first step since the last restart, relative to
+        `scales`; zero before that.
+    - `scales`: the largest magnitude that the sampled entries have had since the start of
+        the solve.
     """
 
     # Whether they have to be set equal before the next step.
@@ -72,10 +73,15 @@ def _judge(
 ) -> tuple[BoolScalarLike, Float[Array, ""], Float[Array, " sample"]]:
     eps = jnp.finfo(y.dtype).eps
     scales, unit = largest_so_far(scales, y)
-    distance = largest_entry(jnp.abs(sample(y) - sample(z)) / unit)
-    relative_error = largest_entry(jnp.abs(sample(error)) / unit)
+    distances = jnp.abs(sample(y) - sample(z))
+    errors = jnp.abs(sample(error))
+    # An error estimate may be small by chance, but not beside those of all other entries.
+    usual = unit * (largest_entry(errors) / largest_entry(unit))
+    allowed = _ratio * jnp.maximum(errors, usual)
+    allowed = jnp.clip(allowed, unit * eps**_floor, unit * _most)
+    inaccurate = jnp.any(distances > allowed)
+    distance = largest_entry(distances / unit)
     seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps), seed)
-    inaccurate = distance > jnp.clip(_ratio * relative_error, eps**_floor, _most)
     return has_grown(distance, seed) | inaccurate, seed, scales
 
 

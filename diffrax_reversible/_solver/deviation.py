@@ -15,23 +15,23 @@ from .._tree import from_bits, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
 
 
-# Restart where the deviation of `v`, times the step size, exceeds this many times the Taylor
-# term that the error estimate is a fraction of, and this power of the machine epsilon times
-# the scale of the entry, but in any case where it exceeds this fraction of the scale. A
-# smaller ratio restarts conservative problems needlessly. Tuned on Kepler's, Lorenz',
-# Lotka and Volterra's and van der Pol's equations, and on networks.
+# Restart where the deviation of `v`, times the step size, exceeds this many times the
+# Taylor term that the error estimate is a fraction of, and this power of the machine
+# epsilon times the scale of the entry, but in any case where it exceeds this fraction of
+# the scale. A smaller ratio restarts conservative problems needlessly. Tuned on Kepler's,
+# Lorenz', Lotka and Volterra's and van der Pol's equations, and on networks.
 _ratio = 3.0
 _floor = 0.4
 _most = 0.3
-# Of a step that is short because an output is due, the error says little about the next ones:
-# those of earlier steps count with this factor for each that has been made since.
+# Of a step that is short because an output is due, the error says little about the next
+# ones: those of earlier steps count with this factor for each that has been made since.
 _recent = 0.5
 # Restart where what the deviation adds to the solution in a step may exceed this many times
 # the error of the step. Tuned on the same problems, where it adds few restarts, and on
 # `examples/benchmarks/solutions.py`.
 _harm = 300.0
-# As old counts what the largest deviation was before the step, relative to the scale of each
-# entry, times this: entries take deviations over from each other.
+# As old counts what the largest deviation was before the step, relative to the scale of
+# each entry, times this: entries take deviations over from each other.
 _shared = 0.3
 # A step itself makes a deviation of up to so many times the error estimate.
 _made = 10.0
@@ -52,8 +52,8 @@ class Deviation(eqx.Module):
 
     All but `restart` as bits, and for every array:
 
-    - `seed`: the size of the deviation after the first step since the last restart, relative
-        to `scales`; before that what it may be by rounding.
+    - `seed`: the size of the deviation after the first step since the last restart,
+        relative to `scales`; before that what it may be by rounding.
     - `errors`: the error estimate of recent steps, relative to `scales`.
     - `sizes`: of the deviation of the sampled entries.
     - `scales`: the largest magnitude that they have had since the start of the solve.
@@ -112,7 +112,8 @@ class Excess(eqx.Module):
 
     def raise_error(self, error: Array) -> Array:
         """Another estimate, with its sampled entries no less in size than this one. If not
-        all are sampled, then it is raised as a whole by as much as the sample on average."""
+        all are sampled, then it is raised as a whole by as much as the sample on
+        average."""
         known = jnp.abs(sample(error))
         raised = jnp.maximum(known, self.error)
         if raised.size == error.size:

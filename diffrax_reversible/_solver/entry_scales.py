@@ -48,5 +48,6 @@ def largest_entry(x: Array) -> Float[Array, ""]:
 
 
 def has_grown(relative: Float[Array, ""], seed: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a deviation has grown as much since it was the `seed` as may be walked back."""
+    """Whether a deviation has grown as much since it was the `seed` as may be walked
+    back."""
     return relative > jnp.finfo(relative.dtype).eps ** _growth * seed

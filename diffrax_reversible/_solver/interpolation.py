@@ -13,10 +13,10 @@ from .._custom_types import RealScalarLike, Y
 class HermiteInterpolation(AbstractLocalInterpolation):
     """Hermite interpolation through both ends of a step, and values within it.
 
-    The polynomial through the solution and its derivative at both ends, through the solution
-    at given fractions of the step, and if given through the derivative at the mid-point. Of
-    degree three, and one more for each of the others. Exact to the bit at both ends, and
-    linear in the data.
+    The polynomial through the solution and its derivative at both ends, through the
+    solution at given fractions of the step, and if given through the derivative at the
+    mid-point. Of degree three, and one more for each of the others. Exact to the bit at
+    both ends, and linear in the data.
 
     **Arguments:**
 
@@ -77,8 +77,8 @@ def _cubic(x, y0: Array, y1: Array, k0: Array, k1: Array) -> Array:
 
 def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Array]:
     """Polynomials `x^2 (1 - x)^2 B(x)`, flat at both ends, each one at one of the fractions
-    and zero at the others; `with_slope` flat at the mid-point as well, and one more that has
-    the slope one there and is zero at all fractions."""
+    and zero at the others; `with_slope` flat at the mid-point as well, and one more that
+    has the slope one there and is zero at all fractions."""
     nodes = np.array(fractions)
     count = len(nodes) + with_slope
     powers = np.arange(count)
@@ -89,6 +89,8 @@ def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Arr
     coefficients = np.linalg.inv(rows) if count > 0 else rows
     flat = (x * (1 - x)) ** 2
     basis = [flat * (x - 0.5) ** k for k in range(count)]
+    zero = jnp.zeros_like(x)
     return [
-        sum(float(c) * b for c, b in zip(cs, basis, strict=True)) for cs in coefficients.T
+        sum((float(c) * b for c, b in zip(cs, basis, strict=True)), zero)
+        for cs in coefficients.T
     ]

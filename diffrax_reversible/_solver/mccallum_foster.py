@@ -91,16 +91,16 @@ class McCallumFoster(
 
     Two steps of the solver a step, of which the second takes no stage that is only for the
     next step. A step is undone by as many evaluations, or fewer, divided by `λ`: errors of
-    the walk back grow by `1 / λ` a step, if the flow does not damp them, and over `n` steps by
-    `λ^-n`; over 1,000 steps at the default of 0.999 by 2.7, over 10,000 by 22,000.
+    the walk back grow by `1 / λ` a step, if the flow does not damp them, and over `n` steps
+    by `λ^-n`; over 1,000 steps at the default of 0.999 by 2.7, over 10,000 by 22,000.
 
-    The copies part, fastest where the flow contracts, and no error estimate sees that. Where
-    their distance exceeds three times the estimate, in any entry by its own size, or where it
-    has grown too much for the walk back, `z` is set to `y` before the next step, at no
-    evaluation. `ReversibleAdjoint` stores two states at each such restart. Conservative
-    problems take some ten of them, contracting ones about one for each `λ T = 2` of the
-    direction that contracts fastest, or if steps are large one for every step: there
-    [`diffrax_reversible.ALF4`][] needs fewer.
+    The copies part, fastest where the flow contracts, and no error estimate sees that.
+    Where their distance exceeds three times the estimate, in any entry by its own size, or
+    where it has grown too much for the walk back, `z` is set to `y` before the next step,
+    at no evaluation. `ReversibleAdjoint` stores two states at each such restart.
+    Conservative problems take some ten of them, contracting ones about one for each `λ T =
+    2` of the direction that contracts fastest, or if steps are large one for every step:
+    there [`diffrax_reversible.ALF4`][] needs fewer.
 
     Memory of `SaveAt(dense=True)`: that of the `solver`, and two states a step.
 

@@ -1,15 +1,15 @@
 """Solutions as accurate as their tolerances: errors beside those of `Dopri5`.
 
 Problems of all kinds, see `solutions_problems.py`, are solved under
-`PIDController(rtol=tol, atol=tol)`, in double and single precision, where entries have sizes
-of their own with `atol` in proportion. The error is the largest of any entry at any time, in
-units of what the tolerance allows this entry; at the ends of steps, and at 200 times between
-them, each as a multiple of that of `Dopri5`, but of no less than rounding errors are. The
-exact solution is that of `Dopri8` with a tolerance of 1e-13.
+`PIDController(rtol=tol, atol=tol)`, in double and single precision, where entries have
+sizes of their own with `atol` in proportion. The error is the largest of any entry at any
+time, in units of what the tolerance allows this entry; at the ends of steps, and at 200
+times between them, each as a multiple of that of `Dopri5`, but of no less than rounding
+errors are. The exact solution is that of `Dopri8` with a tolerance of 1e-13.
 
 Printed are, for every family and every group of problems, the largest of these multiples at
-steps and between, and how many are beyond 10; then each that is. A solve that fails counts as
-beyond, unless that of `Dopri5` fails as well.
+steps and between, and how many are beyond 10; then each that is. A solve that fails counts
+as beyond, unless that of `Dopri5` fails as well.
 
     python solutions.py          # about half an hour on two cores
     python solutions.py --quick  # a part of it, of which none may be beyond
@@ -141,7 +141,8 @@ def errors_of(problem: Problem, solver, dtype) -> Callable[..., Errors]:
     eps = float(jnp.finfo(dtype).eps)
 
     def errors(y0, args, solution, tol) -> Errors:
-        ts, ys, successful = solve(*cast((y0, args), dtype), jnp.asarray(tol, dtype))
+        y0, args = cast((y0, args), dtype)
+        ts, ys, successful = solve(y0, args, jnp.asarray(tol, dtype))
         if not successful:
             return Errors(np.inf, np.inf)
         grid = jnp.linspace(0, problem.t1, 1001)

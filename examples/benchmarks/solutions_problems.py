@@ -15,9 +15,10 @@ class Problem:
     """`y' = field(t, y, args)` from 0 to `t1`.
 
     - `cases`: of `(y0, args)`, of the same shapes, which are solved one after another.
-    - `sizes`: what the absolute tolerance is multiplied by, for each entry of an array, or one
-        number for a state of several arrays.
-    - `separate`: the two fields of a separable Hamiltonian system, for a state of two arrays.
+    - `sizes`: what the absolute tolerance is multiplied by, for each entry of an array, or
+        one number for a state of several arrays.
+    - `separate`: the two fields of a separable Hamiltonian system, for a state of two
+        arrays.
     """
 
     field: Callable
@@ -163,8 +164,8 @@ def _van_der_pol(t, y, mu):
     return jnp.stack([p, mu * (1 - q**2) * p - q])
 
 
-# The non-stiff problems of DETEST: Hull, Enright, Fellen & Sedgwick (1972), Comparing Numerical
-# Methods for Ordinary Differential Equations, doi:10.1137/0709052.
+# The non-stiff problems of DETEST: Hull, Enright, Fellen & Sedgwick (1972), Comparing
+# Numerical Methods for Ordinary Differential Equations, doi:10.1137/0709052.
 
 
 def _torus(t, y, args):
