@@ -171,7 +171,9 @@ def test_memory_is_flat():
         return compiled.memory_analysis().temp_size_in_bytes
 
     few = temporary_bytes(1.0, 100)
-    assert few == temporary_bytes(1e4, 10_000_000) == temporary_bytes(1e4, None)
+    assert few == temporary_bytes(1e4, 10_000_000)
+    # Which is compared with the number of steps, unless any is allowed.
+    assert few - 256 <= temporary_bytes(1e4, None) <= few
 
 
 def test_steps_are_those_of_the_recurrence():

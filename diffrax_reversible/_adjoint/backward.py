@@ -268,7 +268,9 @@ class _Walk(eqx.Module):
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
         terms, args = self.bind(self.params)
-        length = self.problem.t1 - self.problem.t0
+        # Events may end a solve long before `t1`.
+        length = jnp.abs(self.trace.end.tprev - self.problem.t0)
+        length = jnp.where(length == 0, 1, length)
         step = position.clock.start, position.clock.end
         y, solver_state = true
         end = self.trace.known_after(position.restarts)
