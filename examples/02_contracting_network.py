@@ -108,14 +108,16 @@ class Method(NamedTuple):
     name: str
     solver: dfx.AbstractSolver
     evaluations_per_step: int
+    # To interpolate between the ends of a step.
+    evaluations_per_output: int
     adjoint: dfx.AbstractAdjoint
 
 
 WALK_BACK = dr.ReversibleAdjoint(CHECKPOINTS, drift_tol=DRIFT_TOLERANCE)
 STORE = dfx.RecursiveCheckpointAdjoint()
-REVERSIBLE = Method("ALF4, ReversibleAdjoint", dr.ALF4(), 5, WALK_BACK)
-STORED = Method("ALF4, RecursiveCheckpointAdjoint", dr.ALF4(), 5, STORE)
-TSIT5 = Method("Tsit5, RecursiveCheckpointAdjoint", dfx.Tsit5(), 6, STORE)
+REVERSIBLE = Method("ALF4, ReversibleAdjoint", dr.ALF4(), 5, 2, WALK_BACK)
+STORED = Method("ALF4, RecursiveCheckpointAdjoint", dr.ALF4(), 5, 2, STORE)
+TSIT5 = Method("Tsit5, RecursiveCheckpointAdjoint", dfx.Tsit5(), 6, 0, STORE)
 
 
 def solve(model: Circuit | Network, series: Series, method: Method, tolerance=TOLERANCE):
@@ -387,8 +389,9 @@ def compare_scheme(network, series, scheme, steps, truth) -> tuple[Comparison, W
 def compare_method(network, series, method, truth) -> Comparison:
     ys, stats = eqx.filter_jit(solve)(network, series, method)
     steps, restarts = jnp.max(stats["num_steps"]), jnp.max(stats.get("num_restarts", 0))
+    outputs = method.evaluations_per_output * series.ts.shape[1]
     # Not counted are one or two at the start.
-    evaluations = int(method.evaluations_per_step * steps + restarts)
+    evaluations = int(method.evaluations_per_step * steps + restarts + outputs)
     row = Comparison(method.name, int(steps), evaluations, largest(ys - truth), None, None)
     if method is not REVERSIBLE:
         return row

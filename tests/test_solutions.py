@@ -1,0 +1,275 @@
+"""Solutions are as accurate as their tolerances: contracting flows, entries of many sizes,
+and between steps."""
+
+import functools as ft
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import SOLVERS
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+WITH_RESTARTS = (*SOLVERS[1:], dr.McCallumFoster(dfx.Tsit5()))
+with_restarts = pytest.mark.parametrize("solver", WITH_RESTARTS, ids=repr)
+
+
+def pid(tol, atol=None):
+    return dfx.PIDController(rtol=tol, atol=tol if atol is None else atol)
+
+
+def relaxation(t, y, rate):
+    return -rate * (y - jnp.cos(t))
+
+
+def exact_relaxation(t, y0, rate):
+    followed = (rate**2 * np.cos(t) + rate * np.sin(t)) / (1 + rate**2)
+    return followed + (y0 - rate**2 / (1 + rate**2)) * np.exp(-rate * t)
+
+
+@eqx.filter_jit
+def at_steps(solver, rate, tol, y0, t1=6.0):
+    saveat = dfx.SaveAt(steps=True)
+    return dfx.diffeqsolve(
+        dfx.ODETerm(relaxation),
+        solver,
+        jnp.zeros((), y0.dtype),
+        jnp.asarray(t1, y0.dtype),
+        None,
+        y0,
+        rate,
+        saveat=saveat,
+        stepsize_controller=pid(tol),
+        max_steps=4096,
+    )
+
+
+def largest_error(solver, rate, tol, dtype=jnp.float64):
+    y0 = jnp.array([0.3], dtype)
+    sol = at_steps(solver, jnp.asarray(rate, dtype), jnp.asarray(tol, dtype), y0)
+    written = np.isfinite(sol.ts)
+    exact = exact_relaxation(np.asarray(sol.ts, np.float64)[written], 0.3, rate)
+    return np.max(np.abs(np.asarray(sol.ys)[written, 0] - exact))
+
+
+@with_restarts
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+def test_contracting(solver, dtype):
+    for rate in (2.0, 10.0, 25.0, 50.0, 100.0, 200.0):
+        for tol in (1e-1, 1e-2, 1e-3, 1e-4):
+            error, beside = (
+                largest_error(s, rate, tol, dtype) for s in (solver, dfx.Dopri5())
+            )
+            assert error < 10 * beside, (rate, tol, error, beside)
+
+
+def test_contracting_and_large():
+    """Where no more than a sample of the entries is watched."""
+    rates = jnp.linspace(1.0, 100.0, 5000)
+
+    @eqx.filter_jit
+    def solve(solver):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(relaxation),
+            solver,
+            *(0.0, 6.0, None),
+            jnp.full_like(rates, 0.3),
+            rates,
+            stepsize_controller=pid(1e-2),
+        ).ys[0]
+
+    exact = exact_relaxation(6.0, 0.3, np.asarray(rates))
+    ours, beside = (
+        np.max(np.abs(solve(solver) - exact)) for solver in (dr.ALF4(), dfx.Dopri5())
+    )
+    assert ours < 10 * beside, (ours, beside)
+
+
+def oscillator_and_decay(t, y, rate):
+    return jnp.stack([y[1], -y[0], -rate * y[2]])
+
+
+@with_restarts
+@pytest.mark.parametrize("size", (1e-8, 1e-10, 1e4))
+def test_entry_of_another_size(solver, size):
+    """Sizes of 1 and of another; a large one may hide the oscillation."""
+    ts = jnp.linspace(0, 2, 21)
+
+    @eqx.filter_jit
+    def solve(solver):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(oscillator_and_decay),
+            solver,
+            *(0.0, 2.0, None),
+            jnp.array([1.0, 0.0, size]),
+            22.0,
+            saveat=dfx.SaveAt(ts=ts),
+            stepsize_controller=pid(1e-8, 1e-12 * jnp.array([1.0, 1.0, size])),
+        )
+        return sol.ys
+
+    exact = np.stack([np.cos(ts), -np.sin(ts), size * np.exp(-22 * ts)], axis=1)
+
+    def errors(solver):
+        """Relative to the size of each entry."""
+        return np.max(np.abs(solve(solver) - exact), axis=0) / np.array([1, 1, size])
+
+    assert np.max(errors(solver)) < 30 * np.max(errors(dfx.Dopri5()))
+
+
+@with_restarts
+def test_gradient_of_small_entry(solver):
+    def gradient(adjoint):
+        @jax.jit
+        @jax.grad
+        def run(inputs):
+            y0, rate = inputs
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(oscillator_and_decay),
+                solver,
+                *(0.0, 2.0, 0.04),
+                y0,
+                rate,
+                saveat=dfx.SaveAt(ts=jnp.linspace(0, 2, 21)),
+                adjoint=adjoint,
+            )
+            return jnp.sum(sol.ys[:, 2]) / 1e-8 + jnp.sum(sol.ys[:, :2])
+
+        return run((jnp.array([1.0, 0.0, 1e-8]), jnp.array(22.0)))
+
+    ours = gradient(dr.ReversibleAdjoint(checkpoints=100))
+    theirs = gradient(dfx.RecursiveCheckpointAdjoint())
+    # Every entry by itself.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    ts = np.linspace(0, 2, 21)
+    np.testing.assert_allclose(ours[1], np.sum(-ts * np.exp(-22 * ts)), rtol=3e-2)
+
+
+@pytest.mark.parametrize(
+    "solver", (dr.ALF2(), dr.StormerVerlet(), dfx.ReversibleHeun()), ids=repr
+)
+def test_walk_back_is_measured_entry_by_entry(solver):
+    """An error of a small entry is not lost beside a large one."""
+    splits = isinstance(solver, dr.StormerVerlet)
+    sizes = jnp.array([1.0, 1e-10])
+    terms = dfx.ODETerm(lambda t, y, args: -jnp.array([0.1, 12.0]) * y)
+    y0 = sizes
+    if splits:
+        # Not Hamiltonian: `p` contracts by what time does to the force.
+        terms = (
+            dfx.ODETerm(lambda t, p, args: p),
+            dfx.ODETerm(lambda t, q, args: -(jnp.array([0.1, 12.0]) ** 2) * q),
+        )
+        y0 = sizes, sizes
+
+    def final(y0):
+        sol = dfx.diffeqsolve(
+            terms, solver, 0.0, 5.0, 0.01, y0, adjoint=dr.ReversibleAdjoint()
+        )
+        return sum(jnp.sum(y / sizes) for y in jax.tree.leaves(sol.ys))
+
+    gradient = eqx.filter_jit(jax.grad(final))
+    if splits:
+        assert all(map(np.all, map(np.isfinite, gradient(y0))))
+    else:
+        with pytest.raises(RuntimeError, match="missed the initial state"):
+            gradient(y0)
+
+
+# What a step of a method of order 8 is interpolated with is of order 7.
+@pytest.mark.parametrize("solver, ratio", ((dr.ALF4(), 5), (dr.ALF6(), 6), (dr.ALF8(), 10)))
+def test_between_steps(solver, ratio):
+    """Beside the error at steps, for steps up to the limit of stability."""
+
+    @eqx.filter_jit
+    def errors(rate, dt0):
+        steps, between = dfx.SubSaveAt(steps=True), jnp.linspace(0, 1, 321)[1:-1]
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(relaxation),
+            solver,
+            0.0,
+            40 * dt0,
+            dt0,
+            jnp.array(0.3),
+            rate,
+            saveat=dfx.SaveAt(subs=[steps, dfx.SubSaveAt(ts=40 * dt0 * between)]),
+            max_steps=41,
+        )
+        return [
+            jnp.max(
+                jnp.where(jnp.isfinite(t), jnp.abs(y - exact_relaxation_of(t, rate)), 0)
+            )
+            for t, y in zip(sol.ts, sol.ys, strict=True)
+        ]
+
+    def exact_relaxation_of(t, rate):
+        followed = (rate**2 * jnp.cos(t) + rate * jnp.sin(t)) / (1 + rate**2)
+        start = 0.3 - rate**2 / (1 + rate**2)
+        return followed + start * jnp.exp(-rate * t)
+
+    limit = {4: 3.5, 6: 5.0, 8: 3.0}[solver.order(None)]
+    for rate in (2.0, 25.0, 200.0):
+        for product in (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, limit):
+            at_ends, between = errors(jnp.array(rate), jnp.array(product / rate))
+            assert between < ratio * at_ends + 1e-14, (rate, product, at_ends, between)
+
+
+@pytest.mark.parametrize("solver", WITH_RESTARTS, ids=repr)
+def test_outputs_under_a_controller(solver):
+    ts = jnp.linspace(0, 6, 200)
+
+    @eqx.filter_jit
+    def solve(solver, rate):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(relaxation),
+            solver,
+            *(0.0, 6.0, None),
+            jnp.array(0.3),
+            rate,
+            saveat=dfx.SaveAt(ts=ts),
+            stepsize_controller=pid(1e-4),
+        )
+        return sol.ys
+
+    for rate in (2.0, 25.0, 200.0):
+        exact = exact_relaxation(np.asarray(ts), 0.3, rate)
+        ours, tsit5 = (
+            np.max(np.abs(solve(s, jnp.array(rate)) - exact)) for s in (solver, dfx.Tsit5())
+        )
+        assert ours < 10 * tsit5, (rate, ours, tsit5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+def test_derivative_and_newton(solver):
+    """With steps so long that the deviation of `v` is larger than the error."""
+
+    @jax.jit
+    def solve(y0):
+        saveat = dfx.SaveAt(dense=True)
+        term = dfx.ODETerm(lambda t, y, args: -y)
+        sol = dfx.diffeqsolve(term, solver, 0.0, 5.0, 1.0, y0, saveat=saveat)
+        return jax.vmap(sol.derivative)(jnp.linspace(0.5, 5, 10))
+
+    exact = -10 * np.exp(-np.linspace(0.5, 5, 10))
+    np.testing.assert_allclose(solve(jnp.array(10.0)), exact, atol=0.1)
+
+    @ft.partial(jax.jit, static_argnums=1)
+    def time_of_event(y0, root_finder):
+        event = dfx.Event(lambda t, y, args, **kwargs: y - 0.3, root_finder)
+        term = dfx.ODETerm(lambda t, y, args: -y)
+        return dfx.diffeqsolve(term, solver, 0.0, 20.0, 1.0, y0, event=event).ts[0]
+
+    newton, bisection = (
+        time_of_event(jnp.array(10.0), finder(1e-6, 1e-6))
+        for finder in (optx.Newton, optx.Bisection)
+    )
+    assert abs(newton - bisection) < 1e-5
+    assert abs(newton - np.log(10 / 0.3)) < 0.1
