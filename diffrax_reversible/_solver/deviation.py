@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
@@ -30,9 +30,6 @@ _recent = 0.5
 # the error of the step. Tuned on the same problems, where it adds few restarts, and on
 # `examples/benchmarks/solutions.py`.
 _harm = 300.0
-# As old counts what the largest deviation was before the step, relative to the scale of
-# each entry, times this: entries take deviations over from each other.
-_shared = 0.3
 # A step itself makes a deviation of up to so many times the error estimate.
 _made = 10.0
 
@@ -47,61 +44,69 @@ def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
     return jnp.stack([tableau.deviation_weights, tableau.error_weights], axis=1)
 
 
-class Deviation(eqx.Module):
-    """What is known of the deviation of `v` after a step: part of the solver state.
+class Known(NamedTuple):
+    """What is known of the deviation in one array after a step; as bits in `Deviation`.
 
-    All but `restart` as bits, and for every array:
+    But for those of single entries, sizes are relative to `scales`, and the largest ones.
 
-    - `seed`: the size of the deviation after the first step since the last restart,
-        relative to `scales`; before that what it may be by rounding.
-    - `errors`: the error estimate of recent steps, relative to `scales`.
-    - `sizes`: of the deviation of the sampled entries.
+    - `seed`: of the deviation after the first step since the last restart; before that what
+        it may be by rounding.
+    - `error`: of the error estimate of recent steps.
+    - `size`: of the deviation.
+    - `sizes`: those of the sampled entries, but only if an error estimate is made of them.
     - `scales`: the largest magnitude that they have had since the start of the solve.
     """
 
+    seed: Array
+    error: Array
+    size: Array
+    sizes: Array
+    scales: Array
+
+
+class Deviation(eqx.Module):
+    """What is known of the deviation of `v` after a step: part of the solver state."""
+
     # Whether `v` has to be restarted before the next step.
     restart: BoolScalarLike
-    seeds: PyTree[Int[Array, ""]]
-    errors: PyTree[Int[Array, ""]]
-    sizes: PyTree[Int[Array, " sample"]]
-    scales: PyTree[Int[Array, " sample"]]
+    # For every array.
+    known: list[Known]
 
     @staticmethod
     def start(tableau: ALFTableau, y: Y, v: VF) -> "Deviation":
         """Where `v` was evaluated."""
-        scales = jtu.tree_map(lambda y: jnp.abs(sample(y)), y)
-        sizes = jtu.tree_map(jnp.zeros_like, scales)
-        zeros = jtu.tree_map(lambda y: jnp.zeros((), y.dtype), y)
-        none = Deviation(jnp.array(False), *to_bits((zeros, zeros, sizes, scales)))
-        return none.restarted(tableau, v)
+
+        def known(y):
+            zero, scales = jnp.zeros((), y.dtype), jnp.abs(sample(y))
+            sizes = jnp.zeros_like(scales) if _keeps_sizes(tableau) else scales[:0]
+            return Known(zero, zero, zero, sizes, scales)
+
+        none = to_bits([known(leaf) for leaf in jtu.tree_leaves(y)])
+        return Deviation(jnp.array(False), none).restarted(tableau, v)
+
+    def of(self, y: Y) -> list[Known]:
+        """In the dtypes of `y`."""
+        leaves = zip(self.known, jtu.tree_leaves(y), strict=True)
+        return [from_bits(k, jtu.tree_map(lambda _, y=y: y, k)) for k, y in leaves]
 
     def restarted(self, tableau: ALFTableau, v: VF) -> "Deviation":
         """After a restart, with the new `v`."""
 
-        def seed(v, scales):
+        def seed(known: Known, v: Array) -> Known:
             rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
-            return jnp.asarray(rounding, v.dtype) * largest_entry(sample(v) / units(scales))
+            relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
+            return known._replace(seed=jnp.asarray(rounding, v.dtype) * relative)
 
-        seeds = jtu.tree_map(seed, v, from_bits(self.scales, v))
-        return Deviation(
-            jnp.array(False), to_bits(seeds), self.errors, self.sizes, self.scales
-        )
+        leaves = zip(self.of(v), jtu.tree_leaves(v), strict=True)
+        return Deviation(jnp.array(False), to_bits([seed(*leaf) for leaf in leaves]))
 
     def across_jump(self, v: VF) -> "Deviation":
         """What the next step makes of another field is no growth."""
-        sizes = jtu.tree_map(lambda v: jnp.full_like(sample(v), jnp.inf), v)
-        return Deviation(self.restart, self.seeds, self.errors, to_bits(sizes), self.scales)
-
-
-class _Judged(NamedTuple):
-    """Of one array."""
-
-    restart: Bool[Array, ""]
-    seed: Float[Array, ""]
-    error: Float[Array, ""]
-    sizes: Float[Array, " sample"]
-    scales: Float[Array, " sample"]
-    excess: "Excess"
+        known = [
+            k._replace(size=jnp.full_like(k.size, jnp.inf), sizes=k.sizes + jnp.inf)
+            for k in self.of(v)
+        ]
+        return Deviation(self.restart, to_bits(known))
 
 
 class Excess(eqx.Module):
@@ -149,7 +154,7 @@ class DeviationWatch(eqx.Module):
         y: Y,
         before: Deviation,
         fresh: BoolScalarLike,
-    ) -> tuple[Deviation, PyTree[Excess]]:
+    ) -> tuple[Deviation, PyTree[Excess | None]]:
         """Whether the deviation threatens the accuracy of the next steps, or the walk back.
 
         Every entry is measured by a scale of its own, see `Deviation`, so that none is too
@@ -167,22 +172,16 @@ class DeviationWatch(eqx.Module):
         What is known now, and an error estimate for the sampled entries: by how much more
         the deviation has grown than that of a stable step does.
         """
-        known = before.seeds, before.errors, before.sizes, before.scales
-        known = from_bits(known, (y, y, y, y))
-        leaves = (jtu.tree_leaves(x) for x in (self.sums, y, *known))
-        judged = [
-            _judge(tableau, control, fresh, *leaf) for leaf in zip(*leaves, strict=True)
-        ]
+        leaves = map(jtu.tree_leaves, (self.sums, y))
+        leaves = zip(*leaves, before.of(y), strict=True)
+        judged = [_judge(tableau, control, fresh, *leaf) for leaf in leaves]
         restart = jnp.array(False)
-        for leaf in judged:
-            restart = restart | leaf.restart
-
-        def pick(name):
-            leaves = [getattr(leaf, name) for leaf in judged]
-            return jtu.tree_unflatten(jtu.tree_structure(y), leaves)
-
-        known = to_bits(tuple(map(pick, ("seed", "error", "sizes", "scales"))))
-        return Deviation(restart, *known), pick("excess")
+        for leaf_restart, _, _ in judged:
+            restart = restart | leaf_restart
+        known = to_bits([known for _, known, _ in judged])
+        excess = [excess for _, _, excess in judged]
+        structure = jtu.tree_structure(y)
+        return Deviation(restart, known), jtu.tree_unflatten(structure, excess)
 
 
 def _judge(
@@ -191,37 +190,39 @@ def _judge(
     fresh: BoolScalarLike,
     sums: Float[Array, "2 sample"],
     y: Array,
-    seed: Float[Array, ""],
-    recent_error: Float[Array, ""],
-    sizes: Float[Array, " sample"],
-    scales: Float[Array, " sample"],
-) -> _Judged:
+    before: Known,
+) -> tuple[BoolScalarLike, Known, Excess | None]:
+    """Of one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     eps = jnp.finfo(y.dtype).eps
     deviation, error = jnp.abs(sums)
-    old = jnp.where(fresh, 0, sizes)
-    scales, unit = largest_so_far(scales, y)
+    scales, unit = largest_so_far(before.scales, y)
     # One by one, which under `vmap` is faster on a CPU than together.
     relative = largest_entry(deviation / unit)
     relative_error = largest_entry(error / unit)
-    relative_old = largest_entry(old / unit)
 
-    seed = jnp.where(fresh, jnp.maximum(seed, relative), seed)
-    recent_error = jnp.maximum(relative_error, _recent * recent_error)
+    seed = jnp.where(fresh, jnp.maximum(before.seed, relative), before.seed)
+    recent_error = jnp.maximum(relative_error, _recent * before.error)
     taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, eps**_floor, _most)
     # What the deviation adds to the solution grows with its own growth.
-    background = jnp.maximum(old, unit * (_shared * relative_old))
-    background = jnp.maximum(background, unit * (_made * relative_error))
-    background = jnp.where(background == 0, 1, background)
-    growth = jnp.maximum(deviation / background - 1, 0)
-    effect = largest_entry(growth**2 * deviation / unit) * tableau.deviation_effect
+    background = jnp.maximum(before.size, _made * relative_error)
+    growth = jnp.maximum(relative / jnp.where(background == 0, 1, background) - 1, 0)
+    effect = tableau.deviation_effect * growth**2 * relative
     harmful = h * effect > jnp.maximum(h * _harm * relative_error, eps**_floor)
     restart = has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(fresh))
 
+    if not _keeps_sizes(tableau):
+        return restart, Known(seed, recent_error, relative, before.sizes, scales), None
+    old = jnp.where(fresh, 0, before.sizes)
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    return _Judged(restart, seed, recent_error, deviation, scales, Excess(excess, unit))
+    known = Known(seed, recent_error, relative, deviation, scales)
+    return restart, known, Excess(excess, unit)
+
+
+def _keeps_sizes(tableau: ALFTableau) -> bool:
+    return tableau.deviation_error_scale > 0
 
 
 def _outer(weights: Float[Array, " 2"], x: Float[Array, " n"]) -> Float[Array, "2 n"]:
