@@ -45,7 +45,7 @@ def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
 
 
 class Known(NamedTuple):
-    """What is known of the deviation in one array after a step; as bits in `Deviation`.
+    """What is known of the deviation in one array after a step.
 
     But for those of single entries, sizes are relative to `scales`, and the largest ones.
 
@@ -63,14 +63,26 @@ class Known(NamedTuple):
     sizes: Array
     scales: Array
 
+    def pack(self) -> Array:
+        """All in one, and as bits. Small states are the faster for it."""
+        numbers = jnp.stack([self.seed, self.error, self.size])
+        return to_bits(jnp.concatenate([numbers, self.sizes, self.scales]))
+
+    @staticmethod
+    def unpack(bits: Array, y: Array) -> "Known":
+        packed = from_bits(bits, y)
+        count = sample(y).size
+        sizes, scales = jnp.split(packed[3:], [packed.size - 3 - count])
+        return Known(packed[0], packed[1], packed[2], sizes, scales)
+
 
 class Deviation(eqx.Module):
     """What is known of the deviation of `v` after a step: part of the solver state."""
 
     # Whether `v` has to be restarted before the next step.
     restart: BoolScalarLike
-    # For every array.
-    known: list[Known]
+    # For every array, of the structure of the state.
+    known: PyTree[Array]
 
     @staticmethod
     def start(tableau: ALFTableau, y: Y, v: VF) -> "Deviation":
@@ -81,32 +93,29 @@ class Deviation(eqx.Module):
             sizes = jnp.zeros_like(scales) if _keeps_sizes(tableau) else scales[:0]
             return Known(zero, zero, zero, sizes, scales)
 
-        none = to_bits([known(leaf) for leaf in jtu.tree_leaves(y)])
-        return Deviation(jnp.array(False), none).restarted(tableau, v)
-
-    def of(self, y: Y) -> list[Known]:
-        """In the dtypes of `y`."""
-        leaves = zip(self.known, jtu.tree_leaves(y), strict=True)
-        return [from_bits(k, jtu.tree_map(lambda _, y=y: y, k)) for k, y in leaves]
+        packed = jtu.tree_map(lambda y: known(y).pack(), y)
+        return Deviation(jnp.array(False), packed).restarted(tableau, v)
 
     def restarted(self, tableau: ALFTableau, v: VF) -> "Deviation":
         """After a restart, with the new `v`."""
 
-        def seed(known: Known, v: Array) -> Known:
+        def restart(packed: Array, v: Array) -> Array:
+            known = Known.unpack(packed, v)
             rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
             relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
-            return known._replace(seed=jnp.asarray(rounding, v.dtype) * relative)
+            return known._replace(seed=jnp.asarray(rounding, v.dtype) * relative).pack()
 
-        leaves = zip(self.of(v), jtu.tree_leaves(v), strict=True)
-        return Deviation(jnp.array(False), to_bits([seed(*leaf) for leaf in leaves]))
+        return Deviation(jnp.array(False), jtu.tree_map(restart, self.known, v))
 
     def across_jump(self, v: VF) -> "Deviation":
         """What the next step makes of another field is no growth."""
-        known = [
-            k._replace(size=jnp.full_like(k.size, jnp.inf), sizes=k.sizes + jnp.inf)
-            for k in self.of(v)
-        ]
-        return Deviation(self.restart, to_bits(known))
+
+        def cross(packed: Array, v: Array) -> Array:
+            known = Known.unpack(packed, v)
+            sizes = (jnp.full_like(x, jnp.inf) for x in (known.size, known.sizes))
+            return Known(known.seed, known.error, *sizes, known.scales).pack()
+
+        return Deviation(self.restart, jtu.tree_map(cross, self.known, v))
 
 
 class Excess(eqx.Module):
@@ -172,16 +181,16 @@ class DeviationWatch(eqx.Module):
         What is known now, and an error estimate for the sampled entries: by how much more
         the deviation has grown than that of a stable step does.
         """
-        leaves = map(jtu.tree_leaves, (self.sums, y))
-        leaves = zip(*leaves, before.of(y), strict=True)
-        judged = [_judge(tableau, control, fresh, *leaf) for leaf in leaves]
-        restart = jnp.array(False)
-        for leaf_restart, _, _ in judged:
-            restart = restart | leaf_restart
-        known = to_bits([known for _, known, _ in judged])
-        excess = [excess for _, _, excess in judged]
+        leaves = zip(*map(jtu.tree_leaves, (self.sums, y, before.known)), strict=True)
+        restart, known, excess = jnp.array(False), [], []
+        for sums, leaf, packed in leaves:
+            judged = _judge(tableau, control, fresh, sums, leaf, Known.unpack(packed, leaf))
+            restart = restart | judged[0]
+            known.append(judged[1].pack())
+            excess.append(judged[2])
         structure = jtu.tree_structure(y)
-        return Deviation(restart, known), jtu.tree_unflatten(structure, excess)
+        known, excess = (jtu.tree_unflatten(structure, x) for x in (known, excess))
+        return Deviation(restart, known), excess
 
 
 def _judge(
