@@ -57,6 +57,13 @@ class ReversibleAdjoint(AbstractAdjoint):
     A solver that restarts (see [`diffrax_reversible.ALF4`][]) makes a step that cannot be
     undone by itself, and the state before it is stored. Jumps can be undone.
 
+    Solvers that do not restart lose the solution itself where the flow contracts, as the
+    second approximation that they carry along grows apart from the first, and nothing in
+    the solution tells. Those are [`diffrax_reversible.ALF2`][],
+    [`diffrax.ReversibleHeun`][] and [`diffrax.LeapfrogMidpoint`][]: on
+    `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`, and with `λ h > 1` at
+    once. The gradient is then an error, as the walk back is off by as much.
+
     An event that ends the solve is located as ever, and its time and state are
     differentiated by Diffrax itself, through the last step.
 
@@ -67,13 +74,15 @@ class ReversibleAdjoint(AbstractAdjoint):
     Work: for the solvers of this package one evaluation of the vector field and one
     pull-back through it for each evaluation of the forward pass. If a `SaveAt(fn=...)`
     interpolates, or if times are differentiated, then half as much again; for `ALF6` also
-    in steps in which anything is interpolated.
+    in steps in which anything is interpolated. And for a look at the known states, one
+    evaluation or one step for each, but none for `ALF4` and its like.
 
     Second derivatives by forward mode over reverse mode, as in `jax.hessian`.
 
-    Where the walk back comes to a stored state, and where it ends, it is compared with what
-    was there in the forward pass. If they differ too much, then the gradient is an error,
-    or with `diffeqsolve(..., throw=False)` it is NaN.
+    Where the walk back comes to a stored state, and where it ends, every entry is compared
+    with what was there in the forward pass, whether the solver watches it or not. If any
+    differs too much, then the gradient is an error, or with `diffeqsolve(..., throw=False)`
+    it is NaN.
     """
 
     checkpoints: int = 8
@@ -176,8 +185,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     solver states is allocated; with 0 there is none. `sol.stats` has the number of
     restarts under `"num_restarts"`.
 - `drift_tol`: the largest error of the reconstructed state that is accepted, where the
-    solve began and at every restart, as a fraction of the largest entry of the array
-    concerned, or of what a step adds to it if that is more.
+    solve began and at every restart. Entry by entry, as a fraction of what it is there, of
+    what it is where the walk back began (at the next restart or the end), or of what a step
+    adds to it, whichever is the most; but no entry counts as less than `eps^(3/4)` of the
+    largest of its array.
     Defaults to the square root of the machine epsilon, of the coarsest array of the
     state: 1.5e-8 in float64, 3.5e-4 in float32. Gradients may be off by up to about 400
     times as much, where the problem is as sensitive to its state.
