@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -13,7 +12,6 @@ import numpy as np
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 from jaxtyping import Array
 
-from .._coefficients.coarse_error import power, threshold
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import (
     Args,
@@ -39,7 +37,8 @@ from .._tree import (
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, Cotangent
 from .deviation import Deviation, DeviationWatch, watch_weights
-from .interpolation import HermiteInterpolation
+from .error_estimate import combine_errors
+from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
 
 
@@ -92,7 +91,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 
     @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _ALFInterpolation(self.tableau)
+        return MakeInterpolation(self.tableau)
 
     def order(self, terms: Terms) -> int:
         del terms
@@ -202,7 +201,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         if extension.evaluates_midpoint:
             middle = self._midpoint
             weights = extension.slope_weights[middle]
-            y_mid = tree_add(y0, _with_slopes(inner[middle], weights, slopes))
+            y_mid = tree_add(y0, with_slopes(inner[middle], weights, slopes))
             slopes["k_mid"] = slope(t0 + (t1 - t0) / 2, y_mid)
         return slopes
 
@@ -448,7 +447,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
                 name: tree_scale(control, self._field(term, t, y, args))
                 for name, (t, y) in ends.items()
             }
-            return tree_add(y0, _with_slopes(sums[name], weights, slopes))
+            return tree_add(y0, with_slopes(sums[name], weights, slopes))
 
         slope_bar = tree_scale(control, slope_bar)
         y_bar, params_bar = self._pull_field(
@@ -554,44 +553,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             reverse=reverse,
         )
         return carry
-
-
-def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
-    """The error estimate, of two of different order.
-
-    The coarse one counts where the step is about as large as is stable: there it is not
-    small beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
-    """
-    size = jnp.abs(coarse)
-    slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
-    limit = jnp.maximum(jnp.maximum(slopes, size), jnp.finfo(size.dtype).tiny)
-    coarse = coarse * (size / limit) ** power
-    return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
-
-
-class _ALFInterpolation(eqx.Module):
-    """Makes the interpolation of a step; hashable."""
-
-    tableau: ALFTableau = eqx.field(static=True)
-
-    def __call__(self, *, t0, t1, y0, y1, inner, **slopes) -> HermiteInterpolation:
-        extension = self.tableau.continuous_extension
-        inner = [
-            _with_slopes(values, weights, slopes)
-            for weights, values in zip(extension.slope_weights, inner, strict=True)
-        ]
-        return HermiteInterpolation(
-            t0, t1, y0, y1, inner=inner, fractions=extension.fractions, **slopes
-        )
-
-
-def _with_slopes(values: Y, weights: np.ndarray, slopes: dict[str, VF]) -> Y:
-    """What the derivatives at the ends, and at the mid-point, add to a value within the
-    step."""
-    for name, weight in zip(("k0", "k1", "k_mid"), weights, strict=False):
-        if weight != 0:
-            values = tree_axpy(float(weight), slopes[name], values)
-    return values
 
 
 def _check_state(solver: AbstractALF, y0: Y) -> None:

@@ -13,6 +13,7 @@ from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._tree import from_bits, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
+from .error_estimate import Excess
 
 
 # Restart where the deviation of `v`, times the step size, exceeds this many times the
@@ -112,28 +113,10 @@ class Deviation(eqx.Module):
 
         def cross(packed: Array, v: Array) -> Array:
             known = Known.unpack(packed, v)
-            sizes = (jnp.full_like(x, jnp.inf) for x in (known.size, known.sizes))
-            return Known(known.seed, known.error, *sizes, known.scales).pack()
+            size, sizes = (jnp.full_like(x, jnp.inf) for x in (known.size, known.sizes))
+            return known._replace(size=size, sizes=sizes).pack()
 
         return Deviation(self.restart, jtu.tree_map(cross, self.known, v))
-
-
-class Excess(eqx.Module):
-    """An error estimate of the sampled entries of an array, and their scales."""
-
-    error: Float[Array, " sample"]
-    unit: Float[Array, " sample"]
-
-    def raise_error(self, error: Array) -> Array:
-        """Another estimate, with its sampled entries no less in size than this one. If not
-        all are sampled, then it is raised as a whole by as much as the sample on
-        average."""
-        known = jnp.abs(sample(error))
-        raised = jnp.maximum(known, self.error)
-        if raised.size == error.size:
-            return raised.reshape(error.shape)
-        before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
-        return error * jnp.sqrt(jnp.where(before == 0, 1, after / before))
 
 
 class DeviationWatch(eqx.Module):

@@ -7,7 +7,9 @@ import numpy as np
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree
 
-from .._custom_types import RealScalarLike, Y
+from .._coefficients.tableau import ALFTableau
+from .._custom_types import RealScalarLike, VF, Y
+from .._tree import tree_axpy
 
 
 class HermiteInterpolation(AbstractLocalInterpolation):
@@ -94,3 +96,28 @@ def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Arr
         sum((float(c) * b for c, b in zip(cs, basis, strict=True)), zero)
         for cs in coefficients.T
     ]
+
+
+class MakeInterpolation(eqx.Module):
+    """Makes the interpolation of a step of asynchronous leapfrog; hashable."""
+
+    tableau: ALFTableau = eqx.field(static=True)
+
+    def __call__(self, *, t0, t1, y0, y1, inner, **slopes) -> HermiteInterpolation:
+        extension = self.tableau.continuous_extension
+        inner = [
+            with_slopes(values, weights, slopes)
+            for weights, values in zip(extension.slope_weights, inner, strict=True)
+        ]
+        return HermiteInterpolation(
+            t0, t1, y0, y1, inner=inner, fractions=extension.fractions, **slopes
+        )
+
+
+def with_slopes(values: Y, weights: np.ndarray, slopes: dict[str, VF]) -> Y:
+    """What the derivatives at the ends, and at the mid-point, add to a value within the
+    step."""
+    for name, weight in zip(("k0", "k1", "k_mid"), weights, strict=False):
+        if weight != 0:
+            values = tree_axpy(float(weight), slopes[name], values)
+    return values

@@ -1,0 +1,39 @@
+"""The error estimate of a step, of several."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._coefficients.coarse_error import power, threshold
+from .entry_scales import sample
+
+
+def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
+    """The error estimate, of two of different order.
+
+    The coarse one counts where the step is about as large as is stable: there it is not
+    small beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
+    """
+    size = jnp.abs(coarse)
+    slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
+    limit = jnp.maximum(jnp.maximum(slopes, size), jnp.finfo(size.dtype).tiny)
+    coarse = coarse * (size / limit) ** power
+    return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
+
+
+class Excess(eqx.Module):
+    """An error estimate of the sampled entries of an array, and their scales."""
+
+    error: Float[Array, " sample"]
+    unit: Float[Array, " sample"]
+
+    def raise_error(self, error: Array) -> Array:
+        """Another estimate, with its sampled entries no less in size than this one. If not
+        all are sampled, then it is raised as a whole by as much as the sample on
+        average."""
+        known = jnp.abs(sample(error))
+        raised = jnp.maximum(known, self.error)
+        if raised.size == error.size:
+            return raised.reshape(error.shape)
+        before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
+        return error * jnp.sqrt(jnp.where(before == 0, 1, after / before))
