@@ -153,35 +153,72 @@ def test_gradient_of_small_entry(solver):
     np.testing.assert_allclose(ours[1], np.sum(-ts * np.exp(-22 * ts)), rtol=3e-2)
 
 
-@pytest.mark.parametrize(
-    "solver", (dr.ALF2(), dr.StormerVerlet(), dfx.ReversibleHeun()), ids=repr
-)
+@pytest.mark.parametrize("solver", (dr.ALF2(), dfx.ReversibleHeun()), ids=repr)
 def test_walk_back_is_measured_entry_by_entry(solver):
-    """An error of a small entry is not lost beside a large one."""
-    splits = isinstance(solver, dr.StormerVerlet)
+    """An error of a small entry is not lost beside a large one, which is right."""
     sizes = jnp.array([1.0, 1e-10])
-    terms = dfx.ODETerm(lambda t, y, args: -jnp.array([0.1, 12.0]) * y)
-    y0 = sizes
-    if splits:
-        # Not Hamiltonian: `p` contracts by what time does to the force.
-        terms = (
-            dfx.ODETerm(lambda t, p, args: p),
-            dfx.ODETerm(lambda t, q, args: -(jnp.array([0.1, 12.0]) ** 2) * q),
-        )
-        y0 = sizes, sizes
+    rates = jnp.array([0.1, 6.0])
 
-    def final(y0):
-        sol = dfx.diffeqsolve(
-            terms, solver, 0.0, 5.0, 0.01, y0, adjoint=dr.ReversibleAdjoint()
-        )
-        return sum(jnp.sum(y / sizes) for y in jax.tree.leaves(sol.ys))
+    def final(y0, adjoint):
+        term = dfx.ODETerm(lambda t, y, args: -rates * y)
+        sol = dfx.diffeqsolve(term, solver, 0.0, 5.0, 0.01, y0, adjoint=adjoint)
+        return jnp.sum(sol.ys / sizes)
 
     gradient = eqx.filter_jit(jax.grad(final))
+    with pytest.raises(RuntimeError, match="missed the initial state"):
+        gradient(sizes, dr.ReversibleAdjoint())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (
+        *WITH_RESTARTS,
+        dr.ALF2(),
+        dr.BlanesMoan6(),
+        dfx.ReversibleHeun(),
+        dfx.LeapfrogMidpoint(),
+    ),
+    ids=repr,
+)
+def test_entries_next_to_zero_are_not_refused(solver):
+    """At the start, at the end after a period, for ever, or at rest."""
+    velocity = lambda t, p, args: p
+    force = lambda t, q, args: jnp.array([-1.0, -1.0, -1.0, 0.0]) * q + args
+    splits = isinstance(solver, dr.BlanesMoan6)
     if splits:
-        assert all(map(np.all, map(np.isfinite, gradient(y0))))
+        terms = dfx.ODETerm(velocity), dfx.ODETerm(force)
     else:
-        with pytest.raises(RuntimeError, match="missed the initial state"):
-            gradient(y0)
+        terms = dfx.ODETerm(lambda t, y, args: (y[1], force(t, y[0], args)))
+    y0 = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([0.0, 1e-9, 0.0, 0.0])
+    push = jnp.array([0.0, 0.0, 0.0, 1e-3])
+
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def final(inputs):
+            y0, push = inputs
+            sol = dfx.diffeqsolve(
+                terms, solver, 0.0, 2 * np.pi, np.pi / 128, y0, push, adjoint=adjoint
+            )
+            return sum(jnp.sum(jnp.cos(y)) + jnp.sum(y) for y in sol.ys)
+
+        return jax.grad(final)((y0, push))
+
+    ours, theirs = map(gradient, (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "solver, error",
+    ((dr.ALF2(), 1500), (dfx.ReversibleHeun(), 7), (dfx.LeapfrogMidpoint(), 2900)),
+    ids=repr,
+)
+def test_solvers_that_do_not_restart(solver, error):
+    """What the README says of them."""
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(relaxation), solver, 0.0, 20.0, 0.1, jnp.array(1.0), 1.0
+    )
+    assert sol.result == dfx.RESULTS.successful
+    assert abs(abs(sol.ys[0] - exact_relaxation(20.0, 1.0, 1.0)) / error - 1) < 0.05
 
 
 # What a step of a method of order 8 is interpolated with is of order 7.
