@@ -11,7 +11,7 @@ Printed are, for every family and every group of problems, the largest of these 
 steps and between, and how many are beyond 10; then each that is. A solve that fails counts
 as beyond, unless that of `Dopri5` fails as well.
 
-    python solutions.py          # about half an hour on two cores
+    python solutions.py          # twelve minutes on two cores
     python solutions.py --quick  # a part of it, of which none may be beyond
 """
 
