@@ -134,7 +134,7 @@ def test_default_adjoint_needs_more():
     assert default > 4 * ours
 
 
-@pytest.mark.parametrize("solver, states", zip(SOLVERS, (4, 5, 8, 7), strict=True))
+@pytest.mark.parametrize("solver, states", tuple(zip(SOLVERS, (4, 5, 8, 7), strict=True)))
 def test_dense_output(solver, states):
     """States a step, as documented."""
 

@@ -329,3 +329,39 @@ def test_refusals():
     path = dfx.VirtualBrownianTree(0.0, 1.0, tol=1e-3, shape=(), key=jax.random.key(0))
     noise = dfx.ControlTerm(lambda t, q, args: q, path)
     assert "`ControlTerm`" in refused((Q0, P0), (pair[0], noise))
+
+
+# A quarter is not reached by those with the fewest evaluations for their order.
+@pytest.mark.parametrize(
+    "solver, fraction", tuple(zip(SPLITTINGS, (1, 1 / 16, 1 / 9, 1 / 6), strict=True))
+)
+def test_error_estimate_of_an_oscillator(solver, fraction):
+    """Beside the error of a step, wherever that exceeds 1e-3, up to where steps become
+    unstable: a matrix each, of `q' = p` and `p' = -q`."""
+    terms = (dfx.ODETerm(lambda t, p, args: p), dfx.ODETerm(lambda t, q, args: -q))
+
+    @jax.jit
+    @jax.vmap
+    def step(h):
+        def column(y0):
+            y0 = tuple(y0)
+            state = solver.init(terms, 0.0, h, y0, None)
+            y1, error, *_ = solver.step(terms, 0.0, h, y0, None, state, made_jump=False)
+            return jnp.stack(y1), jnp.stack(error)
+
+        return jax.vmap(column, out_axes=1)(jnp.eye(2))
+
+    h = jnp.linspace(0.05, 10, 400)
+    solution, estimate = step(h)
+    trace = np.abs(solution[:, 0, 0] + solution[:, 1, 1])
+    stable = np.arange(len(h)) < np.argmax(np.append(trace > 2, True))
+    cos, sin = jnp.cos(h), jnp.sin(h)
+    exact = jnp.stack([jnp.stack([cos, sin], 1), jnp.stack([-sin, cos], 1)], 1)
+    angles = jnp.linspace(0, np.pi, 91)
+    starts = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    error, size = (
+        jnp.linalg.norm(matrix @ starts, axis=1) for matrix in (solution - exact, estimate)
+    )
+    large = (error > 1e-3) & stable[:, None]
+    assert jnp.sum(large) > 100
+    assert jnp.min(jnp.where(large, size / error, jnp.inf)) > fraction
