@@ -141,12 +141,12 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             k, v, sums, watch = carry
             k = k.plus(tree_scale(control * sub.drift, v.high))
             u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
-            sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
+            sums = {n: _add_outer(sub.weights[n], u, total) for n, total in sums.items()}
             watch = None if watch is None else watch.add(sub.watch, u)
             return k, v.reflect(u), sums, watch
 
         functionals = self._functionals()
-        sums = {name: tree_scale(w[0], v0) for name, w in functionals.items()}
+        sums = {name: _outer(w[0], v0) for name, w in functionals.items()}
         watch = None
         if weights is not None:
             watch = DeviationWatch.start(weights[0], v0)
@@ -159,10 +159,9 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
-        y_error = sums.pop("error")
-        if "coarse_error" in sums:
-            coarse = sums.pop("coarse_error")
-            y_error = jtu.tree_map(combine_errors, y_error, coarse, k0, k1)
+        y_error, *coarse = _rows(sums["errors"], functionals["errors"])
+        if len(coarse) > 0:
+            y_error = jtu.tree_map(combine_errors, y_error, *coarse, k0, k1)
         deviation = solver_state.deviation
         if watch is not None and deviation is not None:
             fresh = solver_state.fresh
@@ -171,7 +170,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             deviation, excess = watch.judge(*step)
             if self.tableau.deviation_error_scale > 0:
                 y_error = jtu.tree_map(lambda y, e: e.raise_error(y), y_error, excess)
-        dense_info = dict(y0=y0, y1=y1, inner=self._pop_inner(sums))
+        inner = _rows(sums["inner"], functionals["inner"]) if "inner" in sums else []
+        dense_info = dict(y0=y0, y1=y1, inner=inner)
         if not self._evaluates_slopes:
             dense_info |= dict(k0=k0, k1=k1)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
@@ -509,19 +509,23 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         return Deviation.start(self.tableau, y, v)
 
     def _functionals(self) -> dict[str, np.ndarray]:
-        """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`."""
-        functionals = {"error": self.tableau.error_weights}
+        """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`, in
+        columns.
+
+        Those that are used together, for which small states are the faster.
+        """
+        errors = [self.tableau.error_weights]
         if np.any(self.tableau.coarse_error_weights):
-            functionals["coarse_error"] = self.tableau.coarse_error_weights
-        return functionals | self._inner_functionals()
+            errors.append(self.tableau.coarse_error_weights)
+        functionals = dict(errors=np.stack(errors, axis=1))
+        if len(inner := self.tableau.continuous_extension.weights) > 0:
+            functionals["inner"] = inner.T
+        return functionals
 
     def _inner_functionals(self) -> dict[str, np.ndarray]:
         """Weights in the solution at fractions of the step."""
         weights = self.tableau.continuous_extension.weights
         return {f"inner_{i}": row for i, row in enumerate(weights)}
-
-    def _pop_inner(self, sums: dict[str, VF]) -> list[VF]:
-        return [sums.pop(name) for name in self._inner_functionals()]
 
     @property
     def _evaluates_slopes(self) -> bool:
@@ -553,6 +557,25 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             reverse=reverse,
         )
         return carry
+
+
+def _outer(weights: Array | np.ndarray, x: VF) -> VF:
+    """The product of every weight with `x`, along a first axis."""
+
+    def product(x):
+        return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x
+
+    return jtu.tree_map(product, x)
+
+
+def _add_outer(weights: Array, x: VF, total: VF) -> VF:
+    return tree_add(total, _outer(weights, x))
+
+
+def _rows(x: VF, functionals: np.ndarray) -> list[VF]:
+    """Of what has one for every column of the `functionals`."""
+    count = functionals.shape[1]
+    return [jtu.tree_map(lambda x, i=i: x[i], x) for i in range(count)]
 
 
 def _check_state(solver: AbstractALF, y0: Y) -> None:
