@@ -64,17 +64,25 @@ class Known(NamedTuple):
     sizes: Array
     scales: Array
 
-    def pack(self) -> Array:
-        """All in one, and as bits. Small states are the faster for it."""
+    def pack(self) -> "Packed":
+        """As bits, and scalars together, for which small states are the faster. What may be
+        sharded stays by itself."""
         numbers = jnp.stack([self.seed, self.error, self.size])
-        return to_bits(jnp.concatenate([numbers, self.sizes, self.scales]))
+        return to_bits(Packed(numbers, self.sizes, self.scales))
 
     @staticmethod
-    def unpack(bits: Array, y: Array) -> "Known":
-        packed = from_bits(bits, y)
-        count = sample(y).size
-        sizes, scales = jnp.split(packed[3:], [packed.size - 3 - count])
-        return Known(packed[0], packed[1], packed[2], sizes, scales)
+    def unpack(packed: "Packed", y: Array) -> "Known":
+        packed = from_bits(packed, Packed(y, y, y))
+        seed, error, size = packed.numbers
+        return Known(seed, error, size, packed.sizes, packed.scales)
+
+
+class Packed(NamedTuple):
+    """`Known`, as bits."""
+
+    numbers: Array
+    sizes: Array
+    scales: Array
 
 
 class Deviation(eqx.Module):
@@ -82,7 +90,7 @@ class Deviation(eqx.Module):
 
     # Whether `v` has to be restarted before the next step.
     restart: BoolScalarLike
-    # For every array, of the structure of the state.
+    # For every array of the state a `Packed`.
     known: PyTree[Array]
 
     @staticmethod
@@ -100,23 +108,23 @@ class Deviation(eqx.Module):
     def restarted(self, tableau: ALFTableau, v: VF) -> "Deviation":
         """After a restart, with the new `v`."""
 
-        def restart(packed: Array, v: Array) -> Array:
+        def restart(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
             rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
             relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
             return known._replace(seed=jnp.asarray(rounding, v.dtype) * relative).pack()
 
-        return Deviation(jnp.array(False), jtu.tree_map(restart, self.known, v))
+        return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
 
     def across_jump(self, v: VF) -> "Deviation":
         """What the next step makes of another field is no growth."""
 
-        def cross(packed: Array, v: Array) -> Array:
+        def cross(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
             size, sizes = (jnp.full_like(x, jnp.inf) for x in (known.size, known.sizes))
             return known._replace(size=size, sizes=sizes).pack()
 
-        return Deviation(self.restart, jtu.tree_map(cross, self.known, v))
+        return Deviation(self.restart, jtu.tree_map(cross, v, self.known))
 
 
 class DeviationWatch(eqx.Module):
@@ -164,14 +172,15 @@ class DeviationWatch(eqx.Module):
         What is known now, and an error estimate for the sampled entries: by how much more
         the deviation has grown than that of a stable step does.
         """
-        leaves = zip(*map(jtu.tree_leaves, (self.sums, y, before.known)), strict=True)
+        structure = jtu.tree_structure(y)
+        leaves = (structure.flatten_up_to(x) for x in (self.sums, y, before.known))
+        leaves = zip(*leaves, strict=True)
         restart, known, excess = jnp.array(False), [], []
         for sums, leaf, packed in leaves:
             judged = _judge(tableau, control, fresh, sums, leaf, Known.unpack(packed, leaf))
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
-        structure = jtu.tree_structure(y)
         known, excess = (jtu.tree_unflatten(structure, x) for x in (known, excess))
         return Deviation(restart, known), excess
 
