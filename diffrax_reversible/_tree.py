@@ -29,6 +29,15 @@ def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(jnp.add, x, y)
 
 
+def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
+    """The product of every weight with `x`, along a first axis."""
+
+    def product(x):
+        return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x
+
+    return jtu.tree_map(product, x)
+
+
 def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
     """`equinox.tree_at`, also of what is `None`."""
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)

@@ -122,7 +122,7 @@ def test_entry_of_another_size(solver, size):
         """Relative to the size of each entry."""
         return np.max(np.abs(solve(solver) - exact), axis=0) / np.array([1, 1, size])
 
-    assert np.max(errors(solver)) < 30 * np.max(errors(dfx.Dopri5()))
+    assert np.all(errors(solver) < 30 * errors(dfx.Dopri5()))
 
 
 @with_restarts
@@ -153,7 +153,9 @@ def test_gradient_of_small_entry(solver):
     np.testing.assert_allclose(ours[1], np.sum(-ts * np.exp(-22 * ts)), rtol=3e-2)
 
 
-@pytest.mark.parametrize("solver", (dr.ALF2(), dfx.ReversibleHeun()), ids=repr)
+@pytest.mark.parametrize(
+    "solver", (dr.ALF2(), dfx.ReversibleHeun(), dfx.LeapfrogMidpoint()), ids=repr
+)
 def test_walk_back_is_measured_entry_by_entry(solver):
     """An error of a small entry is not lost beside a large one, which is right."""
     sizes = jnp.array([1.0, 1e-10])
@@ -222,7 +224,7 @@ def test_solvers_that_do_not_restart(solver, error):
 
 
 # What a step of a method of order 8 is interpolated with is of order 7.
-@pytest.mark.parametrize("solver, ratio", ((dr.ALF4(), 5), (dr.ALF6(), 6), (dr.ALF8(), 10)))
+@pytest.mark.parametrize("solver, ratio", ((dr.ALF4(), 5), (dr.ALF6(), 5), (dr.ALF8(), 7)))
 def test_between_steps(solver, ratio):
     """Beside the error at steps, for steps up to the limit of stability."""
 
@@ -254,7 +256,7 @@ def test_between_steps(solver, ratio):
 
     limit = {4: 3.5, 6: 5.0, 8: 3.0}[solver.order(None)]
     for rate in (2.0, 25.0, 200.0):
-        for product in (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, limit):
+        for product in (0.01, 0.03, 0.1, 0.3, 1.0, 1.5, 2.0, 2.5, limit):
             at_ends, between = errors(jnp.array(rate), jnp.array(product / rate))
             assert between < ratio * at_ends + 1e-14, (rate, product, at_ends, between)
 

@@ -172,7 +172,7 @@ def test_memory_is_flat():
 
     few = temporary_bytes(1.0, 100)
     assert few == temporary_bytes(1e4, 10_000_000)
-    # Which is compared with the number of steps, unless any is allowed.
+    # One without a bound is another program, of a few bytes less.
     assert few - 256 <= temporary_bytes(1e4, None) <= few
 
 

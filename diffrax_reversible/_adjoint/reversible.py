@@ -61,8 +61,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     second approximation that they carry along grows apart from the first, and nothing in
     the solution tells. Those are [`diffrax_reversible.ALF2`][],
     [`diffrax.ReversibleHeun`][] and [`diffrax.LeapfrogMidpoint`][]: on
-    `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`, and with `λ h > 1` at
-    once. The gradient is then an error, as the walk back is off by as much.
+    `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is then an
+    error, as the walk back is off by as much.
 
     An event that ends the solve is located as ever, and its time and state are
     differentiated by Diffrax itself, through the last step.

@@ -31,6 +31,7 @@ from .._tree import (
     largest,
     tree_add,
     tree_axpy,
+    tree_outer,
     tree_scale,
     tree_zeros_like,
 )
@@ -141,12 +142,15 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             k, v, sums, watch = carry
             k = k.plus(tree_scale(control * sub.drift, v.high))
             u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
-            sums = {n: _add_outer(sub.weights[n], u, total) for n, total in sums.items()}
+            sums = {
+                name: tree_add(total, tree_outer(sub.weights[name], u))
+                for name, total in sums.items()
+            }
             watch = None if watch is None else watch.add(sub.watch, u)
             return k, v.reflect(u), sums, watch
 
         functionals = self._functionals()
-        sums = {name: _outer(w[0], v0) for name, w in functionals.items()}
+        sums = {name: tree_outer(w[0], v0) for name, w in functionals.items()}
         watch = None
         if weights is not None:
             watch = DeviationWatch.start(weights[0], v0)
@@ -557,19 +561,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             reverse=reverse,
         )
         return carry
-
-
-def _outer(weights: Array | np.ndarray, x: VF) -> VF:
-    """The product of every weight with `x`, along a first axis."""
-
-    def product(x):
-        return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x
-
-    return jtu.tree_map(product, x)
-
-
-def _add_outer(weights: Array, x: VF, total: VF) -> VF:
-    return tree_add(total, _outer(weights, x))
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

@@ -45,8 +45,8 @@ class ALF4(AbstractALF):
 
     Algebraically reversible: a step is undone by five evaluations, up to rounding. Where
     the flow contracts, the deviation of `v` from the vector field grows, and `v` is
-    restarted, at one evaluation, before it matters: about once for every `λ T = 10`, or if
-    steps are as large as is stable, about once for three of them. Every entry of the state
+    restarted, at one evaluation, before it matters: about once for every `λ T = 10`, and
+    more often if steps are as large as is stable. Every entry of the state
     is watched by a scale of its own, the largest that it has been. That is no less than
     `eps^(3/4)` of the largest of its array: what is smaller may be rounding. Of arrays of
     more than 2,048 entries about 1,024 are watched.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
-from .._tree import from_bits, to_bits
+from .._tree import from_bits, to_bits, tree_add, tree_outer
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
 from .error_estimate import Excess
 
@@ -137,15 +137,12 @@ class DeviationWatch(eqx.Module):
 
     @staticmethod
     def start(weights: Float[Array, " 2"], v: VF) -> "DeviationWatch":
-        return DeviationWatch(jtu.tree_map(lambda x: _outer(weights, sample(x)), v))
+        return DeviationWatch(tree_outer(weights, jtu.tree_map(sample, v)))
 
     def add(self, weight: Float[Array, " 2"], u: VF) -> "DeviationWatch":
         """Add `weight * u` of a sub-step."""
-
-        def add(total, u):
-            return total + _outer(weight, sample(u))
-
-        return DeviationWatch(jtu.tree_map(add, self.sums, u))
+        more = tree_outer(weight, jtu.tree_map(sample, u))
+        return DeviationWatch(tree_add(self.sums, more))
 
     def judge(
         self,
@@ -224,10 +221,6 @@ def _judge(
 
 def _keeps_sizes(tableau: ALFTableau) -> bool:
     return tableau.deviation_error_scale > 0
-
-
-def _outer(weights: Float[Array, " 2"], x: Float[Array, " n"]) -> Float[Array, "2 n"]:
-    return weights.astype(x.dtype)[:, None] * x
 
 
 def _noise(tableau: ALFTableau) -> float:

@@ -98,9 +98,8 @@ class McCallumFoster(
     Where their distance exceeds three times the estimate, in any entry by its own size, or
     where it has grown too much for the walk back, `z` is set to `y` before the next step,
     at no evaluation. `ReversibleAdjoint` stores two states at each such restart.
-    Conservative problems take some ten of them, contracting ones about one for each `λ T =
-    2` of the direction that contracts fastest, or if steps are large one for every step:
-    there [`diffrax_reversible.ALF4`][] needs fewer.
+    Contracting problems take more of them than by [`diffrax_reversible.ALF4`][], and if
+    steps are large one for every step.
 
     Memory of `SaveAt(dense=True)`: that of the `solver`, and two states a step.
 
