@@ -28,12 +28,14 @@ def test_example(path, tmp_path):
 # `outcomes.py`: no gradient is wrong. `work_precision.py`: no error is more than 30 times
 # that of `Dopri5` at the same tolerance. `speed.py`: gradients are right, and their memory
 # does not grow. `coefficients.py`: the search finds those of `ALF4`. `solutions.py`: no
-# error is more than 10 times that of `Dopri5`, at steps and between.
+# error is more than 10 times that of `Dopri5`, at steps and between. `error_weights.py`:
+# error estimates of the package are nowhere less than a quarter of the error.
 BENCHMARKS = (
     "outcomes.py",
     "work_precision.py",
     "speed.py",
     "coefficients.py",
+    "error_weights.py",
     "solutions.py",
 )
 

@@ -120,6 +120,12 @@ def test_error_estimate(tableau):
             "order condition of order 5, by",
         ),
         ((0.5, 0.5), (1.0,), dict(order=2, embedded_order=2), "no error estimate"),
+        (
+            (0.5, 0.5),
+            (1.0,),
+            dict(order=2, error_weights=((-1.0, 1.0), (-1.0, 1.1))),
+            "violates a condition of order 1, by 1.0e-01",
+        ),
     ),
 )
 def test_refused_coefficients(kicks, drifts, kwargs, message):
@@ -331,19 +337,15 @@ def test_refusals():
     assert "`ControlTerm`" in refused((Q0, P0), (pair[0], noise))
 
 
-# A quarter is not reached by all. Limits are those of the first interval of stable steps.
+# At least a quarter. Steps of `KahanLi8` are stable up to 3.1, and at 3.98 its estimate is
+# blind in one direction.
 @pytest.mark.parametrize(
-    "solver, limit, fraction",
-    (
-        (SPLITTINGS[0], 2.0, 1),
-        (SPLITTINGS[1], 5.0, 1 / 16),
-        (SPLITTINGS[2], 9.0, 1 / 8),
-        (SPLITTINGS[3], 3.1, 1 / 7),
-    ),
+    "solver, limit",
+    ((SPLITTINGS[0], 15), (SPLITTINGS[1], 15), (SPLITTINGS[2], 15), (SPLITTINGS[3], 3.9)),
 )
-def test_error_estimate_of_an_oscillator(solver, limit, fraction):
-    """Beside the error of a step, wherever that exceeds 1e-3, up to where steps become
-    unstable: a matrix each, of `q' = p` and `p' = -q`."""
+def test_error_estimate_of_an_oscillator(solver, limit):
+    """Beside the error of a step, wherever that exceeds 1e-3 and a hundredth of that in the
+    worst direction: a matrix each, of `q' = p` and `p' = -q`."""
     terms = (dfx.ODETerm(lambda t, p, args: p), dfx.ODETerm(lambda t, q, args: -q))
 
     @jax.jit
@@ -357,15 +359,15 @@ def test_error_estimate_of_an_oscillator(solver, limit, fraction):
 
         return jax.vmap(column, out_axes=1)(jnp.eye(2))
 
-    h = jnp.linspace(0.05, limit, 400)
+    h = jnp.linspace(0.05, limit, 1500)
     solution, estimate = step(h)
     cos, sin = jnp.cos(h), jnp.sin(h)
     exact = jnp.stack([jnp.stack([cos, sin], 1), jnp.stack([-sin, cos], 1)], 1)
-    angles = jnp.linspace(0, np.pi, 91)
+    angles = jnp.linspace(0, np.pi, 361)
     starts = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
     error, size = (
         jnp.linalg.norm(matrix @ starts, axis=1) for matrix in (solution - exact, estimate)
     )
-    large = error > 1e-3
-    assert jnp.sum(large) > 100
-    assert jnp.min(jnp.where(large, size / error, jnp.inf)) > fraction
+    large = (error > 1e-3) & (error > 1e-2 * jnp.max(error, axis=1, keepdims=True))
+    assert jnp.sum(large) > 1000
+    assert jnp.min(jnp.where(large, size / error, jnp.inf)) > 1 / 4

@@ -6,7 +6,13 @@ import functools as ft
 import numpy as np
 
 from .alf import gamma_17, mirror, s10_drifts, s10_kicks
-from .order_conditions import error_functional, exact_value, largest_residual, tolerance
+from .order_conditions import (
+    error_functional,
+    exact_value,
+    largest_residual,
+    Target,
+    tolerance,
+)
 from .rooted_trees import rooted_trees, RootedTree, trees_up_to
 
 
@@ -30,7 +36,8 @@ class SplittingTableau:
     derivatives `g_0, ..., g_m` and `f_1, ..., f_m` it is a partitioned Runge–Kutta method,
     and its order is decided by rooted trees of which the vertices are by turns of `f` and
     of `g`. The error estimate is made of these, and of `f_0 = f(t_0, p_0)`, by the same
-    conditions.
+    conditions. Those leave it some freedom, which `error_weights` can use up: the estimate
+    of least norm may be blind to errors of steps that are about as long as is stable.
 
     **Arguments:**
 
@@ -40,6 +47,8 @@ class SplittingTableau:
     - `embedded_order`: the order `q` of the method that the error estimate belongs to.
     - `error_scale`: the size of the error estimate: its leading term is about
         `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
+    - `error_weights`: the weights of `f_0, ..., f_m` in the error estimate of `q`, and
+        those of `g_0, ..., g_m` in that of `p`. By default the least that have the order.
     - `nystrom`: whether the order is only claimed for drifts that are affine in time and
         momentum, as `q' = p / m` is.
 
@@ -59,6 +68,7 @@ class SplittingTableau:
     embedded_order: int
     error_scale: float = 1.0
     nystrom: bool = False
+    error_weights: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __post_init__(self):
         for name, lengths in (("kicks", self.kicks), ("drifts", self.drifts)):
@@ -83,6 +93,14 @@ class SplittingTableau:
                     f"`SplittingTableau(..., order={self.order})` violates an order "
                     f"condition of order {order}, by {residual:.1e}."
                 )
+        for order in range(1, self.embedded_order + 1):
+            residual = self.error_residual(order)
+            if residual > tolerance:
+                raise ValueError(
+                    f"`SplittingTableau(..., error_weights=..., "
+                    f"embedded_order={self.embedded_order})` violates a condition of order "
+                    f"{order}, by {residual:.1e}."
+                )
         if not (np.any(self.kick_error_weights) and np.any(self.drift_error_weights)):
             raise ValueError(
                 f"`SplittingTableau(..., embedded_order={self.embedded_order})` has no "
@@ -106,8 +124,13 @@ class SplittingTableau:
 
     @ft.cached_property
     def _phi(self) -> tuple[dict[RootedTree, np.ndarray], dict[RootedTree, np.ndarray]]:
-        """The elementary weights of the stages of `g` and of `f`, of trees with a root
-        there."""
+        return self.elementary_weights(max(self.order, self.embedded_order + 1))
+
+    def elementary_weights(
+        self, order: int
+    ) -> tuple[dict[RootedTree, np.ndarray], dict[RootedTree, np.ndarray]]:
+        """Those of the stages of `g` and of `f`, of the trees up to that `order` with a
+        root there."""
         m = self.stages
         drifts, kicks = np.zeros((m + 1, m + 1)), np.zeros((m + 1, m + 1))
         for i in range(m + 1):
@@ -116,7 +139,7 @@ class SplittingTableau:
             drifts[i, 1 : i + 1] = self.drifts[:i]
             kicks[i, :i] = self.kicks[:i]
         g, f = {}, {}
-        for tree in trees_up_to(max(self.order, self.embedded_order + 1)):
+        for tree in trees_up_to(order):
             g[tree], f[tree] = np.ones(m + 1), np.ones(m + 1)
             for branch in tree:
                 g[tree] = g[tree] * (drifts @ f[branch])
@@ -130,23 +153,32 @@ class SplittingTableau:
 
     def residual(self, order: int) -> float:
         """By how much conditions of that order are violated."""
-        g, f = self._phi
         weights = (np.array(self.kicks), np.array([0.0, *self.drifts]))
+        return self._residual(weights, exact_value, order)
+
+    def error_residual(self, order: int) -> float:
+        """By how much the error estimate does not vanish there."""
+        weights = (self.kick_error_weights, self.drift_error_weights)
+        return self._residual(weights, lambda tree: 0.0, order)
+
+    def _residual(self, weights, target: Target, order: int) -> float:
         return max(
-            largest_residual(
-                w, phi, exact_value, (t for t in rooted_trees(order) if t in phi)
-            )
-            for w, phi in zip(weights, (g, f), strict=True)
+            largest_residual(w, phi, target, (t for t in rooted_trees(order) if t in phi))
+            for w, phi in zip(weights, self._phi, strict=True)
         )
 
     @ft.cached_property
     def kick_error_weights(self) -> np.ndarray:
         """Weights of `g_0, ..., g_m` in the error estimate of `p`."""
+        if self.error_weights is not None:
+            return np.array(self.error_weights[1])
         return error_functional(self._phi[0], self.embedded_order, self.error_scale)
 
     @ft.cached_property
     def drift_error_weights(self) -> np.ndarray:
         """Weights of `f_0, ..., f_m` in the error estimate of `q`."""
+        if self.error_weights is not None:
+            return np.array(self.error_weights[0])
         return error_functional(self._phi[1], self.embedded_order, self.error_scale)
 
 
@@ -161,6 +193,8 @@ def _symmetric(half: list[float], count: int) -> tuple[float, ...]:
     return mirror([*half, 1 / 2 - sum(half)])
 
 
+# Error weights are those that `examples/benchmarks/error_weights.py` finds.
+#
 # Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7: tables 2 and 3, methods S6 and
 # S10 for two parts of any kind, and SRKN6b and SRKN11b for affine drifts.
 blanes_moan4 = SplittingTableau(
@@ -177,6 +211,26 @@ blanes_moan4_nystrom = SplittingTableau(
     embedded_order=3,
     error_scale=3e-3,
     nystrom=True,
+    error_weights=(
+        (
+            0.0020968800119918127,
+            -0.031716149842605436,
+            -0.5623420205365436,
+            0.8184806281851013,
+            -0.2756045483811671,
+            -0.05322628951462067,
+            0.1023115000778437,
+        ),
+        (
+            0.0011951345880733657,
+            -0.28357123664260725,
+            0.1369708322192589,
+            0.28228876471719094,
+            0.14414431504442576,
+            -0.29106333558872766,
+            0.010035525662385757,
+        ),
+    ),
 )
 blanes_moan6 = SplittingTableau(
     _symmetric(s10_kicks, 11),
@@ -210,6 +264,36 @@ blanes_moan6_nystrom = SplittingTableau(
     embedded_order=4,
     error_scale=1e-3,
     nystrom=True,
+    error_weights=(
+        (
+            -0.0103635061726241,
+            0.016545733920682548,
+            -0.04421730263841966,
+            0.05645214187250835,
+            -0.00793099390413154,
+            -0.03329014292589842,
+            0.012625601682911998,
+            0.07334946441383385,
+            -0.0515238113425022,
+            -0.10420885815390281,
+            0.09443713483276259,
+            -0.0018754615852206217,
+        ),
+        (
+            -0.018908524414859584,
+            0.12866954726479402,
+            0.11082196414625164,
+            -0.07776756685032551,
+            -0.036730573926225016,
+            -0.151735687011466,
+            0.15514363753811605,
+            0.03335993363344048,
+            0.0742313395473435,
+            -0.10645747722889586,
+            -0.1381197371142948,
+            0.02749314441612095,
+        ),
+    ),
 )
 
 # Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9: 17 steps of Störmer–Verlet.
@@ -220,4 +304,46 @@ kahan_li8 = SplittingTableau(
     order=8,
     embedded_order=5,
     error_scale=3e-3,
+    error_weights=(
+        (
+            -0.02614485985510131,
+            0.020362048587674948,
+            -0.6715621579564239,
+            0.22116377828039127,
+            -0.036430552995936574,
+            0.2479495947038952,
+            0.0005798269592946145,
+            -0.07988954802462668,
+            -0.0896892469962422,
+            0.8207728249735131,
+            -0.13712588215116753,
+            -0.009463554998170164,
+            -0.08830052999470232,
+            0.21193673860772502,
+            0.003158555308832224,
+            0.2230758391702337,
+            -0.6356280118065704,
+            0.025235138187380976,
+        ),
+        (
+            0.14323681178048517,
+            -2.5138055063628366,
+            0.715264878042336,
+            -0.17724187396143176,
+            -0.6009071495185397,
+            0.6638618477624425,
+            1.6662348421890556,
+            -0.46105175300168805,
+            -0.0036399473386704573,
+            0.8838439879790095,
+            -0.4082367911765775,
+            1.7811720954260017,
+            0.232169774795212,
+            -0.17132353835329756,
+            -0.5204543528041191,
+            0.16665181064054216,
+            -1.645113774465797,
+            0.2493386383678716,
+        ),
+    ),
 )
