@@ -224,6 +224,6 @@ def main(quick: bool):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one of them, coarsely")
     main(parser.parse_args().quick)
