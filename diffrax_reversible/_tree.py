@@ -33,7 +33,7 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
     """The product of every weight with `x`, along a first axis."""
 
     def product(x):
-        return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x
+        return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x[None]
 
     return jtu.tree_map(product, x)
 

@@ -22,7 +22,13 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._solver.base import advance_densely, before_jump, Cotangent, linearise_step
+from .._solver.base import (
+    advance_densely,
+    before_jump,
+    Cotangent,
+    linearise_step,
+    Start,
+)
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import drift
 from .finish import pull_finish
@@ -48,11 +54,15 @@ class _Position(eqx.Module):
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
+    # What the first step after the next known state began with, if it is not the start of
+    # the solve.
+    origin: tuple[Y, SolverState] | None
 
 
 class _Walk(eqx.Module):
     """What does not change along the walk."""
 
+    inputs: Inputs
     problem: Problem
     trace: Trace
     outputs: list[Output]
@@ -128,8 +138,7 @@ class _Walk(eqx.Module):
     def pull_init(self, position: _Position) -> _Position:
         """The solver state that the solve began with, unless it was given.
 
-        It is made here again where the walk has come to, so that this follows the walk, and
-        its activations are not held on to meanwhile.
+        It is made here again, so that its activations are not held on to meanwhile.
         """
         problem, ct = self.problem, position.cotangent
         if problem.passed_solver_state:
@@ -141,7 +150,7 @@ class _Walk(eqx.Module):
             state = problem.solver.init(context.terms, *step, y, context.args)
             return eqx.filter(state, eqx.is_inexact_array)
 
-        _, pull = jax.vjp(init, position.y, self.params)
+        _, pull = jax.vjp(init, self.inputs.y0, self.params)
         y_bar, params_bar = pull(ct.solver_state)
         state_bar = tree_zeros_like(ct.solver_state)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
@@ -157,6 +166,7 @@ class _Walk(eqx.Module):
         t0, t1 = clock.start, clock.end
         position = self._pull_step_outputs(position, t1)
         solver = self.problem.solver
+        start = self.start(position)
         solver_state = solver.recall(position.solver_state, steps.recorded_before(step))
         state = position.y, solver_state
         ct = position.cotangent
@@ -174,7 +184,7 @@ class _Walk(eqx.Module):
                 )
                 position = eqx.tree_at(lambda p: p.cursors, position, cursors)
             y0, state0, ct = solver.inverse_step_and_pullback(
-                self.bind, self.params, t0, t1, *state, ct, dense_bar
+                self.bind, self.params, t0, t1, *state, ct, dense_bar, start
             )
         else:
 
@@ -183,7 +193,7 @@ class _Walk(eqx.Module):
                 return times.of(t0), times.of(t1)
 
             y0, state0, dense_info, pull = linearise_step(
-                solver, self.bind, self.params, t0, t1, *state, step_times
+                solver, self.bind, self.params, t0, t1, *state, start, step_times
             )
             dense_bar, ct, cursors = self._pull_dense(
                 position, interpolated, t0, t1, dense_info
@@ -233,6 +243,35 @@ class _Walk(eqx.Module):
             lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
         )
 
+    def start(self, position: _Position) -> Start:
+        """Of the step that is undone next."""
+        step, steps = position.step - 1, self.trace.steps
+        first = 0
+        origin = self.inputs.y0, self.inputs.solver_state
+        if position.origin is not None:
+            i = position.restarts - 1
+            first = jnp.where(i < 0, 0, self.trace.restarts.step[jnp.maximum(i, 0)])
+            origin = position.origin
+        is_known = step == first
+        if (crossed := steps.crossed_before(step)) is not None:
+            is_known = is_known & ~crossed
+        return Start(is_known, *origin)
+
+    def origin(self, restarts: IntScalarLike) -> tuple[Y, SolverState] | None:
+        """What the first step after a known state began with, with so many `restarts` to
+        undo. `None` if it can only be the start of the solve."""
+        record = self.trace.restarts
+        if record.capacity == 0:
+            return None
+        t, y, stored = record.read(jnp.maximum(restarts - 1, 0))
+        start = self.inputs.y0, self.inputs.solver_state
+        terms, args = self.bind(self.params)
+        solver_state = eqx.combine(stored, self.inputs.solver_state)
+        restarted = self.problem.solver.restart(terms, t, y, args, solver_state)
+        return jtu.tree_map(
+            lambda r, s: jnp.where(restarts > 0, r, s), (y, restarted), start
+        )
+
     def restarted(self, position: _Position) -> BoolScalarLike:
         """Whether the solve was restarted where the walk is."""
         i = position.restarts - 1
@@ -256,13 +295,20 @@ class _Walk(eqx.Module):
         _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
         y_bar, state_bar, params_bar = pull(ct.solver_state)
         # Not what `filter_vjp` gives, which might round in another way than the solve did.
-        walked = self.drift(position, (y, restart(y, diff_state, self.params)))
+        walked = self.drift(position, position.origin)
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-        return tree_replace(
-            lambda p: (p.clock, p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
-            position,
-            (position.clock.set(t), y, solver_state, ct, position.restarts - 1, drifts),
+        restarts = position.restarts - 1
+        return _Position(
+            position.step,
+            position.clock.set(t),
+            y,
+            solver_state,
+            ct,
+            position.cursors,
+            restarts,
+            drifts,
+            self.origin(restarts),
         )
 
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
@@ -444,6 +490,7 @@ def walk_back(
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
         dense_rows = materialise(cotangent.dense_infos, trace.dense_structs)
     walk = _Walk(
+        inputs,
         problem,
         trace,
         pulled.outputs,
@@ -454,6 +501,7 @@ def walk_back(
         with_times,
     )
     saved = [save_states(end)[output.index] for output in pulled.outputs]
+    restarts = jnp.minimum(trace.restarts.count, trace.restarts.capacity)
     position = _Position(
         trace.steps.count,
         trace.steps.clock(end),
@@ -465,8 +513,9 @@ def walk_back(
             pulled.params,
         ),
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
-        jnp.minimum(trace.restarts.count, trace.restarts.capacity),
+        restarts,
         [],
+        walk.origin(restarts),
     )
     start = (inputs.y0, inputs.solver_state)
     drifts = jax.eval_shape(walk.drift, position, start)

@@ -36,7 +36,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .base import AbstractReversibleSolver, Cotangent
+from .base import AbstractReversibleSolver, Cotangent, Start
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
@@ -60,6 +60,9 @@ class _SubStep(NamedTuple):
     # those that watch the deviation.
     weights: dict[str, Array]
     watch: Array | None
+
+    def at(self, where: int | slice) -> "_SubStep":
+        return jtu.tree_map(lambda x: x[where], self)
 
 
 class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
@@ -155,7 +158,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         if weights is not None:
             watch = DeviationWatch.start(weights[0], v0)
         carry = (*sums_of(y0, solver_state), sums, watch)
-        k, v, sums, watch = self._chain(sub_step, carry, functionals, t0, weights)
+        sub_steps = self._sub_steps(functionals, t0, weights)
+        k, v, sums, watch = _scan(sub_step, carry, sub_steps)
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
@@ -324,7 +328,8 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         z, v = sums_of(y1, solver_state)
         k = z.minus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         carry = (k, v, zeros)
-        z, v, sums = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        sub_steps = self._sub_steps(functionals, t0)
+        z, v, sums = _scan(sub_step, carry, sub_steps, reverse=True)
         y0, v0, low = split_sums(z, v)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
@@ -339,6 +344,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         solver_state: ALFState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
     ) -> tuple[Y, ALFState, Cotangent]:
         control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
@@ -357,11 +363,12 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             }
             assert all(w[0] == 0 for w in functionals.values())
 
-        def sub_step(carry, sub: _SubStep):
+        def sub_step(carry, sub: _SubStep, point=None):
             k, v, (k_bar, v_bar, params_bar) = carry
             drift = control * sub.drift
             t = t0 + sub.midpoint * (t1 - t0)
-            u, pull = self._linearise_field(bind, t, k.high, params)
+            point = k if point is None else point
+            u, pull = self._linearise_field(bind, t, point.high, params)
             v = v.reflect(u)
             k = k.minus(tree_scale(drift, v.high))
             more_k_bar, more_params_bar = pull(tree_scale(2, v_bar))
@@ -385,7 +392,15 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         v_bar = add_sums({name: w[-1] for name, w in halves.items()}, v_bar)
         functionals = {name: w[:-1] for name, w in halves.items()}
         carry = (k, v, (cotangent.y, v_bar, cotangent.params))
-        z, v, bars = self._chain(sub_step, carry, functionals, t0, reverse=True)
+        sub_steps = self._sub_steps(functionals, t0)
+        if start is None:
+            z, v, bars = _scan(sub_step, carry, sub_steps, reverse=True)
+        else:
+            first, others = (sub_steps.at(i) for i in (0, slice(1, None)))
+            k, v, bars = _scan(sub_step, carry, others, reverse=True)
+            known_z, known_v = sums_of(start.y, start.solver_state)
+            known_k = known_z.plus(tree_scale(control * first.drift, known_v.high))
+            z, v, bars = sub_step((k, v, bars), first, start.choose(known_k, k))
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
         cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
@@ -541,26 +556,27 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         """Which of the fractions is the mid-point."""
         return self.tableau.continuous_extension.fractions.index(0.5)
 
-    def _chain(
-        self, sub_step, carry, functionals, t0, watch_weights=None, reverse: bool = False
-    ):
-        """Scan `sub_step` over the sub-steps (compiles faster than unrolling them)."""
+    def _sub_steps(
+        self, functionals: dict[str, np.ndarray], t0: RealScalarLike, watch_weights=None
+    ) -> _SubStep:
         dtype = jnp.result_type(t0)
-        sub_steps = _SubStep(
+        return _SubStep(
             jnp.asarray(self.tableau.drifts[:-1], dtype),
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
         )
-        if self.tableau.stages == 1:
-            return sub_step(carry, jtu.tree_map(lambda x: x[0], sub_steps))
-        carry, _ = lax.scan(
-            lambda carry, sub: (sub_step(carry, sub), None),
-            carry,
-            sub_steps,
-            reverse=reverse,
-        )
-        return carry
+
+
+def _scan(sub_step, carry, sub_steps: _SubStep, reverse: bool = False):
+    """Over the sub-steps (compiles faster than unrolling them)."""
+    count = len(sub_steps.drift)
+    if count <= 1:
+        return sub_step(carry, sub_steps.at(0)) if count == 1 else carry
+    carry, _ = lax.scan(
+        lambda carry, sub: (sub_step(carry, sub), None), carry, sub_steps, reverse=reverse
+    )
+    return carry
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

@@ -44,6 +44,26 @@ class Cotangent(eqx.Module):
     params: Params
 
 
+class Start(eqx.Module):
+    """The very state and solver state that a step began with, if that `is_known`: where the
+    solve began, or was restarted. If not, then others of the same shapes.
+
+    Reconstructed states are off by rounding, which is as good as any other side of a kink
+    of the vector field, or of a quotient that is guarded where it is zero over zero; but
+    solves often begin at one.
+    """
+
+    is_known: BoolScalarLike
+    y: Y
+    solver_state: SolverState
+
+    def choose(self, known: PyTree[Array], reconstructed: PyTree[Array]) -> PyTree[Array]:
+        """What was made of the known start, if it is, and else what was reconstructed."""
+        return jtu.tree_map(
+            lambda k, r: jnp.where(self.is_known, k, r), known, reconstructed
+        )
+
+
 class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverState]):
     """A solver whose steps can be undone, for use with
     [`diffrax_reversible.ReversibleAdjoint`][].
@@ -255,6 +275,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         solver_state: _SolverState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
     ) -> tuple[Y, _SolverState, Cotangent]:
         """Undo `advance` and pull a cotangent back through it.
 
@@ -266,13 +287,15 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         - `cotangent`: at `t1`, with the sum of `params` so far.
         - `dense_cotangent`: the cotangent of the `dense_info`, with what is extra of it, or
             `None` where nothing was interpolated.
+        - `start`: the start of the step, which may be known. It serves to evaluate the
+            vector field there, and not to reconstruct it, as that is a check of the walk.
 
         **Returns:**
 
         The state, the solver state, and the cotangent, all at `t0`.
         """
         y0, solver_state0, _, pull = linearise_step(
-            self, bind, params, t0, t1, y1, solver_state
+            self, bind, params, t0, t1, y1, solver_state, start
         )
         return y0, solver_state0, pull(cotangent, dense_cotangent)
 
@@ -370,16 +393,21 @@ def linearise_step(
     t1: RealScalarLike,
     y1: Y,
     solver_state: SolverState,
+    start: Start | None = None,
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
 ) -> tuple[Y, SolverState, DenseInfo, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
     """Undo a step, make it again, and return what it interpolated with and its pull-back.
 
-    If `t0` and `t1` depend on `params`, then `step_times` says how. Costs an inverse step,
+    It is made again from its `start`, if that is known. If `t0` and `t1` depend on
+    `params`, then `step_times` says how. Costs an inverse step,
     a step, and the memory of all the stages of a step.
     """
     terms, args = bind(params)
     y0, solver_state0 = solver.inverse_step(terms, t0, t1, y1, args, solver_state)
-    nondiff_state = eqx.filter(solver_state0, eqx.is_inexact_array, inverse=True)
+    origin = y0, solver_state0
+    if start is not None:
+        origin = start.choose((start.y, start.solver_state), origin)
+    diff_state, nondiff_state = eqx.partition(origin[1], eqx.is_inexact_array)
 
     def step(y: Y, diff_state: PyTree, params: Params):
         terms, args = bind(params)
@@ -388,8 +416,7 @@ def linearise_step(
         y, _, dense_info, state, _ = advance_densely(solver, terms, *times, y, args, state)
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
-    diff_state = eqx.filter(solver_state0, eqx.is_inexact_array)
-    outputs, pull_step = eqx.filter_vjp(step, y0, diff_state, params)
+    outputs, pull_step = eqx.filter_vjp(step, origin[0], diff_state, params)
     _, _, dense_info = outputs
 
     def pull(cotangent: Cotangent, dense_cotangent: DenseInfo | None) -> Cotangent:

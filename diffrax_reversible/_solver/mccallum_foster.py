@@ -29,7 +29,7 @@ from .._custom_types import (
     Y,
 )
 from .._tree import larger, tree_add, tree_axpy, tree_scale, tree_zeros_like
-from .base import AbstractReversibleSolver, Cotangent
+from .base import AbstractReversibleSolver, Cotangent, Start
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 
@@ -293,6 +293,7 @@ class McCallumFoster(
         solver_state: CoupledState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
     ) -> tuple[Y, CoupledState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, without those
         stages that nothing is read from."""
@@ -312,13 +313,14 @@ class McCallumFoster(
         params_bar = tree_add(cotangent.params, more_params_bar)
 
         forward = increment(t0, t1)
+        origin = z0 if start is None else start.choose(start.solver_state.copy, z0)
         if dense_cotangent is None:
-            forth, pull_forth, _ = jax.vjp(forward, z0, params, has_aux=True)
+            forth, pull_forth, _ = jax.vjp(forward, origin, params, has_aux=True)
             y0 = self._uncouple(y1, z0, forth)
             _, pull_couple = jax.vjp(self._couple, y0, z0, forth)
             y0_bar, z0_bar, forth_bar = pull_couple(y1_bar)
         else:
-            (forth, stages), pull_forth = jax.vjp(forward, z0, params)
+            (forth, stages), pull_forth = jax.vjp(forward, origin, params)
             y0 = self._uncouple(y1, z0, forth)
 
             def outputs(y0, z0, forth, stages):

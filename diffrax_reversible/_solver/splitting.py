@@ -34,7 +34,7 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .base import AbstractReversibleSolver, Cotangent
+from .base import AbstractReversibleSolver, Cotangent, Start
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 
@@ -72,6 +72,9 @@ class _Stage(NamedTuple):
     previous_time: Array
     drift_error: Array
     kick_error: Array
+
+    def at(self, where: int | slice) -> "_Stage":
+        return jtu.tree_map(lambda x: x[where], self)
 
 
 class AbstractSplitting(
@@ -159,7 +162,7 @@ class AbstractSplitting(
         q_error = tree_scale(tableau.drift_error_weights[0], velocity0)
         p_error = tree_scale(tableau.kick_error_weights[0], force0)
         carry = (q, p, force0, q_error, p_error)
-        q, p, force, q_error, p_error = _chain(stage, carry, tableau, t0, t1)
+        q, p, force, q_error, p_error = _scan(stage, carry, _stages(tableau, t0, t1))
         y1, low = _split_sums(q, p)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
@@ -280,7 +283,7 @@ class AbstractSplitting(
             return q, p, self._evaluate(term_p, stage.previous_time, q.high, args)
 
         carry = (*_sums_of(y1, solver_state), solver_state.force)
-        q, p, force = _chain(stage, carry, tableau, t0, t1, reverse=True)
+        q, p, force = _scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
         p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
         y0, low = _split_sums(q, p)
         return y0, SplittingState(force, low, jnp.array(False))
@@ -295,6 +298,7 @@ class AbstractSplitting(
         solver_state: SplittingState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
     ) -> tuple[Y, SplittingState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
@@ -307,7 +311,7 @@ class AbstractSplitting(
                 bind, params, t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
             )
 
-        def stage(carry, stage: _Stage):
+        def stage(carry, stage: _Stage, known: tuple[Start, Y] | None = None):
             q, p, q_bar, p_bar, force_bar, params_bar = carry
             force, pull = self._linearise(bind, 1, stage.kick_time, q.high, params)
             force_bar = tree_axpy(h_p * stage.kick, p_bar, force_bar)
@@ -315,7 +319,8 @@ class AbstractSplitting(
             q_bar = tree_add(q_bar, more_q_bar)
             params_bar = tree_add(params_bar, more_params_bar)
             p = p.minus(tree_scale(h_p * stage.kick, force))
-            velocity, pull = self._linearise(bind, 0, stage.drift_time, p.high, params)
+            point = p.high if known is None else known[0].choose(known[1], p.high)
+            velocity, pull = self._linearise(bind, 0, stage.drift_time, point, params)
             more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
             p_bar = tree_add(p_bar, more_p_bar)
             params_bar = tree_add(params_bar, more_params_bar)
@@ -324,7 +329,14 @@ class AbstractSplitting(
 
         force_bar = cotangent.solver_state.force
         carry = (*_sums_of(y1, solver_state), *cotangent.y, force_bar, cotangent.params)
-        carry = _chain(stage, carry, tableau, t0, t1, reverse=True)
+        stages = _stages(tableau, t0, t1)
+        if start is None:
+            carry = _scan(stage, carry, stages, reverse=True)
+        else:
+            carry = _scan(stage, carry, stages.at(slice(1, None)), reverse=True)
+            known = tree_scale(h_p * tableau.kicks[0], start.solver_state.force)
+            _, known_p = _sums_of(start.y, start.solver_state)
+            carry = stage(carry, stages.at(0), (start, known_p.plus(known).high))
         q, p, q_bar, p_bar, _, params_bar = carry
         force = self._evaluate(term_p, t0, q.high, args)
         p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
@@ -464,21 +476,13 @@ def _with_force(state: SplittingState, force: VF) -> SplittingState:
     return SplittingState(force, state.low, state.fresh)
 
 
-def _chain(
-    stage,
-    carry,
-    tableau: SplittingTableau,
-    t0: RealScalarLike,
-    t1: RealScalarLike,
-    reverse: bool = False,
-):
-    """Scan `stage` over the stages (compiles faster than unrolling them)."""
+def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -> _Stage:
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     array = lambda x: jnp.asarray(x, jnp.result_type(t0, t1))
     times = t0 + array(tableau.kick_times[1:-1]) * (t1 - t0)
     # The very float that the next step begins at.
     times = jnp.concatenate([t0[None], times, t1[None]])
-    stages = _Stage(
+    return _Stage(
         array(tableau.drifts),
         t0 + array(tableau.drift_times) * (t1 - t0),
         array(tableau.kicks[1:]),
@@ -487,8 +491,13 @@ def _chain(
         array(tableau.drift_error_weights[1:]),
         array(tableau.kick_error_weights[1:]),
     )
-    if tableau.stages == 1:
-        return stage(carry, jtu.tree_map(lambda x: x[0], stages))
+
+
+def _scan(stage, carry, stages: _Stage, reverse: bool = False):
+    """Over the stages (compiles faster than unrolling them)."""
+    count = len(stages.drift)
+    if count <= 1:
+        return stage(carry, stages.at(0)) if count == 1 else carry
     carry, _ = lax.scan(
         lambda carry, s: (stage(carry, s), None), carry, stages, reverse=reverse
     )
