@@ -9,6 +9,7 @@ from jax._src import compiler
 # Strict, so that nothing is promoted by accident; some tests use float32 as well.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes objects by the million, of which few are garbage.
 gc.set_threshold(100_000, 50, 50)

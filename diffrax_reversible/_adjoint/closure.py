@@ -1,13 +1,16 @@
 """Making what functions close over visible to differentiation."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from diffrax import AbstractStepSizeController, ControlTerm, ODETerm
 from jax.core import Tracer
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._solver.base import AbstractReversibleSolver, advance_densely
@@ -22,46 +25,156 @@ def close_terms(
     y: Y,
     solver_state: SolverState,
 ) -> tuple[Terms, Args]:
-    """`terms` and `args`, but with the traced values that functions among their leaves
-    close over as leaves too.
+    """`terms` and `args`, but with the traced values that functions close over as leaves.
 
-    A custom gradient cannot see a closed-over value, and would drop its cotangent. Only
-    these functions are replaced, so that terms remain of the type that they were.
+    A custom gradient cannot see a closed-over value, and would drop its cotangent. The
+    vector field of an `ODETerm` or a `ControlTerm` is replaced as a whole, together with
+    the `args` that it is called with, so that it does not matter where in it a traced value
+    hides. Of other terms, and of controls, only functions among their leaves are replaced,
+    so that they remain of the type that they were.
     """
 
     def there_and_back(terms, args, t, y, solver_state):
-        solver.init(terms, t, t, y, args)
-        step = solver, terms, t, t, y, args
+        solver.init(terms, t, t, y, _copy(args))
+        step = solver, terms, t, t, y, _copy(args)
         y, _, _, solver_state, _ = advance_densely(*step, solver_state)
-        return solver.inverse_step(terms, t, t, y, args, solver_state)
+        return solver.inverse_step(terms, t, t, y, _copy(args), solver_state)
+
+    def step(solver, terms, args, t, y, solver_state):
+        return advance_densely(solver, terms, t, t, y, args, solver_state)[:4]
 
     def captures(terms, args):
-        known = (solver, terms, args, t, y, solver_state)
-
-        def step(t, y, solver_state):
-            return advance_densely(solver, terms, t, t, y, args, solver_state)[:4]
-
-        return _captured(eqx.filter_closure_convert(step, t, y, solver_state), known)
+        return _captures(step, solver, terms, args, t, y, solver_state)
 
     if not captures(terms, args):
         return terms, args
-    spies = jtu.tree_map(lambda x: _Spy(x) if _is_function(x) else x, (terms, args))
-    eqx.filter_eval_shape(there_and_back, *spies, t, y, solver_state)
-    terms, args = jtu.tree_map(_close, spies)
+    calls = t, y, solver_state
+    spies = _map_fields(lambda field: _FieldSpy(field, args), terms)
+    eqx.filter_eval_shape(there_and_back, spies, args, *calls)
+    terms = _map_fields(lambda spy: spy.close(), spies)
+    if not captures(terms, args):
+        return terms, args
+    terms, args = _close_leaves((terms, args), lambda x: there_and_back(*x, *calls))
     if captures(terms, args):
         raise NotImplementedError(hidden_closure)
     return terms, args
+
+
+def close_controller(
+    controller: AbstractStepSizeController,
+    error_order: RealScalarLike | None,
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
+    controller_state: PyTree,
+) -> AbstractStepSizeController:
+    """The same of a controller, as of the norm of a `PIDController`."""
+
+    def adapt(controller, t=t, y=y, args=args, state=controller_state):
+        adapt = controller.adapt_step_size
+        return adapt(t, t, y, y, args, y, error_order, state)[:3]
+
+    if not _captures(adapt, controller, t, y, args, controller_state):
+        return controller
+    return _close_leaves(controller, adapt)
+
+
+def _map_fields(fn: Callable, terms: Terms) -> Terms:
+    """`terms` with `fn` of their vector fields, where that is what they are made of."""
+
+    def has_field(x):
+        return isinstance(x, ODETerm | ControlTerm)
+
+    def replace(term):
+        if not has_field(term):
+            return term
+        # Not with `equinox.tree_at`, as it may be a PyTree without leaves.
+        new = copy.copy(term)
+        object.__setattr__(new, "vector_field", fn(term.vector_field))
+        return new
+
+    return jtu.tree_map(replace, terms, is_leaf=has_field)
+
+
+def _copy(args: Args) -> Args:
+    """Not the very objects: there are some that can be used only once, as the state of
+    layers in Equinox."""
+    return jtu.tree_map(lambda x: x, args)
+
+
+class _FieldSpy:
+    """A vector field that notes with what times and states it is called."""
+
+    def __init__(self, field: Callable, args: Args):
+        self.field = lambda t, y: field(t, y, _copy(args))
+        self.calls: list[PyTree] = []
+
+    def __call__(self, t, y, args):
+        del args
+        point = _arrays((t, y))
+        _note(_structure(point), self.calls)
+        return self.field(*point)
+
+    def close(self) -> "_ClosedField":
+        return _ClosedField([close(self.field, *point) for point in self.calls])
+
+
+class _ClosedField(eqx.Module):
+    """A vector field with all that it depends on as leaves, and the `args` as well: one
+    version for each kind of call."""
+
+    versions: list[Any]
+
+    def __call__(self, t, y, args):
+        del args
+        point = _arrays((t, y))
+        return _choose(self.versions, point, {})(*point)
+
+
+def _arrays(tree: PyTree) -> PyTree[Array]:
+    return jtu.tree_map(jnp.asarray, tree)
+
+
+def _note(call: PyTree, calls: list[PyTree]) -> None:
+    if not any(eqx.tree_equal(call, earlier) for earlier in calls):
+        calls.append(call)
+
+
+def _choose(versions: list[Any], args: tuple, kwargs: dict) -> Callable:
+    call = _structure((args, kwargs))
+    for version in versions[:-1]:
+        if eqx.tree_equal(call, _structure(version.in_struct)):
+            return version
+    # It says how it was called, should it not fit either.
+    return versions[-1]
+
+
+def _close_leaves(tree: PyTree, run: Callable[[PyTree], Any]) -> PyTree:
+    """`tree` with functions among its leaves replaced, by how they are called when it is
+    `run`."""
+    spies = jtu.tree_map(lambda x: _Spy(x) if _is_function(x) else x, tree)
+    eqx.filter_eval_shape(run, spies)
+    return jtu.tree_map(_close, spies)
 
 
 def _is_function(x: Any) -> bool:
     return callable(x) and not eqx.is_array(x) and not isinstance(x, type)
 
 
-def _captured(closed: Callable, known: PyTree) -> bool:
-    """Whether what was closed over has traced values that are not `known`."""
-    ids = {id(leaf) for leaf in jtu.tree_leaves(known)}
-    leaves = jtu.tree_leaves(closed)
-    return any(isinstance(leaf, Tracer) and id(leaf) not in ids for leaf in leaves)
+def _captures(fn: Callable, *args) -> bool:
+    """Whether `fn(*args)` depends on traced values that are not leaves of `args`."""
+    return _has_tracers(close(fn, *args))
+
+
+def close(fn: Callable, *args, **kwargs) -> Callable:
+    """`fn` with all that it depends on as leaves, to be called as `fn(*args, **kwargs)`."""
+    # A function without a closure is passed through by Equinox, although there may be
+    # functions with one in its arguments.
+    return eqx.filter_closure_convert(lambda *a, **k: fn(*a, **k), *args, **kwargs)
+
+
+def _has_tracers(closed: PyTree) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(closed))
 
 
 def _structure(x: PyTree) -> PyTree:
@@ -79,10 +192,11 @@ class _Spy:
         self.calls: list[PyTree] = []
 
     def __call__(self, *args, **kwargs):
-        call = _structure((args, kwargs))
-        if not any(eqx.tree_equal(call, earlier) for earlier in self.calls):
-            self.calls.append(call)
+        _note(_structure((args, kwargs)), self.calls)
         return self.fn(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fn, name)
 
 
 class _Closed(eqx.Module):
@@ -92,21 +206,14 @@ class _Closed(eqx.Module):
     versions: list[Any]
 
     def __call__(self, *args, **kwargs):
-        call = _structure((args, kwargs))
-        for version in self.versions[:-1]:
-            if eqx.tree_equal(call, _structure(version.in_struct)):
-                return version(*args, **kwargs)
-        # It says how it was called, should it not fit either.
-        return self.versions[-1](*args, **kwargs)
+        return _choose(self.versions, args, kwargs)(*args, **kwargs)
 
 
 def _close(x: Any) -> Any:
     """What is to stand in place of a leaf, given what a spy has seen."""
     if not isinstance(x, _Spy):
         return x
-    versions = [
-        eqx.filter_closure_convert(x.fn, *args, **kwargs) for args, kwargs in x.calls
-    ]
-    if any(_captured(version, ()) for version in versions):
+    versions = [close(x.fn, *args, **kwargs) for args, kwargs in x.calls]
+    if _has_tracers(versions):
         return _Closed(versions)
     return x.fn

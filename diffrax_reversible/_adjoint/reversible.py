@@ -13,7 +13,7 @@ from .._diffrax import State
 from .._solver.adapter import as_reversible
 from .._tree import tree_replace
 from .backward import walk_back
-from .closure import close_terms
+from .closure import close, close_controller, close_terms
 from .drift import refuse_wrong
 from .forward import solve_and_record, solve_plainly
 from .problem import (
@@ -124,6 +124,11 @@ class ReversibleAdjoint(AbstractAdjoint):
         solver = as_reversible(solver)
         y0, solver_state = init_state.y, init_state.solver_state
         terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
+        stepsize_controller = close_controller(
+            stepsize_controller,
+            solver.error_order(terms),
+            *(t0, y0, args, init_state.controller_state),
+        )
         event_kwargs = dict(
             solver=solver,
             t0=t0,
@@ -135,14 +140,12 @@ class ReversibleAdjoint(AbstractAdjoint):
         )
         event, event_fns = take_event_fns(
             event,
-            lambda fn: eqx.filter_closure_convert(
+            lambda fn: close(
                 lambda t, y, args, terms: fn(t, y, args, terms=terms, **event_kwargs),
                 *(t0, y0, args, terms),
             ),
         )
-        saveat, save_fns = take_save_fns(
-            saveat, lambda fn: eqx.filter_closure_convert(fn, t0, y0, args)
-        )
+        saveat, save_fns = take_save_fns(saveat, lambda fn: close(fn, t0, y0, args))
         times = take_times(t0, t1, saveat)
         context = Context(terms, args, save_fns, event_fns, times)
         # If it was not passed, the walk back differentiates `init` itself.

@@ -7,7 +7,7 @@ from diffrax import AbstractSolver, AbstractTerm, ControlTerm, MultiTerm, ODETer
 
 from .._custom_types import Args, RealScalarLike, Terms, VF, Y
 from .._diffrax import WrapTerm
-from .._tree import tree_add
+from .._tree import tree_add, tree_scale
 
 
 class _SumTerm(AbstractTerm):
@@ -27,6 +27,22 @@ class _SumTerm(AbstractTerm):
 
     def prod(self, vf: VF, control: RealScalarLike) -> Y:
         return self.terms[0].prod(vf, control)
+
+
+class _ProductTerm(AbstractTerm):
+    """A term that makes more of its vector field than the product with a scalar control:
+    it solves a system with a mass matrix, say. That is linear in the control."""
+
+    term: AbstractTerm
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return self.term.vf_prod(t, y, args, jnp.ones((), jnp.result_type(t)))
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: RealScalarLike) -> Y:
+        return tree_scale(control, vf)
 
 
 def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
@@ -61,7 +77,14 @@ def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
             f"{ode} a `{type(_unwrap(terms)).__name__}` of which the control is not the "
             "scalar `t1 - t0`. Write it as an `ODETerm`."
         )
-    return terms
+    return terms if _is_plain(terms) else _ProductTerm(terms)
+
+
+def _is_plain(term: AbstractTerm) -> bool:
+    kind = type(_unwrap(term))
+    if issubclass(kind, _SumTerm | _ProductTerm):
+        return True
+    return kind.prod is ODETerm.prod and kind.vf_prod is ODETerm.vf_prod
 
 
 def _unwrap(term: AbstractTerm) -> AbstractTerm:

@@ -1,0 +1,249 @@
+"""Ordinary code of others, in which what is differentiated hides anywhere: gradients are
+those of the default adjoint."""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import PID, relative_error, sum_of_squares
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+Y0 = jnp.array([1.0, 2.0])
+W = jnp.array(1.3)
+
+
+class Plain:
+    """An object that is no PyTree, as modules of other libraries."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def rate(self, y):
+        return self.w * y
+
+    def __call__(self, y):
+        return jnp.sin(self.rate(y))
+
+
+class Static(eqx.Module):
+    fn: Callable = eqx.field(static=True)
+
+    def __call__(self, t, y, args):
+        return self.fn(y)
+
+
+@jtu.register_pytree_node_class
+@dataclasses.dataclass
+class Registered:
+    bias: jax.Array
+    fn: Callable
+
+    def tree_flatten(self):
+        return (self.bias,), self.fn
+
+    @classmethod
+    def tree_unflatten(cls, fn, children):
+        return cls(*children, fn)
+
+
+def field_and_args_close_over_the_same(w):
+    return lambda t, y, args: jnp.sin(args(y)) - w * y, lambda y: w * y
+
+
+def a_method_of_an_object_in_args(w):
+    return lambda t, y, args: args(y) - args.rate(y) * args.w, Plain(w)
+
+
+def a_static_field(w):
+    return Static(lambda y: jnp.sin(w * y)), None
+
+
+def a_static_field_of_a_constant(w):
+    scale = jax.lax.stop_gradient(w)
+    return Static(lambda y: jnp.sin(scale * y)), w
+
+
+def a_partial(w):
+    return ft.partial(lambda k, t, y, args: jnp.sin(k * y) * args.keywords["w"], w), (
+        ft.partial(lambda y, w: w * y, w=w)
+    )
+
+
+def a_jax_partial_of_a_closure(w):
+    return lambda t, y, args: args(y), jtu.Partial(lambda y: jnp.sin(w * y))
+
+
+def a_registered_class(w):
+    return (
+        lambda t, y, args: args.fn(y) + args.bias,
+        Registered(w, lambda y: jnp.sin(w * y)),
+    )
+
+
+def functions_that_call_functions(w):
+    args = {"f": lambda g, y: g(jnp.sin(y)), "g": lambda y: w * y}
+    return lambda t, y, args: args["f"](args["g"], y), args
+
+
+def a_function_that_returns_one(w):
+    return lambda t, y, args: args(2.0)(y), lambda k: lambda y: jnp.sin(w * y) * k
+
+
+def jitted_and_checkpointed(w):
+    inner = jax.checkpoint(lambda y: jnp.sin(w * y))
+    return lambda t, y, args: inner(y) + args(y), eqx.filter_jit(lambda y: -w * y)
+
+
+def functions_as_keys(w):
+    def fn(y):
+        return w * y
+
+    return lambda t, y, args: jnp.sin(y) * len(args[0].__name__) * fn(y), (fn, {fn: 1})
+
+
+IDIOMS = (
+    field_and_args_close_over_the_same,
+    a_method_of_an_object_in_args,
+    a_static_field,
+    a_static_field_of_a_constant,
+    a_partial,
+    a_jax_partial_of_a_closure,
+    a_registered_class,
+    functions_that_call_functions,
+    a_function_that_returns_one,
+    jitted_and_checkpointed,
+    functions_as_keys,
+)
+
+
+def gradients(make, solver=None, controller=PID, saveat=None, **kwargs):
+    def loss(w, adjoint):
+        field, args = make(w)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4() if solver is None else solver,
+            0.0,
+            1.0,
+            0.1,
+            Y0 * w,
+            args,
+            saveat=dfx.SaveAt(t1=True) if saveat is None else saveat,
+            stepsize_controller=controller(w) if callable(controller) else controller,
+            adjoint=adjoint,
+            **kwargs,
+        )
+        return sum_of_squares(sol.ys)
+
+    def of(adjoint):
+        return jax.jit(jax.grad(lambda w: loss(w, adjoint)))(W)
+
+    return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
+
+
+@pytest.mark.parametrize("make", IDIOMS, ids=lambda make: make.__name__)
+def test_idioms(make):
+    ours, theirs = gradients(make)
+    assert ours != 0
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_functions_in_args_of_outputs():
+    """Called there in other ways than in the vector field."""
+    saveat = dfx.SaveAt(ts=[0.3, 1.0], fn=lambda t, y, args: args(y[0]) * t)
+    event = dfx.Event(lambda t, y, args, **kwargs: args(y[1]) - 50.0)
+    ours, theirs = gradients(field_and_args_close_over_the_same, saveat=saveat, event=event)
+    assert relative_error(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("detach", (False, True), ids=("argument", "stop_gradient"))
+def test_norm(detach):
+    """A `PIDController` of which the norm closes over something traced."""
+
+    def controller(scale):
+        norm = lambda y: jnp.max(jnp.abs(y)) * scale
+        return dfx.PIDController(rtol=1e-5, atol=1e-7, norm=norm)
+
+    def loss(w, scale, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, w: jnp.sin(w * y)),
+            dr.ALF4(),
+            0.0,
+            1.0,
+            0.1,
+            Y0,
+            w,
+            stepsize_controller=controller(jax.lax.stop_gradient(w) if detach else scale),
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys)
+
+    def of(adjoint):
+        return jax.jit(jax.grad(lambda w, scale: loss(w, scale, adjoint)))(W, W)
+
+    assert relative_error(of(dr.ReversibleAdjoint()), of(dfx.DirectAdjoint())) < 1e-10
+
+
+class MassMatrix(dfx.AbstractTerm):
+    """`M y' = f(y)`."""
+
+    matrix: jax.Array
+
+    def vf(self, t, y, args):
+        return jnp.sin(y) - args * y
+
+    def contr(self, t0, t1, **kwargs):
+        return t1 - t0
+
+    def prod(self, vf, control):
+        return jnp.linalg.solve(self.matrix, vf) * control
+
+
+@pytest.mark.parametrize("t1", (1.0, -1.0))
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
+def test_product_of_a_term(solver, t1):
+    """A term's own `prod` counts."""
+    matrix = jnp.array([[2.0, 0.3], [-0.1, 0.5]])
+
+    def loss(inputs, solver, adjoint):
+        sol = dfx.diffeqsolve(
+            MassMatrix(inputs[0]),
+            solver,
+            0.0,
+            t1,
+            0.1 * t1,
+            Y0,
+            inputs[1],
+            stepsize_controller=dfx.PIDController(rtol=1e-8, atol=1e-8),
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys)
+
+    of = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    ours = of((matrix, W), solver, dr.ReversibleAdjoint())
+    theirs = of((matrix, W), dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, theirs) < 1e-6
+
+
+def test_product_of_a_term_in_a_splitting():
+    class Mass(dfx.ODETerm):
+        def prod(self, vf, control):
+            return 0.25 * vf * control
+
+    def final(term):
+        terms = dfx.ODETerm(lambda t, p, args: p), term
+        y0 = jnp.array([1.0]), jnp.array([0.0])
+        return dfx.diffeqsolve(terms, dr.BlanesMoan6(), 0.0, 2.0, 0.1, y0).ys
+
+    divided = dfx.ODETerm(lambda t, q, args: -q / 4)
+    assert relative_error(final(Mass(lambda t, q, args: -q)), final(divided)) < 1e-14
