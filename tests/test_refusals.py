@@ -6,6 +6,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 import pytest
 
@@ -87,18 +88,29 @@ def total(y0):
     return jnp.sum(solve(y0).ys ** 2)
 
 
-class Static(eqx.Module):
+class Static(dfx.AbstractTerm):
     fn: object = eqx.field(static=True)
 
-    def __call__(self, t, y, args):
-        return self.fn(t, y, args)
+    def vf(self, t, y, args):
+        return self.fn(y)
+
+    def contr(self, t0, t1, **kwargs):
+        return t1 - t0
+
+    def prod(self, vf, control):
+        return vf * control
 
 
 def grad_wrt_static():
     def total(w):
-        return jnp.sum(solve(terms=dfx.ODETerm(Static(lambda t, y, args: w * y))).ys)
+        return jnp.sum(solve(terms=Static(lambda y: w * y)).ys)
 
     return jax.grad(total)(jnp.array(1.3))
+
+
+def traced(make):
+    """With a number that is traced in place of one that is known."""
+    return jax.jit(lambda x: solve(**make(x)).ys)(1)
 
 
 class Decay(dfx.AbstractTerm):
@@ -323,6 +335,60 @@ REFUSALS = (
         ValueError,
         ("solver=ALF4()", "complex128", "real and imaginary parts"),
     ),
+    (
+        "an array of checkpoints",
+        lambda: dr.ReversibleAdjoint(checkpoints=jnp.array(8)),
+        ValueError,
+        ("`ReversibleAdjoint(checkpoints=8)`", "integer", "known when"),
+    ),
+    (
+        "a fraction of a checkpoint",
+        lambda: dr.ReversibleAdjoint(checkpoints=8.0),
+        ValueError,
+        ("`ReversibleAdjoint(checkpoints=8.0)`", "integer"),
+    ),
+    (
+        "a traced number of checkpoints",
+        lambda: traced(lambda x: dict(adjoint=dr.ReversibleAdjoint(checkpoints=x))),
+        ValueError,
+        ("`ReversibleAdjoint(checkpoints=", "known when the solve is compiled"),
+    ),
+    (
+        "a traced tolerance for the drift",
+        lambda: traced(lambda x: dict(adjoint=dr.ReversibleAdjoint(drift_tol=x))),
+        ValueError,
+        ("`ReversibleAdjoint(drift_tol=", "known when the solve is compiled"),
+    ),
+    (
+        "a tolerance for the drift that is no number",
+        lambda: dr.ReversibleAdjoint(drift_tol="small"),
+        ValueError,
+        ("`ReversibleAdjoint(drift_tol=small)`", "non-negative number"),
+    ),
+    (
+        "a traced coupling",
+        lambda: traced(lambda x: dict(solver=dr.McCallumFoster(dfx.Tsit5(), 0.9 * x))),
+        ValueError,
+        ("`McCallumFoster(..., coupling=", "known when the solve is compiled"),
+    ),
+    (
+        "a traced choice of the rounding",
+        lambda: traced(lambda x: dict(solver=dr.ALF4(compensated=x > 0))),
+        ValueError,
+        ("`ALF4(compensated=", "known when the solve is compiled"),
+    ),
+    (
+        "the class of a solver",
+        lambda: dr.McCallumFoster(dfx.Tsit5),
+        ValueError,
+        ("`McCallumFoster(Tsit5)`", "`diffrax.Tsit5()`"),
+    ),
+    (
+        "lengths in place of a tableau",
+        lambda: dr.ALF([1.0]),
+        ValueError,
+        ("`ALF([1.0])`", "ALFTableau"),
+    ),
 )
 
 
@@ -338,6 +404,31 @@ def test_refused(call, exception, parts):
         assert part in message, message
     if "with respect to" in message:
         assert "RecursiveCheckpointAdjoint" in message
+
+
+def test_numpy_scalars():
+    adjoint = dr.ReversibleAdjoint(checkpoints=np.int32(8), drift_tol=np.float32(1e-6))
+    assert type(adjoint.checkpoints) is int and type(adjoint.drift_tol) is float
+    assert jnp.all(jnp.isfinite(grad(adjoint=adjoint)))
+
+
+def test_no_steps():
+    """A gradient of a solve of at most no steps is that of its start, or the error that the
+    solve itself raises."""
+    gradient = grad(max_steps=0, throw=False, saveat=dfx.SaveAt(t0=True))
+    np.testing.assert_array_equal(gradient, jnp.ones_like(Y0))
+    with pytest.raises(Exception, match="maximum number of solver steps"):
+        grad(max_steps=0)
+
+
+@pytest.mark.parametrize("bad", (-1.0, 0.0, jnp.nan))
+def test_step_size_that_turns_bad(bad):
+    """The solve ends with a result of Diffrax, and so does a gradient."""
+    controller = dr.StepDensityController(lambda t, y, args: jnp.where(t > 0.5, bad, 0.1))
+    kwargs = dict(stepsize_controller=controller, dt0=None)
+    assert solve(throw=False, **kwargs).result == dfx.RESULTS.dt_min_reached
+    with pytest.raises(Exception, match="minimum step size"):
+        grad(**kwargs)
 
 
 def test_plain_solves_are_not_refused():

@@ -214,7 +214,8 @@ def solve_and_record(
         to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
     else:
         max_steps = check_max_steps(problem.max_steps, recomputed)
-        to_record = RecordedSteps.allocate(max_steps, dtype, scalars, problem.with_jumps)
+        rows = max(max_steps, 1)
+        to_record = RecordedSteps.allocate(rows, dtype, scalars, problem.with_jumps)
     stored = problem.solver.to_store(inputs.solver_state)
     restarts = RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, stored)
     record = Record(to_record, restarts)

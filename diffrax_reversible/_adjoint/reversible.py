@@ -7,6 +7,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import AbstractAdjoint, is_okay
 
 from .._diffrax import State
@@ -37,6 +38,11 @@ from .validate import (
     steps_move_with,
     too_few,
 )
+
+
+def _as_python(x: Any) -> Any:
+    """A NumPy scalar as what it is in Python."""
+    return x.item() if isinstance(x, np.generic) else x
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -85,19 +91,21 @@ class ReversibleAdjoint(AbstractAdjoint):
     it is NaN.
     """
 
-    checkpoints: int = 8
-    drift_tol: float | None = None
+    checkpoints: int = eqx.field(default=8, converter=_as_python)
+    drift_tol: float | None = eqx.field(default=None, converter=_as_python)
 
     def __check_init__(self):
-        if not self.checkpoints >= 0:
+        count, tol = self.checkpoints, self.drift_tol
+        if not (isinstance(count, int) and not isinstance(count, bool) and count >= 0):
             raise ValueError(
-                f"`ReversibleAdjoint(checkpoints={self.checkpoints})` must be a "
-                "non-negative integer."
+                f"`ReversibleAdjoint(checkpoints={count})` must be a non-negative integer, "
+                f"known when the solve is compiled, and not a `{type(count).__name__}`."
             )
-        if self.drift_tol is not None and not self.drift_tol >= 0:
+        if not (tol is None or (isinstance(tol, int | float) and tol >= 0)):
             raise ValueError(
-                f"`ReversibleAdjoint(drift_tol={self.drift_tol})` must be a non-negative "
-                "number, or `None` for the square root of the machine epsilon."
+                f"`ReversibleAdjoint(drift_tol={tol})` must be a non-negative number, "
+                "known when the solve is compiled, or `None` for the square root of the "
+                "machine epsilon."
             )
 
     def loop(

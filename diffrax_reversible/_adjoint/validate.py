@@ -59,9 +59,9 @@ def too_few(checkpoints: int) -> str:
 
 
 hidden_closure = (
-    f"{call}: a function that is not visible as a leaf of `terms` or `args`, such as a "
-    "static field of a module, closes over traced values, and their gradient would be "
-    "lost. Pass them through `args`, or as fields of an `equinox.Module`."
+    f"{call}: a function that is not visible as a leaf of a term of your own, such as a "
+    "static field, closes over traced values, and their gradient would be lost. Pass them "
+    "through `args`, as fields of the term, or use an `ODETerm`."
 )
 
 forward_mode = (

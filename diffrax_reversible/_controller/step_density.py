@@ -12,7 +12,7 @@ from diffrax import AbstractTerm, RESULTS
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Args, IntScalarLike, RealScalarLike, VF, Y
+from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
 from .._total_derivative import total_derivative
@@ -86,6 +86,11 @@ class StepDensityState(eqx.Module):
         new = _harden(self._sum(), wished)
         return self._at(_limit(new.minus(rate), new))
 
+    def can_go_on(self, t: RealScalarLike, y: Y) -> BoolScalarLike:
+        """Whether the wished step size is a positive number."""
+        wished, _ = isolated(self.wish, *lax.stop_gradient((t, y)))
+        return jnp.isfinite(wished)
+
     def _evaluate(self, t: RealScalarLike, y: Y) -> list[Float[Array, ""]]:
         values = isolated(self.wish, *lax.stop_gradient((t, y)))
         return [jnp.where(jnp.isfinite(value), value, 0) for value in values]
@@ -123,7 +128,8 @@ class StepDensityController(
     is not caught up with, as that would not be reversible. Only steps more than twice as
     long as wished are shortened, to four times at the most. That is invertible, but not
     symmetric, and where it goes on for long the walk back is refused. For errors that are
-    bounded step by step, and where `s` jumps, use [`diffrax.PIDController`][].
+    bounded step by step, and where `s` jumps, use [`diffrax.PIDController`][]. Where `s` is
+    not positive, or NaN, the solve ends with `RESULTS.dt_min_reached`.
 
     Works with any solver for ordinary differential equations, of this package or of
     Diffrax. Costs one evaluation of `G` a step: without `step_size` that is of the third
@@ -212,7 +218,12 @@ class StepDensityController(
     ]:
         del t0, y0, args, y_error, error_order
         state = controller_state.cross(t1, y1_candidate)
-        return True, t1, t1 + state.step(), False, state, RESULTS.successful
+        result = RESULTS.where(
+            controller_state.can_go_on(t1, y1_candidate),
+            RESULTS.successful,
+            RESULTS.dt_min_reached,
+        )
+        return True, t1, t1 + state.step(), False, state, result
 
     def inverse(
         self,

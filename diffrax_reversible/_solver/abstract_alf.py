@@ -36,7 +36,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .base import AbstractReversibleSolver, Cotangent, Start
+from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
@@ -89,6 +89,9 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     tableau: AbstractVar[ALFTableau]
     compensated: AbstractVar[bool]
     bitwise: AbstractVar[bool]
+
+    def __check_init__(self):
+        check_rounding(self)
 
     # Which terms these may be, `as_ode_term` checks.
     term_structure: ClassVar = AbstractTerm

@@ -122,6 +122,13 @@ class ALF(AbstractALF):
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
 
+    def __check_init__(self):
+        if not isinstance(self.tableau, ALFTableau):
+            raise ValueError(
+                f"`ALF({self.tableau})` needs an `ALFTableau`. Write "
+                "`ALF(ALFTableau(lengths, order=...))`."
+            )
+
 
 rounding = """\
 - `compensated`: whether sums are carried with twice the precision, and do not round. The
@@ -145,4 +152,8 @@ for _cls in (ALF2, ALF4, ALF6, ALF8):
 ALF.__init__.__doc__ = f"""**Arguments:**
 
 - `tableau`: an [`diffrax_reversible.ALFTableau`][], which checks its coefficients.
-{rounding}"""
+{rounding}
+**Raises:**
+
+`ValueError` for a `tableau` of another type.
+"""

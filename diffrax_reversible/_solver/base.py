@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -298,6 +298,17 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
             self, bind, params, t0, t1, y1, solver_state, start
         )
         return y0, solver_state0, pull(cotangent, dense_cotangent)
+
+
+def check_rounding(solver: Any) -> None:
+    """Raise an error unless it is known how a solver rounds."""
+    for name in ("compensated", "bitwise"):
+        value = getattr(solver, name)
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"`{type(solver).__name__}({name}={value})` must be `True` or `False`, "
+                "known when the solve is compiled."
+            )
 
 
 def advance_densely(

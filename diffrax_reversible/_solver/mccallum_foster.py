@@ -115,19 +115,21 @@ class McCallumFoster(
     term_structure: ClassVar = AbstractTerm
 
     def __check_init__(self):
-        name = type(self.solver).__name__
+        given = self.solver
+        name = given.__name__ if isinstance(given, type) else f"{type(given).__name__}()"
         tableau = getattr(self.solver, "tableau", None)
         if not (
             isinstance(self.solver, AbstractERK) and isinstance(tableau, ButcherTableau)
         ):
             raise ValueError(
-                f"`McCallumFoster({name}())` needs an explicit Runge–Kutta solver of "
+                f"`McCallumFoster({name})` needs an explicit Runge–Kutta solver of "
                 "Diffrax, as `diffrax.Tsit5()`."
             )
-        if not 0 < self.coupling <= 1:
+        coupling = self.coupling
+        if not (isinstance(coupling, int | float) and 0 < coupling <= 1):
             raise ValueError(
-                f"`McCallumFoster(..., coupling={self.coupling})` must be positive, and "
-                "one at the most."
+                f"`McCallumFoster(..., coupling={coupling})` must be a number, known when "
+                "the solve is compiled, that is positive, and one at the most."
             )
 
     @property

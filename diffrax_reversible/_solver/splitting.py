@@ -34,7 +34,7 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .base import AbstractReversibleSolver, Cotangent, Start
+from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 
@@ -97,6 +97,9 @@ class AbstractSplitting(
     nystrom_tableau: AbstractVar[SplittingTableau]
     compensated: AbstractVar[bool]
     bitwise: AbstractVar[bool]
+
+    def __check_init__(self):
+        check_rounding(self)
 
     term_structure: ClassVar = (AbstractTerm, AbstractTerm)
     interpolation_cls: ClassVar = OsculatingInterpolation
