@@ -1,21 +1,31 @@
 """The only file that imports private names of Diffrax."""
 
-# So that signatures agree with those of Diffrax's abstract classes.
-from diffrax._custom_types import (
-    Args as Args,
-    BoolScalarLike as BoolScalarLike,
-    IntScalarLike as IntScalarLike,
-    RealScalarLike as RealScalarLike,
-)
+import diffrax
 
-# Paths that give another sample at every evaluation, which no walk back can repeat.
-from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
 
-# The forward pass, which every adjoint runs, and the state that it evolves.
-from diffrax._integrate import loop as loop, SaveState as SaveState, State as State
+try:
+    # So that signatures agree with those of Diffrax's abstract classes.
+    from diffrax._custom_types import (
+        Args as Args,
+        BoolScalarLike as BoolScalarLike,
+        IntScalarLike as IntScalarLike,
+        RealScalarLike as RealScalarLike,
+    )
 
-# `SaveAt(fn=save_y)` is the default; recognising it saves a pull-back per saved output.
-from diffrax._saveat import save_y as save_y
+    # Paths that give another sample at every evaluation, which no walk back can repeat.
+    from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
 
-# `diffeqsolve` wraps every term in this, to integrate backwards in time.
-from diffrax._term import WrapTerm as WrapTerm
+    # The forward pass, which every adjoint runs, and the state that it evolves.
+    from diffrax._integrate import loop as loop, SaveState as SaveState, State as State
+
+    # `SaveAt(fn=save_y)` is the default; recognising it saves a pull-back per saved output.
+    from diffrax._saveat import save_y as save_y
+
+    # `diffeqsolve` wraps every term in this, to integrate backwards in time.
+    from diffrax._term import WrapTerm as WrapTerm
+except ImportError as error:
+    raise ImportError(
+        f"`diffrax_reversible` relies on parts of Diffrax that version "
+        f"{diffrax.__version__} does not have ({error}). Install one that it works with: "
+        "`pip install 'diffrax>=0.7.2,<0.8'`."
+    ) from error

@@ -135,6 +135,40 @@ class TwoControls(dfx.AbstractTerm):
         return vf @ control
 
 
+class Following(dfx.AbstractStepSizeController):
+    """Steps that follow the state."""
+
+    detach: bool = False
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, None
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
+        step = 0.1 / (1 + jnp.sum(y1**2))
+        step = jax.lax.stop_gradient(step) if self.detach else step
+        return True, t1, t1 + step, False, state, dfx.RESULTS.successful
+
+
+def grad_at_steps(controller, adjoint=None):
+    def total(inputs):
+        sol = solve(
+            inputs[0],
+            args=inputs[1],
+            terms=dfx.ODETerm(lambda t, y, k: -k * y),
+            saveat=dfx.SaveAt(steps=True),
+            stepsize_controller=controller,
+            **({} if adjoint is None else dict(adjoint=adjoint)),
+        )
+        written = jnp.isfinite(sol.ts)
+        times = jnp.where(written, sol.ts, 0)
+        return jnp.sum(times**2) + jnp.sum(jnp.where(written[:, None], sol.ys, 0))
+
+    return jax.grad(total)((Y0, jnp.array(1.0)))
+
+
 JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.5]))
 
 # name, call, exception, parts of the message
@@ -336,6 +370,12 @@ REFUSALS = (
         ("solver=ALF4()", "complex128", "real and imaginary parts"),
     ),
     (
+        "steps that follow the state",
+        lambda: grad_at_steps(Following()),
+        NotImplementedError,
+        ("`SaveAt(steps=...)`", "`stepsize_controller`", "`jax.lax.stop_gradient`"),
+    ),
+    (
         "an array of checkpoints",
         lambda: dr.ReversibleAdjoint(checkpoints=jnp.array(8)),
         ValueError,
@@ -404,6 +444,15 @@ def test_refused(call, exception, parts):
         assert part in message, message
     if "with respect to" in message:
         assert "RecursiveCheckpointAdjoint" in message
+
+
+def test_steps_that_are_detached():
+    """A controller of one's own says so by `stop_gradient`."""
+    ours = grad_at_steps(Following(detach=True))
+    default = dfx.RecursiveCheckpointAdjoint()
+    theirs = grad_at_steps(Following(detach=True), default)
+    for g, e in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-12)
 
 
 def test_numpy_scalars():

@@ -1,13 +1,23 @@
 """The private parts of Diffrax that the package relies on are as it expects them."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 
 import diffrax as dfx
 import equinox as eqx
+import pytest
 
 from diffrax_reversible import _diffrax
+
+
+def test_another_diffrax(monkeypatch):
+    monkeypatch.delattr(dfx._integrate, "loop")
+    with pytest.raises(ImportError, match=r"pip install 'diffrax>=0.7.2,<0.8'"):
+        importlib.reload(_diffrax)
+    monkeypatch.undo()
+    importlib.reload(_diffrax)
 
 
 def test_loop():

@@ -5,9 +5,11 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractStepSizeController, Event, SaveAt, SubSaveAt
+from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
@@ -78,6 +80,8 @@ class Problem(eqx.Module):
     passed_solver_state: bool = eqx.field(static=True)
     # Whether steps can begin at a jump.
     with_jumps: bool = eqx.field(static=True)
+    # Whether the ends of steps follow the state, as far as gradients go.
+    steps_follow_state: bool = eqx.field(static=True)
 
     @property
     def finds_roots(self) -> bool:
@@ -209,6 +213,29 @@ def makes_jumps(
         init_state.controller_state,
     )
     return not (made_jump is False and init_state.made_jump is False)
+
+
+def follows_state(
+    controller: AbstractStepSizeController, solver, terms, args, init_state: State
+) -> bool:
+    """Whether the ends of steps have a derivative with respect to the state or `args`. That
+    of a controller that detaches them by `jax.lax.stop_gradient` has none."""
+    known, unknown = eqx.partition((init_state.y, args), eqx.is_inexact_array)
+    t, state = jnp.asarray(init_state.tprev), init_state.controller_state
+
+    def next_step(known):
+        y, args = eqx.combine(known, unknown)
+        adapt = controller.adapt_step_size
+        _, *rest = adapt(t, t + 1, y, y, args, y, solver.error_order(terms), state)
+        t0, t1, _, new_state, _ = rest
+        return eqx.filter((t0, t1, new_state), eqx.is_inexact_array)
+
+    def derivative(known, tangent):
+        return jax.jvp(next_step, (known,), (tangent,))[1]
+
+    jaxpr = jax.make_jaxpr(derivative)(known, known).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return any(used[len(used) // 2 :])
 
 
 def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:

@@ -19,6 +19,7 @@ from .drift import refuse_wrong
 from .forward import solve_and_record, solve_plainly
 from .problem import (
     Context,
+    follows_state,
     Inputs,
     makes_jumps,
     Problem,
@@ -36,6 +37,7 @@ from .validate import (
     hold_times_fixed,
     moving_steps,
     steps_move_with,
+    steps_that_follow_the_state,
     too_few,
 )
 
@@ -54,7 +56,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     under [`diffrax.RecursiveCheckpointAdjoint`][] with the same solver, up to the rounding
     of the reconstructed states.
 
-    Step locations other than `t0` and `t1` are held fixed. Under
+    Step locations other than `t0` and `t1` are held fixed. A controller of your own says
+    that they carry no derivative by `jax.lax.stop_gradient`, as those of Diffrax do; else
+    gradients of what is saved at the ends of steps are refused. Under
     [`diffrax.PIDController`][] and [`diffrax_reversible.StepDensityController`][] they do
     not depend on the state anyway, as far as gradients go, nor on `t1`. What they have to
     do with `t0`, and under [`diffrax.ConstantStepSize`][] with `t1`, is left out of
@@ -169,6 +173,7 @@ class ReversibleAdjoint(AbstractAdjoint):
                 init_state,
                 hold_fixed(init_state.controller_state, "`controller_state`"),
             )
+        controlled = stepsize_controller, solver, terms, args, init_state
         # In this order, as everything that comes later may depend on what comes first.
         problem = Problem(
             t0=t0,
@@ -182,7 +187,8 @@ class ReversibleAdjoint(AbstractAdjoint):
             progress_meter=progress_meter,
             max_steps=max_steps,
             passed_solver_state=passed_solver_state,
-            with_jumps=makes_jumps(stepsize_controller, solver, terms, args, init_state),
+            with_jumps=makes_jumps(*controlled),
+            steps_follow_state=follows_state(*controlled),
         )
         final_state, aux_stats = _reversible_loop(
             inputs, problem, self.checkpoints, self.drift_tol, throw
@@ -211,8 +217,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 - `NotImplementedError` for gradients with respect to `t0` or `t1` of what is saved at the
     end of a step, by `SaveAt(steps=...)` or where an event stops that is Boolean or not
     located, if that end moves with them: with `t0` unless steps are given by `StepTo`, with
-    `t1` unless by that or a `PIDController`; and for functions that close over traced
-    values where they cannot be seen.
+    `t1` unless by that or a `PIDController`. The same for all gradients, with a
+    controller of your own of which the steps follow the state. For functions that close
+    over traced values where they cannot be seen.
 - `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
     forward mode, for second derivatives along times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if there are more restarts than `checkpoints`, or if
@@ -265,6 +272,10 @@ def _reversible_loop_fwd(
     moving = (with_t0 and times.t0) or (with_t1 and times.t1)
     if moving and problem.saves_ends_of_steps:
         raise NotImplementedError(moving_steps)
+    others = eqx.tree_at(lambda p: p.context.times, perturbed, None)
+    if problem.saves_ends_of_steps and problem.steps_follow_state:
+        if any(jtu.tree_leaves(others)):
+            raise NotImplementedError(steps_that_follow_the_state)
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     if throw:
         # As early as can be; the backward pass raises it too, should this not be used.
