@@ -95,8 +95,9 @@ steps_that_follow_the_state = (
     f"{call} holds fixed where the steps are. Those of this `stepsize_controller` follow "
     "the state, and so it has no gradients of what is saved at the end of a step, by "
     "`SaveAt(steps=...)` or where an `Event` stops that is Boolean or has no "
-    "`root_finder`. Save at times of your own, by `SaveAt(ts=...)`, or if the derivative of the steps is "
-    "not wanted, let `adapt_step_size` detach them with `jax.lax.stop_gradient`. "
+    "`root_finder`. Save at times of your own, by `SaveAt(ts=...)`, or if the derivative "
+    "of the steps is not wanted, let `adapt_step_size` detach them with "
+    "`jax.lax.stop_gradient`. "
     f"{_remedy} otherwise."
 )
 
