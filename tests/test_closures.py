@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
@@ -164,6 +165,19 @@ def test_functions_in_args_of_outputs():
     event = dfx.Event(lambda t, y, args, **kwargs: args(y[1]) - 50.0)
     ours, theirs = gradients(field_and_args_close_over_the_same, saveat=saveat, event=event)
     assert relative_error(ours, theirs) < 1e-10
+
+
+def test_terms_in_events():
+    """Called with `args` of the condition's own."""
+
+    def condition(t, y, args, *, terms, **kwargs):
+        return terms.vf(t, y, lambda y: 3.0 * y)[1] + 4.0
+
+    ours, theirs = gradients(
+        field_and_args_close_over_the_same,
+        event=dfx.Event(condition, optx.Newton(1e-8, 1e-8)),
+    )
+    assert relative_error(ours, theirs) < 1e-8
 
 
 @pytest.mark.parametrize("detach", (False, True), ids=("argument", "stop_gradient"))

@@ -80,37 +80,6 @@ def test_start(name, rest, save_fn):
     assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("name", ("ALF4", "McCallumFoster"))
-def test_restarts(name):
-    """The first step after a restart: `h` stays at the kink until `t` is two, and meanwhile
-    the solve restarts for the sake of the other entries."""
-
-    def field(t, y, k):
-        a, h = y
-        push = jnp.where(t < 2.0, 0.0, t - 2.0)
-        return -10 * a * k[0] - h[0], push * k + k[1] * jax.nn.relu(h)
-
-    y0 = jnp.array([0.3, 0.1]), jnp.zeros(2)
-    steps = jnp.concatenate([jnp.linspace(0.0, 2.0, 21), jnp.linspace(2.1, 3.0, 10)])
-    kwargs = dict(t1=3.0, dt0=None, stepsize_controller=dfx.StepTo(steps))
-    adjoint = dr.ReversibleAdjoint(checkpoints=40)
-    sol = dfx.diffeqsolve(
-        dfx.ODETerm(field),
-        SOLVERS[name],
-        t0=0.0,
-        y0=y0,
-        args=jnp.array([0.7, -0.4]),
-        adjoint=adjoint,
-        **kwargs,
-    )
-    assert sol.stats["num_restarts"] > 2
-    ours = gradient(field, SOLVERS[name], y0, adjoint, **kwargs)
-    theirs = gradient(
-        field, SOLVERS[name], y0, dfx.RecursiveCheckpointAdjoint(checkpoints=40), **kwargs
-    )
-    assert relative_error(ours, theirs) < 1e-8
-
-
 def test_splitting():
     """Momenta begin at rest."""
     terms = (

@@ -54,9 +54,6 @@ class _Position(eqx.Module):
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
-    # What the first step after the next known state began with, if it is not the start of
-    # the solve.
-    origin: tuple[Y, SolverState] | None
 
 
 class _Walk(eqx.Module):
@@ -138,7 +135,7 @@ class _Walk(eqx.Module):
     def pull_init(self, position: _Position) -> _Position:
         """The solver state that the solve began with, unless it was given.
 
-        It is made here again, so that its activations are not held on to meanwhile.
+        It is made here again, and its activations are not held on to meanwhile.
         """
         problem, ct = self.problem, position.cotangent
         if problem.passed_solver_state:
@@ -150,7 +147,10 @@ class _Walk(eqx.Module):
             state = problem.solver.init(context.terms, *step, y, context.args)
             return eqx.filter(state, eqx.is_inexact_array)
 
-        _, pull = jax.vjp(init, self.inputs.y0, self.params)
+        # True of every walk, but known to the compiler only at its end.
+        walked = position.step == 0
+        y0 = jtu.tree_map(lambda t, r: jnp.where(walked, t, r), self.inputs.y0, position.y)
+        _, pull = jax.vjp(init, y0, self.params)
         y_bar, params_bar = pull(ct.solver_state)
         state_bar = tree_zeros_like(ct.solver_state)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
@@ -245,32 +245,12 @@ class _Walk(eqx.Module):
 
     def start(self, position: _Position) -> Start:
         """Of the step that is undone next."""
-        step, steps = position.step - 1, self.trace.steps
-        first = 0
-        origin = self.inputs.y0, self.inputs.solver_state
-        if position.origin is not None:
-            i = position.restarts - 1
-            first = jnp.where(i < 0, 0, self.trace.restarts.step[jnp.maximum(i, 0)])
-            origin = position.origin
-        is_known = step == first
-        if (crossed := steps.crossed_before(step)) is not None:
-            is_known = is_known & ~crossed
-        return Start(is_known, *origin)
-
-    def origin(self, restarts: IntScalarLike) -> tuple[Y, SolverState] | None:
-        """What the first step after a known state began with, with so many `restarts` to
-        undo. `None` if it can only be the start of the solve."""
-        record = self.trace.restarts
-        if record.capacity == 0:
-            return None
-        t, y, stored = record.read(jnp.maximum(restarts - 1, 0))
-        start = self.inputs.y0, self.inputs.solver_state
-        terms, args = self.bind(self.params)
-        solver_state = eqx.combine(stored, self.inputs.solver_state)
-        restarted = self.problem.solver.restart(terms, t, y, args, solver_state)
-        return jtu.tree_map(
-            lambda r, s: jnp.where(restarts > 0, r, s), (y, restarted), start
-        )
+        is_known = jnp.equal(position.step, 1)
+        if (crossed := self.trace.steps.crossed_before(0)) is not None:
+            is_known = jnp.logical_and(is_known, jnp.logical_not(crossed))
+        if self.trace.restarts.capacity > 0:
+            is_known = jnp.logical_and(is_known, position.restarts == 0)
+        return Start(is_known, self.inputs.y0, self.inputs.solver_state)
 
     def restarted(self, position: _Position) -> BoolScalarLike:
         """Whether the solve was restarted where the walk is."""
@@ -295,20 +275,13 @@ class _Walk(eqx.Module):
         _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
         y_bar, state_bar, params_bar = pull(ct.solver_state)
         # Not what `filter_vjp` gives, which might round in another way than the solve did.
-        walked = self.drift(position, position.origin)
+        walked = self.drift(position, (y, restart(y, diff_state, self.params)))
         drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-        restarts = position.restarts - 1
-        return _Position(
-            position.step,
-            position.clock.set(t),
-            y,
-            solver_state,
-            ct,
-            position.cursors,
-            restarts,
-            drifts,
-            self.origin(restarts),
+        return tree_replace(
+            lambda p: (p.clock, p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
+            position,
+            (position.clock.set(t), y, solver_state, ct, position.restarts - 1, drifts),
         )
 
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
@@ -501,7 +474,6 @@ def walk_back(
         with_times,
     )
     saved = [save_states(end)[output.index] for output in pulled.outputs]
-    restarts = jnp.minimum(trace.restarts.count, trace.restarts.capacity)
     position = _Position(
         trace.steps.count,
         trace.steps.clock(end),
@@ -513,9 +485,8 @@ def walk_back(
             pulled.params,
         ),
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
-        restarts,
+        jnp.minimum(trace.restarts.count, trace.restarts.capacity),
         [],
-        walk.origin(restarts),
     )
     start = (inputs.y0, inputs.solver_state)
     drifts = jax.eval_shape(walk.drift, position, start)

@@ -54,7 +54,7 @@ def close_terms(
     terms = _map_fields(lambda spy: spy.close(), spies)
     if not captures(terms, args):
         return terms, args
-    terms, args = _close_leaves((terms, args), lambda x: there_and_back(*x, *calls))
+    terms, args = _close_leaves((terms, args), lambda x: there_and_back(x[0], x[1], *calls))
     if captures(terms, args):
         raise NotImplementedError(hidden_closure)
     return terms, args
@@ -106,6 +106,7 @@ class _FieldSpy:
     """A vector field that notes with what times and states it is called."""
 
     def __init__(self, field: Callable, args: Args):
+        self.given = field
         self.field = lambda t, y: field(t, y, _copy(args))
         self.calls: list[PyTree] = []
 
@@ -115,7 +116,9 @@ class _FieldSpy:
         _note(_structure(point), self.calls)
         return self.field(*point)
 
-    def close(self) -> "_ClosedField":
+    def close(self) -> Callable:
+        if len(self.calls) == 0:
+            return self.given
         return _ClosedField([close(self.field, *point) for point in self.calls])
 
 

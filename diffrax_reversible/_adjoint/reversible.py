@@ -135,7 +135,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         # Those of others are replaced by their reversible form.
         solver = as_reversible(solver)
         y0, solver_state = init_state.y, init_state.solver_state
+        given_terms = terms
         terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
+        closed = jtu.tree_structure(terms) != jtu.tree_structure(given_terms)
         stepsize_controller = close_controller(
             stepsize_controller,
             solver.error_order(terms),
@@ -153,7 +155,11 @@ class ReversibleAdjoint(AbstractAdjoint):
         event, event_fns = take_event_fns(
             event,
             lambda fn: close(
-                lambda t, y, args, terms: fn(t, y, args, terms=terms, **event_kwargs),
+                # Closed vector fields are bound to `args`, and a condition may call them
+                # with others.
+                lambda t, y, args, terms: fn(
+                    t, y, args, terms=given_terms if closed else terms, **event_kwargs
+                ),
                 *(t0, y0, args, terms),
             ),
         )

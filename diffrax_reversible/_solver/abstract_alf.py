@@ -60,9 +60,7 @@ class _SubStep(NamedTuple):
     # those that watch the deviation.
     weights: dict[str, Array]
     watch: Array | None
-
-    def at(self, where: int | slice) -> "_SubStep":
-        return jtu.tree_map(lambda x: x[where], self)
+    is_first: Array
 
 
 class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
@@ -366,12 +364,14 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             }
             assert all(w[0] == 0 for w in functionals.values())
 
-        def sub_step(carry, sub: _SubStep, point=None):
+        def sub_step(carry, sub: _SubStep):
             k, v, (k_bar, v_bar, params_bar) = carry
             drift = control * sub.drift
             t = t0 + sub.midpoint * (t1 - t0)
-            point = k if point is None else point
-            u, pull = self._linearise_field(bind, t, point.high, params)
+            point = k.high
+            if start is not None:
+                point = start.choose(self._after_start(start, drift), point, sub.is_first)
+            u, pull = self._linearise_field(bind, t, point, params)
             v = v.reflect(u)
             k = k.minus(tree_scale(drift, v.high))
             more_k_bar, more_params_bar = pull(tree_scale(2, v_bar))
@@ -396,14 +396,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         functionals = {name: w[:-1] for name, w in halves.items()}
         carry = (k, v, (cotangent.y, v_bar, cotangent.params))
         sub_steps = self._sub_steps(functionals, t0)
-        if start is None:
-            z, v, bars = _scan(sub_step, carry, sub_steps, reverse=True)
-        else:
-            first, others = (sub_steps.at(i) for i in (0, slice(1, None)))
-            k, v, bars = _scan(sub_step, carry, others, reverse=True)
-            known_z, known_v = sums_of(start.y, start.solver_state)
-            known_k = known_z.plus(tree_scale(control * first.drift, known_v.high))
-            z, v, bars = sub_step((k, v, bars), first, start.choose(known_k, k))
+        z, v, bars = _scan(sub_step, carry, sub_steps, reverse=True)
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
         cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
@@ -413,6 +406,11 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
+
+    def _after_start(self, start: Start, drift: RealScalarLike) -> Y:
+        """Where the first sub-step evaluates."""
+        z, v = sums_of(start.y, start.solver_state)
+        return z.plus(tree_scale(drift, v.high)).high
 
     def _pull_end(
         self,
@@ -568,14 +566,14 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
+            jnp.arange(self.tableau.stages) == 0,
         )
 
 
 def _scan(sub_step, carry, sub_steps: _SubStep, reverse: bool = False):
     """Over the sub-steps (compiles faster than unrolling them)."""
-    count = len(sub_steps.drift)
-    if count <= 1:
-        return sub_step(carry, sub_steps.at(0)) if count == 1 else carry
+    if len(sub_steps.drift) == 1:
+        return sub_step(carry, jtu.tree_map(lambda x: x[0], sub_steps))
     carry, _ = lax.scan(
         lambda carry, sub: (sub_step(carry, sub), None), carry, sub_steps, reverse=reverse
     )

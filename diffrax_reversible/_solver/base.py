@@ -45,8 +45,8 @@ class Cotangent(eqx.Module):
 
 
 class Start(eqx.Module):
-    """The very state and solver state that a step began with, if that `is_known`: where the
-    solve began, or was restarted. If not, then others of the same shapes.
+    """The very state and solver state that a step began with, if that `is_known`, as it is
+    where the solve began. If not, then others of the same shapes.
 
     Reconstructed states are off by rounding, which is as good as any other side of a kink
     of the vector field, or of a quotient that is guarded where it is zero over zero; but
@@ -57,11 +57,16 @@ class Start(eqx.Module):
     y: Y
     solver_state: SolverState
 
-    def choose(self, known: PyTree[Array], reconstructed: PyTree[Array]) -> PyTree[Array]:
-        """What was made of the known start, if it is, and else what was reconstructed."""
-        return jtu.tree_map(
-            lambda k, r: jnp.where(self.is_known, k, r), known, reconstructed
-        )
+    def choose(
+        self,
+        known: PyTree[Array],
+        reconstructed: PyTree[Array],
+        where: BoolScalarLike = True,
+    ) -> PyTree[Array]:
+        """What was made of the known start, if it is one, and else, or not `where`, what
+        was reconstructed."""
+        pred = jnp.logical_and(self.is_known, where)
+        return jtu.tree_map(lambda k, r: jnp.where(pred, k, r), known, reconstructed)
 
 
 class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverState]):

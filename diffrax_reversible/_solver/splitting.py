@@ -72,9 +72,7 @@ class _Stage(NamedTuple):
     previous_time: Array
     drift_error: Array
     kick_error: Array
-
-    def at(self, where: int | slice) -> "_Stage":
-        return jtu.tree_map(lambda x: x[where], self)
+    is_first: Array
 
 
 class AbstractSplitting(
@@ -314,7 +312,7 @@ class AbstractSplitting(
                 bind, params, t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
             )
 
-        def stage(carry, stage: _Stage, known: tuple[Start, Y] | None = None):
+        def stage(carry, stage: _Stage):
             q, p, q_bar, p_bar, force_bar, params_bar = carry
             force, pull = self._linearise(bind, 1, stage.kick_time, q.high, params)
             force_bar = tree_axpy(h_p * stage.kick, p_bar, force_bar)
@@ -322,7 +320,11 @@ class AbstractSplitting(
             q_bar = tree_add(q_bar, more_q_bar)
             params_bar = tree_add(params_bar, more_params_bar)
             p = p.minus(tree_scale(h_p * stage.kick, force))
-            point = p.high if known is None else known[0].choose(known[1], p.high)
+            point = p.high
+            if start is not None:
+                _, known_p = _sums_of(start.y, start.solver_state)
+                kick = tree_scale(h_p * tableau.kicks[0], start.solver_state.force)
+                point = start.choose(known_p.plus(kick).high, point, stage.is_first)
             velocity, pull = self._linearise(bind, 0, stage.drift_time, point, params)
             more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
             p_bar = tree_add(p_bar, more_p_bar)
@@ -332,14 +334,7 @@ class AbstractSplitting(
 
         force_bar = cotangent.solver_state.force
         carry = (*_sums_of(y1, solver_state), *cotangent.y, force_bar, cotangent.params)
-        stages = _stages(tableau, t0, t1)
-        if start is None:
-            carry = _scan(stage, carry, stages, reverse=True)
-        else:
-            carry = _scan(stage, carry, stages.at(slice(1, None)), reverse=True)
-            known = tree_scale(h_p * tableau.kicks[0], start.solver_state.force)
-            _, known_p = _sums_of(start.y, start.solver_state)
-            carry = stage(carry, stages.at(0), (start, known_p.plus(known).high))
+        carry = _scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
         q, p, q_bar, p_bar, _, params_bar = carry
         force = self._evaluate(term_p, t0, q.high, args)
         p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
@@ -493,14 +488,14 @@ def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -
         times[:-1],
         array(tableau.drift_error_weights[1:]),
         array(tableau.kick_error_weights[1:]),
+        jnp.arange(tableau.stages) == 0,
     )
 
 
 def _scan(stage, carry, stages: _Stage, reverse: bool = False):
     """Over the stages (compiles faster than unrolling them)."""
-    count = len(stages.drift)
-    if count <= 1:
-        return stage(carry, stages.at(0)) if count == 1 else carry
+    if len(stages.drift) == 1:
+        return stage(carry, jtu.tree_map(lambda x: x[0], stages))
     carry, _ = lax.scan(
         lambda carry, s: (stage(carry, s), None), carry, stages, reverse=reverse
     )
