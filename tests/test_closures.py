@@ -128,19 +128,19 @@ IDIOMS = (
 )
 
 
-def gradients(make, solver=None, controller=PID, saveat=None, **kwargs):
+def gradients(make, saveat=None, **kwargs):
     def loss(w, adjoint):
         field, args = make(w)
         sol = dfx.diffeqsolve(
             dfx.ODETerm(field),
-            dr.ALF4() if solver is None else solver,
+            dr.ALF4(),
             0.0,
             1.0,
             0.1,
             Y0 * w,
             args,
             saveat=dfx.SaveAt(t1=True) if saveat is None else saveat,
-            stepsize_controller=controller(w) if callable(controller) else controller,
+            stepsize_controller=PID,
             adjoint=adjoint,
             **kwargs,
         )

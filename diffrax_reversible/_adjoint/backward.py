@@ -148,8 +148,8 @@ class _Walk(eqx.Module):
             return eqx.filter(state, eqx.is_inexact_array)
 
         # True of every walk, but known to the compiler only at its end.
-        walked = position.step == 0
-        y0 = jtu.tree_map(lambda t, r: jnp.where(walked, t, r), self.inputs.y0, position.y)
+        start = Start(position.step == 0, self.inputs.y0, self.inputs.solver_state)
+        y0 = start.choose(start.y, position.y)
         _, pull = jax.vjp(init, y0, self.params)
         y_bar, params_bar = pull(ct.solver_state)
         state_bar = tree_zeros_like(ct.solver_state)

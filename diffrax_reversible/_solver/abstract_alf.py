@@ -37,6 +37,7 @@ from .._tree import (
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
 from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
+from .chain import scan
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
@@ -160,7 +161,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             watch = DeviationWatch.start(weights[0], v0)
         carry = (*sums_of(y0, solver_state), sums, watch)
         sub_steps = self._sub_steps(functionals, t0, weights)
-        k, v, sums, watch = _scan(sub_step, carry, sub_steps)
+        k, v, sums, watch = scan(sub_step, carry, sub_steps)
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
@@ -330,7 +331,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         k = z.minus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         carry = (k, v, zeros)
         sub_steps = self._sub_steps(functionals, t0)
-        z, v, sums = _scan(sub_step, carry, sub_steps, reverse=True)
+        z, v, sums = scan(sub_step, carry, sub_steps, reverse=True)
         y0, v0, low = split_sums(z, v)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
@@ -396,7 +397,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         functionals = {name: w[:-1] for name, w in halves.items()}
         carry = (k, v, (cotangent.y, v_bar, cotangent.params))
         sub_steps = self._sub_steps(functionals, t0)
-        z, v, bars = _scan(sub_step, carry, sub_steps, reverse=True)
+        z, v, bars = scan(sub_step, carry, sub_steps, reverse=True)
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
         cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
@@ -568,16 +569,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
             jnp.arange(self.tableau.stages) == 0,
         )
-
-
-def _scan(sub_step, carry, sub_steps: _SubStep, reverse: bool = False):
-    """Over the sub-steps (compiles faster than unrolling them)."""
-    if len(sub_steps.drift) == 1:
-        return sub_step(carry, jtu.tree_map(lambda x: x[0], sub_steps))
-    carry, _ = lax.scan(
-        lambda carry, sub: (sub_step(carry, sub), None), carry, sub_steps, reverse=reverse
-    )
-    return carry
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

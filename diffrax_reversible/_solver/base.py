@@ -415,8 +415,8 @@ def linearise_step(
     """Undo a step, make it again, and return what it interpolated with and its pull-back.
 
     It is made again from its `start`, if that is known. If `t0` and `t1` depend on
-    `params`, then `step_times` says how. Costs an inverse step,
-    a step, and the memory of all the stages of a step.
+    `params`, then `step_times` says how. Costs an inverse step, a step, and the memory of
+    all the stages of a step.
     """
     terms, args = bind(params)
     y0, solver_state0 = solver.inverse_step(terms, t0, t1, y1, args, solver_state)

@@ -35,6 +35,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
+from .chain import scan
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 
@@ -163,7 +164,7 @@ class AbstractSplitting(
         q_error = tree_scale(tableau.drift_error_weights[0], velocity0)
         p_error = tree_scale(tableau.kick_error_weights[0], force0)
         carry = (q, p, force0, q_error, p_error)
-        q, p, force, q_error, p_error = _scan(stage, carry, _stages(tableau, t0, t1))
+        q, p, force, q_error, p_error = scan(stage, carry, _stages(tableau, t0, t1))
         y1, low = _split_sums(q, p)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
@@ -284,7 +285,7 @@ class AbstractSplitting(
             return q, p, self._evaluate(term_p, stage.previous_time, q.high, args)
 
         carry = (*_sums_of(y1, solver_state), solver_state.force)
-        q, p, force = _scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
+        q, p, force = scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
         p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
         y0, low = _split_sums(q, p)
         return y0, SplittingState(force, low, jnp.array(False))
@@ -334,7 +335,7 @@ class AbstractSplitting(
 
         force_bar = cotangent.solver_state.force
         carry = (*_sums_of(y1, solver_state), *cotangent.y, force_bar, cotangent.params)
-        carry = _scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
+        carry = scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
         q, p, q_bar, p_bar, _, params_bar = carry
         force = self._evaluate(term_p, t0, q.high, args)
         p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
@@ -490,13 +491,3 @@ def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -
         array(tableau.kick_error_weights[1:]),
         jnp.arange(tableau.stages) == 0,
     )
-
-
-def _scan(stage, carry, stages: _Stage, reverse: bool = False):
-    """Over the stages (compiles faster than unrolling them)."""
-    if len(stages.drift) == 1:
-        return stage(carry, jtu.tree_map(lambda x: x[0], stages))
-    carry, _ = lax.scan(
-        lambda carry, s: (stage(carry, s), None), carry, stages, reverse=reverse
-    )
-    return carry
