@@ -24,6 +24,7 @@ from ._solver.alf import (
 from ._solver.base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     Cotangent as Cotangent,
+    Probe as Probe,
     Start as Start,
 )
 from ._solver.hamiltonian import (

@@ -87,8 +87,10 @@ def test_states(solver, controller, states):
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
     # Those of `y` and `v` and of their cotangents, the start and the end, and what a step
-    # adds: with error estimates, these.
-    assert used < (states if jax.__version_info__ >= (0, 10) else 10) + 0.2
+    # adds: with error estimates, these. What tells growth has a quarter of the digits.
+    most = states if jax.__version_info__ >= (0, 10) else 10
+    growth = 0 if isinstance(solver, dr.ALF2) else 1.25
+    assert used < most + growth + 0.2
 
 
 @pytest.mark.parametrize("controller, states", ((dfx.ConstantStepSize(), 5), (PID, 7)))

@@ -33,6 +33,7 @@ from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import drift
 from .finish import pull_finish
 from .forward import Trace
+from .growth import Growth
 from .outputs import Cursor, materialise, Output, Row
 from .problem import Context, Inputs, Problem, save_states, Times
 from .steps import Clock
@@ -54,6 +55,8 @@ class _Position(eqx.Module):
     # How many restarts are still to undo, and how far the walk has been off so far.
     restarts: IntScalarLike
     drifts: list[Float[Array, ""]]
+    # Of the cotangent, if the solver can tell.
+    growth: Growth | None
 
 
 class _Walk(eqx.Module):
@@ -103,7 +106,10 @@ class _Walk(eqx.Module):
         ct = position.cotangent
         y_bar, params_bar = self.pull_output(output, row, time, position.y, ct.params)
         ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
-        return eqx.tree_at(lambda p: p.cotangent, position, ct)
+        growth = position.growth
+        if growth is not None:
+            growth = growth.expect(y_bar)
+        return tree_replace(lambda p: (p.cotangent, p.growth), position, (ct, growth))
 
     def pull_dense_times(self, position: _Position, cotangent: State) -> _Position:
         """The times that dense output is between."""
@@ -156,6 +162,13 @@ class _Walk(eqx.Module):
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
         return eqx.tree_at(lambda p: p.cotangent, position, ct)
 
+    def tells_growth(self, position: _Position) -> bool:
+        """Whether the solver tells how cotangents are pulled back."""
+        step = position.clock.start, position.clock.end, position.y, position.cotangent
+        probe = self.problem.solver.probe
+        probe = eqx.filter_eval_shape(probe, self.bind, self.params, *step, None)
+        return probe is not None
+
     def undo_step(self, position: _Position) -> _Position:
         """One step of the walk."""
         step, steps = position.step - 1, self.trace.steps
@@ -186,6 +199,7 @@ class _Walk(eqx.Module):
             y0, state0, ct = solver.inverse_step_and_pullback(
                 self.bind, self.params, t0, t1, *state, ct, dense_bar, start
             )
+            probe = ct.probe
         else:
 
             def step_times(params):
@@ -199,7 +213,15 @@ class _Walk(eqx.Module):
                 position, interpolated, t0, t1, dense_info
             )
             position = eqx.tree_at(lambda p: p.cursors, position, cursors)
-            ct = pull(ct, dense_bar)
+            ct, probe = pull(ct, dense_bar), None
+        growth = position.growth
+        if growth is not None:
+            if probe is None:
+                step_bar = ct, dense_bar
+                probe = solver.probe(self.bind, self.params, t0, t1, y0, *step_bar)
+            assert probe is not None
+            growth = growth.update(probe)
+        ct = Cotangent(ct.y, ct.solver_state, ct.params)
         crossed = steps.crossed_before(step)
         if crossed is not None:
             state0, ct = lax.cond(
@@ -208,9 +230,9 @@ class _Walk(eqx.Module):
                 lambda: (state0, ct),
             )
         return tree_replace(
-            lambda p: (p.step, p.y, p.solver_state, p.cotangent),
+            lambda p: (p.step, p.y, p.solver_state, p.cotangent, p.growth),
             position,
-            (step, y0, state0, ct),
+            (step, y0, state0, ct, growth),
         )
 
     def _undo_jump(
@@ -441,7 +463,7 @@ def walk_back(
     problem: Problem,
     trace: Trace,
     cotangent: State,
-) -> tuple[Inputs, list[Float[Array, ""]]]:
+) -> tuple[Inputs, list[Float[Array, ""]], list[Float[Array, ""]]]:
     """Undo every step of a solve, and pull the cotangent of its outputs back.
 
     **Arguments:**
@@ -453,7 +475,8 @@ def walk_back(
 
     **Returns:**
 
-    The cotangent of `inputs`, and how far the walk was off where it could be checked.
+    The cotangent of `inputs`, how far the walk was off where it could be checked, and which
+    part of the cotangent has grown where the solution contracts.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
@@ -487,11 +510,13 @@ def walk_back(
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
         jnp.minimum(trace.restarts.count, trace.restarts.capacity),
         [],
+        None,
     )
     start = (inputs.y0, inputs.solver_state)
     drifts = jax.eval_shape(walk.drift, position, start)
     no_drift = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), drifts)
-    position = eqx.tree_at(lambda p: p.drifts, position, no_drift)
+    growth = Growth.start(position.cotangent.y) if walk.tells_growth(position) else None
+    position = tree_replace(lambda p: (p.drifts, p.growth), position, (no_drift, growth))
     position = walk.pull_dense_times(position, cotangent)
     position = _undo_all(walk, position)
     position = walk.pull_start(position)
@@ -502,4 +527,8 @@ def walk_back(
     if len(drifts) > 0:
         # Judged by the tolerance for the state.
         drifts.append(position.clock.drift.astype(drifts[0].dtype))
-    return gradient, drifts
+    shares = []
+    if position.growth is not None:
+        differentiates_y = any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state)))
+        shares = position.growth.shares(ct.y, beside_all=not differentiates_y)
+    return gradient, drifts, shares

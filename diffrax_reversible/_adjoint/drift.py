@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._solver.entry_scales import units
 from .._tree import largest
+from .growth import least_share
 from .validate import call, too_few
 
 
@@ -25,6 +26,16 @@ def _message(size: str) -> str:
         "`drift_tol`."
     )
 
+
+_grown = (
+    f"{call}: the gradient grows in modes in which the solution contracts, as steps are "
+    "larger than these modes are stable for. They have died out and do not affect the "
+    "solution, but every gradient excites them again, whatever the adjoint. Bound the "
+    "steps to well below what the fastest mode is stable for (`PIDController(dtmax=...)`), "
+    "or tighten the tolerances, or use an implicit solver (`solver=Kvaerno5()` with "
+    "`adjoint=RecursiveCheckpointAdjoint()`). To get the gradient anyway, pass "
+    "`ReversibleAdjoint(drift_tol=float('inf'))`."
+)
 
 _messages = [
     *(_message(f"between 1e{d:+03d} and 1e{d + 1:+03d}") for d in _decades),
@@ -51,13 +62,15 @@ def _inexact_leaves(tree: PyTree) -> list[Array]:
 def refuse_wrong(
     gradient: PyTree,
     drifts: list[Float[Array, ""]],
+    shares: list[Float[Array, ""]],
     restarts: Int[Array, ""],
     checkpoints: int,
     drift_tol: float | None,
     throw: bool,
 ) -> PyTree:
     """Replace a gradient by an error, or by NaN, if there were more restarts than
-    checkpoints, or if the walk back went astray."""
+    checkpoints, if the walk back went astray, or if the gradient grew where it should
+    not."""
     if len(drifts) == 0:
         return gradient
     # Arrays of the finer dtypes depend on those of the coarsest.
@@ -65,7 +78,8 @@ def refuse_wrong(
     tol = default_tol if drift_tol is None else drift_tol
     within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
     exhausted = restarts > checkpoints
-    wrong = exhausted | jnp.invert(within)
+    grown = jnp.stack([jnp.array(False), *(s > max(least_share, tol) for s in shares)])
+    wrong = exhausted | jnp.invert(within) | grown.any()
     if not throw:
         return _poison(wrong, gradient)
     worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
@@ -73,7 +87,8 @@ def refuse_wrong(
     index = jnp.where(
         jnp.isfinite(worst), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
     ).astype(jnp.int32)
-    messages = [*_messages, too_few(checkpoints)]
+    messages = [*_messages, _grown, too_few(checkpoints)]
+    index = jnp.where(within, len(messages) - 2, index)
     index = jnp.where(exhausted, len(messages) - 1, index)
     # But a Boolean goes through the error, as what does is gathered on one device.
     wrong = eqx.internal.branched_error_if(wrong, wrong, index, messages)

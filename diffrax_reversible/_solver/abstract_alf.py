@@ -36,7 +36,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
+from .base import AbstractReversibleSolver, check_rounding, Cotangent, Probe, Start
 from .chain import scan
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
@@ -350,6 +350,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     ) -> tuple[Y, ALFState, Cotangent]:
         control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
+        outputs = _outputs(cotangent.y, dense_cotangent)
         if dense_cotangent is not None:
             dense = dict(dense_cotangent)
             if "k_mid" in dense:
@@ -366,7 +367,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             assert all(w[0] == 0 for w in functionals.values())
 
         def sub_step(carry, sub: _SubStep):
-            k, v, (k_bar, v_bar, params_bar) = carry
+            k, v, (k_bar, v_bar, params_bar), _ = carry
             drift = control * sub.drift
             t = t0 + sub.midpoint * (t1 - t0)
             point = k.high
@@ -375,11 +376,11 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             u, pull = self._linearise_field(bind, t, point, params)
             v = v.reflect(u)
             k = k.minus(tree_scale(drift, v.high))
-            more_k_bar, more_params_bar = pull(tree_scale(2, v_bar))
-            k_bar = tree_add(k_bar, more_k_bar)
+            pulled, more_params_bar = pull(tree_scale(2, v_bar))
+            k_bar = tree_add(k_bar, pulled)
             v_bar = jtu.tree_map(jnp.subtract, tree_scale(drift, k_bar), v_bar)
             v_bar = add_sums(sub.weights, v_bar)
-            return k, v, (k_bar, v_bar, tree_add(params_bar, more_params_bar))
+            return k, v, (k_bar, v_bar, tree_add(params_bar, more_params_bar)), pulled
 
         def add_sums(weights, v_bar):
             for name, weight in weights.items():
@@ -395,18 +396,61 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         v_bar = tree_axpy(last_drift, cotangent.y, cotangent.solver_state.v)
         v_bar = add_sums({name: w[-1] for name, w in halves.items()}, v_bar)
         functionals = {name: w[:-1] for name, w in halves.items()}
-        carry = (k, v, (cotangent.y, v_bar, cotangent.params))
+        bars = cotangent.y, v_bar, cotangent.params
         sub_steps = self._sub_steps(functionals, t0)
-        z, v, bars = scan(sub_step, carry, sub_steps, reverse=True)
+        carry = k, v, bars, tree_zeros_like(cotangent.y)
+        z, v, bars, pulled = scan(sub_step, carry, sub_steps, reverse=True)
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
-        cotangent = Cotangent(z_bar, with_v(cotangent.solver_state, v_bar), params_bar)
+        first_drift = control * float(self.tableau.drifts[0])
+        probe = (
+            None
+            if self.tableau.deviation_weights is None
+            else Probe(
+                # In the first sub-step, the last of the walk, before `v_bar` is reflected.
+                tree_scale(
+                    1 / control, tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
+                ),
+                tree_scale(0.5, pulled),
+                tree_axpy(-0.5, pulled, z_bar),
+                outputs,
+            )
+        )
+        cotangent = Cotangent(
+            z_bar, with_v(cotangent.solver_state, v_bar), params_bar, probe
+        )
         if dense is not None:
             cotangent = self._pull_end(
                 bind, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
             )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
+
+    def probe(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> Probe | None:
+        """By the cotangent of `v`. Costs an evaluation and a pull-back.
+
+        None by a solver that does not restart, of which the walk back tells growth."""
+        if self.tableau.deviation_weights is None:
+            return None
+        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
+        _, pull = self._linearise_field(bind, t0, y0, params)
+        v_bar = cotangent.solver_state.v
+        pulled, _ = pull(v_bar)
+        return Probe(
+            tree_scale(1 / control, v_bar),
+            pulled,
+            tree_add(cotangent.y, pulled),
+            _outputs(cotangent.y, dense_cotangent),
+        )
 
     def _after_start(self, start: Start, drift: RealScalarLike) -> Y:
         """Where the first sub-step evaluates."""
@@ -436,6 +480,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             tree_add(cotangent.y, y_bar),
             cotangent.solver_state,
             tree_add(cotangent.params, params_bar),
+            cotangent.probe,
         )
 
     def _pull_midpoint(
@@ -569,6 +614,17 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
             jnp.arange(self.tableau.stages) == 0,
         )
+
+
+def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
+    """The cotangents of a `dense_info`, each of which has the structure of `y_bar`, summed
+    in magnitude."""
+    total = tree_zeros_like(y_bar)
+    if dense_cotangent is not None:
+        others = {n: ct for n, ct in dense_cotangent.items() if n != "inner"}
+        for part in [*others.values(), *dense_cotangent["inner"]]:
+            total = jtu.tree_map(lambda s, p: s + jnp.abs(p), total, part)
+    return total
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

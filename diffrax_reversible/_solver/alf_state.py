@@ -44,4 +44,5 @@ def add_to_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:
         tree_add(cotangent.y, y),
         with_v(cotangent.solver_state, tree_add(cotangent.solver_state.v, v)),
         cotangent.params,
+        cotangent.probe,
     )

@@ -22,12 +22,29 @@ from .._custom_types import (
     RealScalarLike,
     SolverState,
     Terms,
+    VF,
     Y,
 )
 from .._tree import larger, tree_add, tree_zeros_like
 
 
 _SolverState = TypeVar("_SolverState")
+
+
+class Probe(eqx.Module):
+    """What a pull-back through the vector field tells about the flow, near the start of a
+    step. Every part has the structure of the state.
+
+    - `vf_bar`: a cotangent of the vector field times the length of the step.
+    - `pulled`: what it is pulled back to.
+    - `y_bar`: the cotangent of the state there, of a solve that begins there.
+    - `outputs`: the cotangents of what was interpolated in the step, summed in magnitude.
+    """
+
+    vf_bar: VF
+    pulled: Y
+    y_bar: Y
+    outputs: Y
 
 
 class Cotangent(eqx.Module):
@@ -37,11 +54,14 @@ class Cotangent(eqx.Module):
         are not floating-point arrays.
     - `params`: as the differentiated leaves of `(terms, args)`; the sum over all the
         steps walked back so far.
+    - `probe`: of the step that was pulled back, if the solver has one without evaluations
+        of its own.
     """
 
     y: Y
     solver_state: SolverState
     params: Params
+    probe: Probe | None = None
 
 
 class Start(eqx.Module):
@@ -269,6 +289,30 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         known = (y0, solver_state), (y1, state1), (y_end, solver_state_end)
         known = (eqx.filter(k, eqx.is_inexact_array) for k in known)
         return jtu.tree_map(larger, *known)
+
+    def probe(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> Probe | None:
+        """How cotangents are pulled back where a step begins.
+
+        Tells gradients that grow where the solution contracts, which are refused. By
+        default there is none, and nothing is refused for that.
+
+        **Arguments:**
+
+        - `bind`, `params`: `terms, args = bind(params)`.
+        - `t0`, `t1`, `y0`: the step, and the state that it begins with.
+        - `cotangent`: at `t0`.
+        - `dense_cotangent`: that of what was interpolated in the step.
+        """
+        del bind, params, t0, t1, y0, cotangent, dense_cotangent
 
     def inverse_step_and_pullback(
         self,

@@ -29,7 +29,7 @@ from .._custom_types import (
     Y,
 )
 from .._tree import larger, tree_add, tree_axpy, tree_scale, tree_zeros_like
-from .base import AbstractReversibleSolver, Cotangent, Start
+from .base import AbstractReversibleSolver, Cotangent, Probe, Start
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 
@@ -164,10 +164,23 @@ class McCallumFoster(
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return as_ode_term(self, terms).vf(t0, y0, args)
 
-    def _stages(
+    def _first_stage(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
+    ) -> Y:
+        term = as_ode_term(self, terms)
+        return term.vf_prod(t0, y, args, term.contr(t0, t1))
+
+    def _stages(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        first: Y,
     ) -> list[Y]:
-        """The stage derivatives times `t1 - t0`, from `y` at `t0`.
+        """The stage derivatives times `t1 - t0`, from `y` at `t0`, of which there is the
+        `first`.
 
         Diffrax's own loop over stages either cannot be differentiated in reverse mode, or
         evaluates them again; these are a dozen at the most, and are unrolled.
@@ -175,7 +188,7 @@ class McCallumFoster(
         term = as_ode_term(self, terms)
         control = term.contr(t0, t1)
         tableau = self._tableau
-        stages = [term.vf_prod(t0, y, args, control)]
+        stages = [first]
         for c, row in zip(tableau.c, tableau.a_lower, strict=True):
             stage = y
             for a, k in zip(row, stages, strict=True):
@@ -188,7 +201,8 @@ class McCallumFoster(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
     ) -> tuple[Y, list[Y]]:
         """`Ψ` from `t0` to `t1` at `y`, and the stages."""
-        stages = self._stages(terms, t0, t1, y, args)
+        first = self._first_stage(terms, t0, t1, y, args)
+        stages = self._stages(terms, t0, t1, y, args, first)
         return _combine(self._tableau.b_sol, stages), stages
 
     def _couple(self, y0: Y, z0: Y, increment: Y) -> Y:
@@ -300,29 +314,33 @@ class McCallumFoster(
         """One evaluation and one pull-back for each evaluation of a step, without those
         stages that nothing is read from."""
 
-        def increment(t0, t1):
-            def of(y, params):
-                terms, args = bind(params)
-                return self._increment(terms, t0, t1, y, args)
+        def backward(y, params):
+            terms, args = bind(params)
+            return self._increment(terms, t1, t0, y, args)
 
-            return of
+        def forward(y, y_first, k_added, params):
+            # The first stage is told from the rest by whose cotangents are asked for.
+            terms, args = bind(params)
+            first = tree_add(self._first_stage(terms, t0, t1, y_first, args), k_added)
+            stages = self._stages(terms, t0, t1, y, args, first)
+            return _combine(self._tableau.b_sol, stages), stages
 
-        back, pull_back, _ = jax.vjp(increment(t1, t0), y1, params, has_aux=True)
+        back, pull_back, _ = jax.vjp(backward, y1, params, has_aux=True)
         z0 = tree_add(solver_state.copy, back)
         z1_bar = cotangent.solver_state.copy
         more_y_bar, more_params_bar = pull_back(tree_scale(-1, z1_bar))
         y1_bar = tree_add(cotangent.y, more_y_bar)
         params_bar = tree_add(cotangent.params, more_params_bar)
 
-        forward = increment(t0, t1)
         origin = z0 if start is None else start.choose(start.solver_state.copy, z0)
+        origin = origin, origin, tree_zeros_like(origin), params
         if dense_cotangent is None:
-            forth, pull_forth, _ = jax.vjp(forward, origin, params, has_aux=True)
+            forth, pull_forth, _ = jax.vjp(forward, *origin, has_aux=True)
             y0 = self._uncouple(y1, z0, forth)
             _, pull_couple = jax.vjp(self._couple, y0, z0, forth)
             y0_bar, z0_bar, forth_bar = pull_couple(y1_bar)
         else:
-            (forth, stages), pull_forth = jax.vjp(forward, origin, params)
+            (forth, stages), pull_forth = jax.vjp(forward, *origin)
             y0 = self._uncouple(y1, z0, forth)
 
             def outputs(y0, z0, forth, stages):
@@ -333,11 +351,38 @@ class McCallumFoster(
             y0_bar, z0_bar, *forth_bar = pull_outputs((y1_bar, dense_cotangent))
             forth_bar = tuple(forth_bar)
 
-        more_z_bar, more_params_bar = pull_forth(forth_bar)
-        z0_bar = tree_add(z1_bar, tree_add(z0_bar, more_z_bar))
-        params_bar = tree_add(params_bar, more_params_bar)
-        cotangent = Cotangent(y0_bar, with_copy(cotangent.solver_state, z0_bar), params_bar)
+        more_z_bar, pulled, k_bar, more_params_bar = pull_forth(forth_bar)
+        z0_bar = tree_add(z1_bar, tree_add(z0_bar, tree_add(more_z_bar, pulled)))
+        outputs = _outputs(y1_bar, dense_cotangent)
+        probe = Probe(k_bar, pulled, tree_add(y0_bar, z0_bar), outputs)
+        cotangent = Cotangent(
+            y0_bar,
+            with_copy(cotangent.solver_state, z0_bar),
+            tree_add(params_bar, more_params_bar),
+            probe,
+        )
         return y0, with_copy(solver_state, z0), cotangent
+
+    def probe(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> Probe:
+        """By the cotangent of the state itself. Costs an evaluation and a pull-back."""
+
+        def first(y):
+            terms, args = bind(params)
+            return self._first_stage(terms, t0, t1, y, args)
+
+        y_bar = tree_add(cotangent.y, cotangent.solver_state.copy)
+        _, pull = jax.vjp(first, y0)
+        (pulled,) = pull(y_bar)
+        return Probe(y_bar, pulled, y_bar, _outputs(y_bar, dense_cotangent))
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**
@@ -351,6 +396,19 @@ McCallumFoster.__init__.__doc__ = """**Arguments:**
 `ValueError` for other solvers and couplings, and in the solve for terms that are not
 integrated with respect to time and for states that are not real.
 """
+
+
+def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
+    """The cotangents of a `dense_info`, summed in magnitude."""
+    if dense_cotangent is None:
+        return tree_zeros_like(y_bar)
+    inner = dense_cotangent["inner"]
+    parts = [inner["y0"], inner["y1"]]
+    parts += [dense_cotangent["offset0"], dense_cotangent["offset1"]]
+    total = jtu.tree_map(lambda k: jnp.sum(jnp.abs(k), axis=0), inner["k"])
+    for part in parts:
+        total = jtu.tree_map(lambda s, p: s + jnp.abs(p), total, part)
+    return total
 
 
 def _combine(weights: Any, stages: list[Y]) -> Y:

@@ -1,0 +1,120 @@
+"""Whether a cotangent grows on the way back where the solution contracts."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, BFloat16, Float, PyTree
+
+from .._custom_types import Y
+from .._solver.base import Probe
+from .._solver.entry_scales import units
+from .._tree import largest
+
+
+# Steps that multiply the derivative of a mode by this or less, `h λ`, may be too large for
+# it. Larger ones too, if a solver state that has grown apart from the state is what its
+# cotangent is mostly made of: by this factor.
+_contracts = -1.0
+_parasitic = 2.0
+# What an entry of the cotangent has been is forgotten by so much a step, for growth to be
+# seen that begins after an entry has decayed.
+_remembered = 0.95
+# By so much an entry has to grow in steps in which it should not.
+_least = 3.0
+# A share of an array of the gradient that may be made up of what has grown. If the state
+# that the solve starts from is not differentiated, a share of what the array has ever been:
+# what has grown changes sign from step to step, and sums over the steps hardly see it.
+least_share = 0.01
+_share_of_all = 3.0
+
+
+class Growth(eqx.Module):
+    """What is known of the growth of a cotangent.
+
+    A mode of which the solution has died out can be seen neither by the error estimate nor
+    by the deviation, and steps are accepted that it is not stable for. The solution is the
+    same, but the cotangent excites the mode again, and it grows on the way back, under
+    whatever adjoint: the derivative of such steps is large, and that of the flow is tiny.
+
+    The modes that an entry is made of are told by how the vector field pulls cotangents
+    back. Of `Jᵀ w = λ w` the quotient of both sides is `λ`, and as growing modes prevail,
+    what has grown shows its own. A cotangent may well grow as the flow demands; then the
+    quotient is positive, or if modes oscillate, then it is negative only where an entry
+    passes through zero, and is not at its largest. What a step adds to an entry at its
+    largest is little of it, but if `v` of asynchronous leapfrog has a cotangent of its own,
+    as the deviation of `v` has in the forward pass, then that is most of it.
+
+    - `sizes`: what each entry of the cotangent of the state has been at the most, less what
+        is forgotten.
+    - `factors`: by how much it has grown beyond that where it should not.
+    - `largest`: the largest entry of each array that there has been of those that had not.
+
+    The former two are kept to three digits, which is a quarter of the memory.
+    """
+
+    sizes: PyTree[BFloat16[Array, "..."]]
+    factors: PyTree[BFloat16[Array, "..."]]
+    largest: PyTree[Float[Array, ""]]
+
+    @staticmethod
+    def start(y_bar: Y) -> "Growth":
+        sizes = jtu.tree_map(jnp.abs, y_bar)
+        ones = jtu.tree_map(jnp.ones_like, sizes)
+        return Growth(_few_digits(sizes), _few_digits(ones), largest(sizes))
+
+    def expect(self, added: Y) -> "Growth":
+        """After outputs have `added` to the cotangent."""
+        sizes = jtu.tree_map(
+            lambda s, a: s.astype(jnp.abs(a).dtype) + jnp.abs(a), self.sizes, added
+        )
+        return Growth(_few_digits(sizes), self.factors, self.largest)
+
+    def update(self, probe: Probe) -> "Growth":
+        """After a step was pulled back."""
+
+        def grow(size, factor, vf_bar, pulled, y_bar, outputs):
+            y_bar = jnp.abs(y_bar)
+            size = size.astype(y_bar.dtype) + outputs
+            product = jnp.real(pulled * jnp.conj(vf_bar))
+            contracts = product < _contracts * jnp.abs(vf_bar) ** 2
+            contracts |= (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
+            # Not what an entry grows from nothing, as others are passed on to it.
+            known = size == units(size)
+            by = y_bar / units(size)
+            by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
+            by = jnp.where(known, by, 1)
+            return jnp.maximum(factor.astype(by.dtype) * by, 1)
+
+        factors = jtu.tree_map(
+            grow,
+            *(self.sizes, self.factors),
+            *(probe.vf_bar, probe.pulled, probe.y_bar, probe.outputs),
+        )
+        sizes = jtu.tree_map(
+            lambda s, o, y: jnp.maximum(_remembered * (s.astype(o.dtype) + o), jnp.abs(y)),
+            *(self.sizes, probe.outputs, probe.y_bar),
+        )
+
+        def right(size, factor, so_far):
+            size = jnp.where(factor <= _least, size, 0)
+            return jnp.maximum(so_far, largest(size))
+
+        rights = jtu.tree_map(right, sizes, factors, self.largest)
+        return Growth(_few_digits(sizes), _few_digits(factors), rights)
+
+    def shares(self, y_bar: Y, beside_all: bool) -> list[Float[Array, ""]]:
+        """For every array the largest entry that has grown, as a fraction of its largest,
+        or `beside_all` that there have been, in which case more is let through."""
+
+        def share(y_bar, factor, so_far):
+            y_bar = jnp.abs(y_bar)
+            grown = largest(jnp.where(factor > _least, y_bar, 0))
+            more = _share_of_all / least_share
+            beside = so_far * more if beside_all else largest(y_bar)
+            return grown / jnp.where(beside == 0, 1, beside)
+
+        return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors, self.largest))
+
+
+def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:
+    return jtu.tree_map(lambda x: x.astype(jnp.bfloat16), x)

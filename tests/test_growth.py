@@ -1,0 +1,163 @@
+"""A gradient that grows where the solution contracts is refused, and no other."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import kepler, lorenz, relative_error
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+SIZE = 50
+GRID = jnp.linspace(-1, 1, SIZE)
+# The largest step that the fastest mode of `heat` is stable for, with some solvers.
+STABLE = 2 / (4 / (2 / (SIZE - 1)) ** 2)
+# Of the parts of a loss of several entries.
+WEIGHTS = jnp.arange(1, SIZE + 1) / SIZE
+
+
+def heat(t, u, k):
+    """`u_t = k (1 - u) u_xx`, with fixed ends. From a smooth start, fast modes are never
+    excited."""
+    del t
+    second = (jnp.roll(u, 1) + jnp.roll(u, -1) - 2 * u) / (2 / (SIZE - 1)) ** 2
+    return k * (1 - u) * second.at[jnp.array([0, -1])].set(0)
+
+
+def slow_manifold(t, y, k):
+    """Of which the second entry is a fast mode, and follows the first."""
+    del t
+    return jnp.stack([-y[0] + 0.1 * y[0] ** 2, -500 * y[1] + k * y[0]])
+
+
+def gradient(field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, **kwargs):
+    """Of `y0` and a factor."""
+    # As tight a check of the walk as is let through by that of the growth, which is meant.
+    if adjoint is None:
+        adjoint = dr.ReversibleAdjoint(checkpoints=1024, drift_tol=0.0099)
+
+    def loss(y0, k):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            *(0.0, t1, None, y0, k),
+            adjoint=adjoint,
+            saveat=dfx.SaveAt(t1=True) if saveat is None else saveat,
+            stepsize_controller=dfx.PIDController(tol, tol, **kwargs),
+            max_steps=16384,
+            throw=False,
+        )
+        return jnp.vdot(sol.ys[-1], WEIGHTS[: len(y0)])
+
+    return jax.jit(jax.grad(loss, (0, 1)))(y0, jnp.array(1.0))
+
+
+def is_refused(grad):
+    return any(np.any(np.isnan(g)) for g in grad)
+
+
+def implicit(field, y0, t1):
+    """The gradient by a method that is stable for all modes."""
+    adjoint = dfx.RecursiveCheckpointAdjoint()
+    return gradient(field, y0, t1, dfx.Kvaerno5(), 1e-8, adjoint)
+
+
+SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "saveat", (dfx.SaveAt(t1=True), dfx.SaveAt(ts=jnp.linspace(0, 1, 9))), ids=("t1", "ts")
+)
+def test_dead_modes(solver, saveat):
+    assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
+
+
+@pytest.mark.parametrize("tol", (1e-10, 1e-8, 1e-4))
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()))
+def test_never_garbage(solver, tol):
+    want = implicit(heat, GRID**2, 1.0)
+    got = gradient(heat, GRID**2, 1.0, solver, tol)
+    assert is_refused(got) or relative_error(got, want) < 0.02
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.McCallumFoster(dfx.Tsit5())))
+def test_remedy(solver):
+    """Steps that the fastest mode is stable for."""
+    want = implicit(heat, GRID**2, 1.0)
+    got = gradient(heat, GRID**2, 1.0, solver, dtmax=STABLE / 4)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_batch():
+    """One member is refused, and not the other."""
+    y0 = jnp.array([1.0, 1 / 500])
+
+    def grad(fast):
+        field = lambda t, y, k: slow_manifold(t, y, k) * jnp.stack([jnp.array(1.0), fast])
+        return gradient(field, y0, 3.0, dr.ALF4(), 1e-3)
+
+    grads = jax.vmap(grad)(jnp.array([1.0, 0.01]))
+    assert np.array_equal(np.isnan(grads[0]).any(axis=1), [True, False])
+
+
+def test_message():
+    adjoint = dr.ReversibleAdjoint(checkpoints=1024, drift_tol=0.0099)
+
+    @jax.jit
+    @jax.grad
+    def loss(y0):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(heat),
+            dr.ALF4(),
+            *(0.0, 1.0, None, y0, jnp.array(1.0)),
+            stepsize_controller=dfx.PIDController(1e-6, 1e-6),
+            adjoint=adjoint,
+        )
+        return jnp.sum(sol.ys)
+
+    with pytest.raises(RuntimeError, match="gradient grows in modes") as e:
+        loss(GRID**2)
+    for remedy in ("dtmax", "Kvaerno5", "RecursiveCheckpointAdjoint", "drift_tol"):
+        assert remedy in str(e.value)
+
+
+@pytest.mark.parametrize("tol", (1e-3, 1e-5, 1e-8))
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradients_may_grow_as_the_flow_demands(solver, tol):
+    """To a hundred times as much in Kepler's problem, to ten thousand in Lorenz'."""
+    q0 = jnp.array([0.4, 0.0, 0.0, 2.0])
+    pair = lambda t, y, k: jnp.concatenate(kepler(t, (y[:2], y[2:]), None))
+    assert not is_refused(gradient(pair, q0, 20.0, solver, tol))
+    if tol < 1e-3:
+        y0 = jnp.array([1.0, 1.0, 1.0])
+        chaotic = lambda t, y, k: k * lorenz(t, y, None)
+        assert not is_refused(gradient(chaotic, y0, 8.0, solver, tol))
+
+
+def test_what_sums_over_the_steps_do_not_see():
+    """Of the field alone the gradient is right where that of the start is not."""
+    y0, adjoint = jnp.array([1.0, 1 / 500]), dr.ReversibleAdjoint(1024, 0.0099)
+
+    @jax.jit
+    def loss(k, y0):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(slow_manifold),
+            dr.ALF6(),
+            *(0.0, 3.0, None, y0, k),
+            stepsize_controller=dfx.PIDController(1e-4, 1e-4),
+            adjoint=adjoint,
+            max_steps=16384,
+            throw=False,
+        )
+        return jnp.vdot(sol.ys[-1], WEIGHTS[:2])
+
+    k = jnp.array(1.0)
+    assert np.isnan(jax.grad(loss, 1)(k, y0)).any()
+    want = implicit(slow_manifold, y0, 3.0)[1]
+    assert relative_error(jax.grad(loss)(k, y0), want) < 0.02
