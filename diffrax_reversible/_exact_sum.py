@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._tree import from_bits, to_bits, tree_add
+from ._tree import from_bits, is_complex, real_like, to_bits, tree_add
 
 
 class Sum(eqx.Module):
@@ -56,7 +56,7 @@ class Sum(eqx.Module):
             combine = jnp.add if sign == 1 else jnp.subtract
             return Sum(jtu.tree_map(combine, self.high, p), None, None)
         # Rounded before it is given its sign, as rounding to `grid` is not symmetric.
-        p = jtu.tree_map(lambda p, grid: sign * ((p + grid) - grid), p, self.grid)
+        p = jtu.tree_map(lambda p, grid: sign * _round(p, grid), p, self.grid)
         total = tree_add(self.high, p)
         error = jtu.tree_map(_rounding_error, self.high, p, total)
         rest = tree_add(self.low, error)
@@ -64,6 +64,12 @@ class Sum(eqx.Module):
         # Simpler, as `rest` is far smaller than `total` or a small multiple of `δ` as well.
         low = jtu.tree_map(lambda r, h, t: r - lax.stop_gradient(h - t), rest, high, total)
         return Sum(high, low, self.grid)
+
+
+def _round(p: Array, grid: Float[Array, ""]) -> Array:
+    """`p`, of complex numbers both parts, to multiples of the last bit of `grid`."""
+    grid = lax.complex(grid, grid) if is_complex(p) else grid
+    return (p + grid) - grid
 
 
 def _rounding_error(a: Array, b: Array, total: Array) -> Array:
@@ -103,5 +109,6 @@ class LowPart(eqx.Module):
     def join(high: PyTree[Array], low_part: "LowPart | None") -> Sum:
         if low_part is None:
             return Sum(high, None, None)
-        low, grid = from_bits((low_part.low, low_part.grid), (high, high))
+        like = high, jtu.tree_map(real_like, high)
+        low, grid = from_bits((low_part.low, low_part.grid), like)
         return Sum(high, low, grid)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -58,10 +59,24 @@ def larger(*xs: Array) -> Array:
     return ft.reduce(jnp.maximum, map(jnp.abs, xs))
 
 
+def is_complex(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def real_like(x: Array) -> jax.ShapeDtypeStruct:
+    """Of the precision of `x`, which may be complex."""
+    return jax.ShapeDtypeStruct(x.shape, jnp.finfo(x.dtype).dtype)
+
+
 def to_bits(x: PyTree[Array]) -> PyTree[Array]:
-    """As integers, which are not differentiated, nor compared with in the walk back."""
+    """As integers, which are not differentiated, nor compared with in the walk back.
+
+    Real and imaginary parts along a first axis.
+    """
 
     def convert(x):
+        if is_complex(x):
+            x = jnp.stack([x.real, x.imag])
         dtype: Any = np.dtype(f"int{8 * x.dtype.itemsize}")
         return lax.bitcast_convert_type(lax.stop_gradient(x), dtype)
 
@@ -70,4 +85,9 @@ def to_bits(x: PyTree[Array]) -> PyTree[Array]:
 
 def from_bits(bits: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
     """The inverse of `to_bits`, in the dtypes of `like`."""
-    return jtu.tree_map(lambda b, l: lax.bitcast_convert_type(b, l.dtype), bits, like)
+
+    def convert(bits, like):
+        x = lax.bitcast_convert_type(bits, real_like(like).dtype)
+        return lax.complex(*x) if is_complex(like) else x
+
+    return jtu.tree_map(convert, bits, like)

@@ -358,18 +358,6 @@ REFUSALS = (
         ("solver=McCallumFoster()", "`ControlTerm`", "ReversibleHeun"),
     ),
     (
-        "complex states, by the solver that is coupled",
-        lambda: solve(jnp.array([1.0 + 1.0j]), solver=dr.McCallumFoster(dfx.Heun())),
-        ValueError,
-        ("solver=McCallumFoster(...)", "complex128", "real"),
-    ),
-    (
-        "complex states, by the solver",
-        lambda: solve(jnp.array([1.0 + 1.0j]), adjoint=dfx.RecursiveCheckpointAdjoint()),
-        ValueError,
-        ("solver=ALF4()", "complex128", "real and imaginary parts"),
-    ),
-    (
         "gradients of what is saved at the ends of steps that follow the state",
         lambda: grad_at_steps(Following()),
         NotImplementedError,

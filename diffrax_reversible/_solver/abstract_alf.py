@@ -117,7 +117,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         args: Args,
     ) -> ALFState:
         term = as_ode_term(self, terms)
-        _check_state(self, y0)
         v = self._field(term, t0, y0, args)
         low = None
         if self.compensated or self.bitwise:
@@ -619,7 +618,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
     """The cotangents of a `dense_info`, each of which has the structure of `y_bar`, summed
     in magnitude."""
-    total = tree_zeros_like(y_bar)
+    total = jtu.tree_map(jnp.abs, tree_zeros_like(y_bar))
     if dense_cotangent is not None:
         others = {n: ct for n, ct in dense_cotangent.items() if n != "inner"}
         for part in [*others.values(), *dense_cotangent["inner"]]:
@@ -631,13 +630,3 @@ def _rows(x: VF, functionals: np.ndarray) -> list[VF]:
     """Of what has one for every column of the `functionals`."""
     count = functionals.shape[1]
     return [jtu.tree_map(lambda x, i=i: x[i], x) for i in range(count)]
-
-
-def _check_state(solver: AbstractALF, y0: Y) -> None:
-    for leaf in jtu.tree_leaves(y0):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"`diffeqsolve(..., solver={type(solver).__name__}(), y0=...)` needs a "
-                f"state of real floating-point arrays, got {jnp.result_type(leaf)}. "
-                "Split complex states into their real and imaginary parts."
-            )

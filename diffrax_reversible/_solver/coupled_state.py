@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import BoolScalarLike, Y
-from .._tree import from_bits, to_bits
+from .._tree import from_bits, real_like, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample
 
 
@@ -41,7 +41,7 @@ class Separation(eqx.Module):
 
     @staticmethod
     def start(y: Y) -> "Separation":
-        seeds = jtu.tree_map(lambda y: jnp.zeros((), y.dtype), y)
+        seeds = jtu.tree_map(lambda y: jnp.zeros((), real_like(y).dtype), y)
         scales = jtu.tree_map(lambda y: jnp.abs(sample(y)), y)
         return Separation(jnp.array(False), *to_bits((seeds, scales)))
 
@@ -51,7 +51,8 @@ class Separation(eqx.Module):
 
     def judge(self, y: Y, z: Y, error: Y) -> "Separation":
         """After a step to `y` and its copy `z`, with an `error` estimate."""
-        known = from_bits((self.seeds, self.scales), (y, y))
+        like = jtu.tree_map(real_like, y)
+        known = from_bits((self.seeds, self.scales), (like, like))
         leaves = zip(*map(jtu.tree_leaves, (y, z, error, *known)), strict=True)
         restart, seeds, scales = jnp.array(False), [], []
         for leaf in leaves:

@@ -1,6 +1,6 @@
 """Whether the deviation of `v` from the vector field threatens the accuracy of a solve."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
-from .._tree import from_bits, to_bits, tree_add, tree_outer
+from .._tree import from_bits, real_like, to_bits, tree_add, tree_outer
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
 from .error_estimate import Excess
 
@@ -72,7 +72,8 @@ class Known(NamedTuple):
 
     @staticmethod
     def unpack(packed: "Packed", y: Array) -> "Known":
-        packed = from_bits(packed, Packed(y, y, y))
+        real: Any = real_like(y)
+        packed = from_bits(packed, Packed(real, real, real))
         seed, error, size = packed.numbers
         return Known(seed, error, size, packed.sizes, packed.scales)
 
@@ -98,7 +99,7 @@ class Deviation(eqx.Module):
         """Where `v` was evaluated."""
 
         def known(y):
-            zero, scales = jnp.zeros((), y.dtype), jnp.abs(sample(y))
+            zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(sample(y))
             sizes = jnp.zeros_like(scales) if _keeps_sizes(tableau) else scales[:0]
             return Known(zero, zero, zero, sizes, scales)
 
@@ -112,7 +113,7 @@ class Deviation(eqx.Module):
             known = Known.unpack(packed, v)
             rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
             relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
-            return known._replace(seed=jnp.asarray(rounding, v.dtype) * relative).pack()
+            return known._replace(seed=relative * float(rounding)).pack()
 
         return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
 

@@ -34,6 +34,6 @@ class Excess(eqx.Module):
         known = jnp.abs(sample(error))
         raised = jnp.maximum(known, self.error)
         if raised.size == error.size:
-            return raised.reshape(error.shape)
+            return raised.reshape(error.shape).astype(error.dtype)
         before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
         return error * jnp.sqrt(jnp.where(before == 0, 1, after / before))

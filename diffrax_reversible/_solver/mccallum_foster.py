@@ -153,12 +153,6 @@ class McCallumFoster(
         """A second copy of the state."""
         del t0, t1, args
         as_ode_term(self, terms)
-        for leaf in jtu.tree_leaves(y0):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise ValueError(
-                    "`diffeqsolve(..., solver=McCallumFoster(...))` needs a state of real "
-                    f"floating-point arrays, got {jnp.result_type(leaf)}."
-                )
         return CoupledState(y0, Separation.start(y0))
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
@@ -394,14 +388,14 @@ McCallumFoster.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 `ValueError` for other solvers and couplings, and in the solve for terms that are not
-integrated with respect to time and for states that are not real.
+integrated with respect to time.
 """
 
 
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
     """The cotangents of a `dense_info`, summed in magnitude."""
     if dense_cotangent is None:
-        return tree_zeros_like(y_bar)
+        return jtu.tree_map(jnp.abs, tree_zeros_like(y_bar))
     inner = dense_cotangent["inner"]
     parts = [inner["y0"], inner["y1"]]
     parts += [dense_cotangent["offset0"], dense_cotangent["offset1"]]

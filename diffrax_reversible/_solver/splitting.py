@@ -432,12 +432,6 @@ class AbstractSplitting(
 
     def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
         call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
-        for leaf in jtu.tree_leaves(y):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise ValueError(
-                    f"{call} needs a state of real floating-point arrays, got "
-                    f"{jnp.result_type(leaf)}."
-                )
         for i, (name, of) in enumerate((("q", "p"), ("p", "q"))):
             try:
                 vf = eqx.filter_eval_shape(self._terms(terms)[i].vf, t, y[1 - i], args)
