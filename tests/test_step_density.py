@@ -1,5 +1,8 @@
 """Steps that reverse themselves: where they are, what they keep, and gradients by them."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -247,16 +250,17 @@ def test_density_comes_back(bound, wished):
     rates = np.random.default_rng(0).uniform(-bound, bound, 100)
 
     def at(state, rate):
-        wish = lambda t, y: [jnp.array(wished), jnp.array(rate)]
+        values = [jnp.array(wished), jnp.array(rate)]
+        wish: Any = SimpleNamespace(evaluate=lambda t, y, args: values)
         return StepDensityState(state.density, state.low, jnp.array(1e-16), wish)
 
     state = StepDensityState(start, low, None, None)
     before, after = [], []
     for rate in rates:
         before.append(float(state.density))
-        state = at(state, rate).cross(0.0, None)
+        state = at(state, rate).cross(0.0, None, None)
     for rate in rates[::-1]:
-        state = at(state, rate).cross_back(0.0, None)
+        state = at(state, rate).cross_back(0.0, None, None)
         after.append(float(state.density))
     assert np.min(before) > 0
     ratios = np.array(before[1:]) / np.array(before[:-1])
@@ -402,3 +406,53 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="for ordinary differential equations"):
         run(dr.StepDensityController(), noise)
+
+
+def _spring(t, y, args):
+    q, p = y
+    return p, -args["k"] * q
+
+
+def test_a_continued_solve_uses_its_own_args():
+    """Not those that the controller state was made with."""
+    controller = dr.StepDensityController(lambda t, y, args: 0.1 / jnp.sqrt(args["k"]))
+
+    def solve(k, y0, t0, t1, **kwargs):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(_spring),
+            dr.ALF4(),
+            *(t0, t1, None, y0, {"k": k, "name": "spring"}),
+            stepsize_controller=controller,
+            saveat=dfx.SaveAt(t1=True, controller_state=True, solver_state=True),
+            **kwargs,
+        )
+
+    y0 = (jnp.array(1.0), jnp.array(0.0))
+    first = solve(jnp.array(1.0), y0, 0.0, 10.0)
+    y1 = jax.tree.map(lambda y: y[-1], first.ys)
+    steps = [
+        solve(k, y1, 10.0, 30.0, controller_state=first.controller_state).stats["num_steps"]
+        for k in jnp.array([1.0, 0.01])
+    ]
+    wish = first.controller_state.wish
+    for k in (1.0, 0.01):
+        args = {"k": jnp.array(k), "name": "spring"}
+        density, _ = wish.evaluate(jnp.array(0.0), y0, args)
+        assert density == pytest.approx(k**0.5 / 0.1)
+    assert steps[0] >= 200 - 1
+
+
+def test_weights_in_args_are_not_carried():
+    """Under `vmap` there would be so many for every member of the batch."""
+    weights = jnp.ones((50, 50)) / 50
+    field = lambda t, y, w: -jnp.tanh(w @ y)
+
+    def state(args, field):
+        controller = dr.StepDensityController(lambda t, y, args: 0.1)
+        term = dfx.ODETerm(field)
+        func = lambda terms, t, y, args: terms.vf(t, y, args)
+        return controller.init(term, 0.0, 1.0, jnp.ones(50), None, args, func, None)[1]
+
+    size = lambda state: sum(x.size for x in jax.tree.leaves(state))
+    assert size(state(weights, field)) < 100
+    assert size(state(None, lambda t, y, _: field(t, y, weights))) > 2500

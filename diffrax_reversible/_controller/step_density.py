@@ -1,6 +1,7 @@
 """Steps from a density that is evolved along with the solution."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -32,21 +33,32 @@ _max_ratio = 4
 
 
 class _Closed(eqx.Module):
-    """A function of the time and the state that returns scalars, with the arrays that it
-    closes over as leaves, and no others: a loop can carry it."""
+    """A function of the time, the state and the arguments of a solve that returns scalars,
+    with the arrays that it closes over as leaves, and no others: a loop can carry it."""
 
     consts: list[Array]
     jaxpr: jex.Jaxpr = eqx.field(static=True)
 
     @staticmethod
-    def close(fn: Callable, t: RealScalarLike, y: Y) -> "_Closed":
-        closed = jax.make_jaxpr(fn)(t, y)
+    def close(fn: Callable, t: RealScalarLike, y: Y, args: Args) -> "_Closed":
+        arrays, others = eqx.partition(args, _is_number)
+        closed = jax.make_jaxpr(lambda t, y, a: fn(t, y, eqx.combine(a, others)))(
+            t, y, arrays
+        )
         consts = [jnp.asarray(const) for const in closed.consts]
         return _Closed(lax.stop_gradient(consts), closed.jaxpr)
 
-    def __call__(self, t: RealScalarLike, y: Y) -> list[Float[Array, ""]]:
+    def evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Float[Array, ""]]:
+        """In a computation of its own."""
         closed = jex.ClosedJaxpr(self.jaxpr, self.consts)
-        return jex.jaxpr_as_fun(closed)(t, *jtu.tree_leaves(y))
+        leaves = jtu.tree_leaves((y, eqx.filter(args, _is_number)))
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+        return isolated(jex.jaxpr_as_fun(closed), *lax.stop_gradient((t, *leaves)))
+
+
+def _is_number(x: Any) -> bool:
+    """Whether it may be another one when a solve is continued."""
+    return eqx.is_array(x) or eqx.is_inexact_array_like(x)
 
 
 class StepDensityState(eqx.Module):
@@ -55,8 +67,8 @@ class StepDensityState(eqx.Module):
     - `density`: one over the length of the step under way.
     - `low`: what its sum has beyond it, see `ALF4(compensated=True)`.
     - `time_unit`: steps end at multiples of it.
-    - `wish`: one over the wished step size, and its rate, as functions of the time and the
-        state.
+    - `wish`: one over the wished step size, and its rate, as functions of the time, the
+        state and `args`.
     """
 
     density: Float[Array, ""]
@@ -68,31 +80,31 @@ class StepDensityState(eqx.Module):
         """At least one unit long: time goes on."""
         return jnp.maximum(_to_unit(1 / self.density, self.time_unit), self.time_unit)
 
-    def start(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+    def start(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
         """From `(t, y)` to the step after it."""
-        wished, rate = self._evaluate(t, y)
+        wished, rate = self._evaluate(t, y, args)
         start = self._sum()
         return self._at(_soften(_limit(start.plus(rate / 2), start), wished))
 
-    def cross(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+    def cross(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
         """From the step before `(t, y)` to the step after it."""
-        wished, rate = self._evaluate(t, y)
+        wished, rate = self._evaluate(t, y, args)
         old = self._sum()
         return self._at(_soften(_limit(old.plus(rate), old), wished))
 
-    def cross_back(self, t: RealScalarLike, y: Y) -> "StepDensityState":
+    def cross_back(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
         """The inverse of `cross`."""
-        wished, rate = self._evaluate(t, y)
+        wished, rate = self._evaluate(t, y, args)
         new = _harden(self._sum(), wished)
         return self._at(_limit(new.minus(rate), new))
 
-    def can_go_on(self, t: RealScalarLike, y: Y) -> BoolScalarLike:
+    def can_go_on(self, t: RealScalarLike, y: Y, args: Args) -> BoolScalarLike:
         """Whether the wished step size is a positive number."""
-        wished, _ = isolated(self.wish, *lax.stop_gradient((t, y)))
+        wished, _ = self.wish.evaluate(t, y, args)
         return jnp.isfinite(wished)
 
-    def _evaluate(self, t: RealScalarLike, y: Y) -> list[Float[Array, ""]]:
-        values = isolated(self.wish, *lax.stop_gradient((t, y)))
+    def _evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Float[Array, ""]]:
+        values = self.wish.evaluate(t, y, args)
         return [jnp.where(jnp.isfinite(value), value, 0) for value in values]
 
     def _sum(self) -> Sum:
@@ -135,7 +147,8 @@ class StepDensityController(
     Diffrax. Costs one evaluation of `G` a step: without `step_size` that is of the third
     derivative along the solution, by forward mode (some ten evaluations of the vector
     field), and with `step_size` about two. The controller state holds the arrays that
-    `terms` and `args` consist of.
+    `terms` consist of, and under `vmap` so many for every member of a batch: pass large
+    ones as `args`, which it does not hold.
 
     ??? cite "Reference"
 
@@ -177,25 +190,24 @@ class StepDensityController(
         del error_order
         t0, t1, dt0, y0 = lax.stop_gradient((t0, t1, dt0, y0))
         t0 = jnp.asarray(t0)
-        field = self._field(terms, args, func, y0)
-        step_size = self._step_size(field, t0, t1, y0, args)
-
+        step_size = self._wished(terms, t0, t1, y0, args, func)[1]
         first = lax.stop_gradient(step_size(t0, y0)) if dt0 is None else dt0
         first = jnp.asarray(first, t0.dtype)
         first = eqx.error_if(first, ~((first > 0) & jnp.isfinite(first)), _no_first_step)
         # Of a step size just the ratios matter, if `dt0` is given.
-        unit = first / lax.stop_gradient(step_size(t0, y0)).astype(t0.dtype)
+        unit = first / jnp.asarray(lax.stop_gradient(step_size(t0, y0)), t0.dtype)
 
-        def wish(t, y):
-            log_step_size = lambda t, y: jnp.log(step_size(t, y)).astype(t.dtype)
+        def wish(t, y, args):
+            field, step_size = self._wished(terms, t0, t1, y0, args, func)
+            log_step_size = lambda t, y: jnp.log(jnp.asarray(step_size(t, y), t.dtype))
             rate = -total_derivative(log_step_size, field)(t, y)
             return jnp.exp(-log_step_size(t, y)) / unit, rate
 
         largest = jnp.maximum(abs(t0), jnp.where(jnp.isfinite(t1), abs(t1), first))
         time_unit = _unit(jnp.maximum(largest, first))
-        closed = _Closed.close(wish, t0, y0)
+        closed = _Closed.close(wish, t0, y0, args)
         low = LowPart.start(1 / first, 1 / first)
-        state = StepDensityState(1 / first, low, time_unit, closed).start(t0, y0)
+        state = StepDensityState(1 / first, low, time_unit, closed).start(t0, y0, args)
         return _to_unit(t0 + state.step(), time_unit), state
 
     def adapt_step_size(
@@ -216,10 +228,10 @@ class StepDensityController(
         StepDensityState,
         RESULTS,
     ]:
-        del t0, y0, args, y_error, error_order
-        state = controller_state.cross(t1, y1_candidate)
+        del t0, y0, y_error, error_order
+        state = controller_state.cross(t1, y1_candidate, args)
         result = RESULTS.where(
-            controller_state.can_go_on(t1, y1_candidate),
+            controller_state.can_go_on(t1, y1_candidate, args),
             RESULTS.successful,
             RESULTS.dt_min_reached,
         )
@@ -232,9 +244,15 @@ class StepDensityController(
         args: Args,
         controller_state: StepDensityState,
     ) -> tuple[RealScalarLike, StepDensityState]:
-        del args
-        state = controller_state.cross_back(t1, y1)
+        state = controller_state.cross_back(t1, y1, args)
         return t1 - state.step(), state
+
+    def _wished(
+        self, terms: PyTree[AbstractTerm], t0, t1, y0: Y, args: Args, func
+    ) -> tuple[Field, Callable]:
+        """The vector field, and the wished step size."""
+        field = self._field(terms, args, func, y0)
+        return field, self._step_size(field, t0, t1, y0, args)
 
     def _field(self, terms: PyTree[AbstractTerm], args: Args, func, y0: Y) -> Field:
         """The vector field, in the direction that the solve runs in."""
