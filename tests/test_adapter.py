@@ -22,7 +22,8 @@ Y0 = jnp.array([1.0, 2.0, 0.5])
 
 class Staggered(dfx.AbstractSolver):
     """`y1 = y0 + f(t0, z0) h` and `z1 = z0 + f(t1, y1) h`, with the interface of the
-    `AbstractReversibleSolver` that was proposed for Diffrax in its pull request 727."""
+    `AbstractReversibleSolver` that was proposed for Diffrax in its pull request 727, at its
+    commit c09680a: `ts_state` before `solver_state`, and four values."""
 
     term_structure = dfx.AbstractTerm
     interpolation_cls = dfx.LocalLinearInterpolation
@@ -42,11 +43,12 @@ class Staggered(dfx.AbstractSolver):
         z1 = z0 + terms.vf_prod(t1, y1, args, control)
         return y1, None, dict(y0=y0, y1=y1), z1, dfx.RESULTS.successful
 
-    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+    def backward_step(self, terms, t0, t1, y1, args, ts_state, solver_state, made_jump):
+        del ts_state, made_jump
         z1, control = solver_state, terms.contr(t0, t1)
         z0 = z1 - terms.vf_prod(t1, y1, args, control)
         y0 = y1 - terms.vf_prod(t0, z0, args, control)
-        return y0, dict(y0=y0, y1=y1), z0
+        return y0, dict(y0=y0, y1=y1), z0, dfx.RESULTS.successful
 
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -118,3 +120,32 @@ def test_reads_like_the_solver(family):
     )
     for y, reference in zip(jax.tree.leaves(ys), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(y, reference)
+
+
+class AlwaysRestarts(dr.ALF4):
+    """Its restart does not clear what asked for it."""
+
+    def needs_restart(self, solver_state):
+        return jnp.array(True)
+
+    def restart(self, terms, t, y, args, solver_state):
+        return solver_state
+
+
+def test_a_restart_that_changes_nothing_does_not_hang():
+    """There is one restart before each step, and no more."""
+
+    def final(y0, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(Network()),
+            AlwaysRestarts(),
+            *(0.0, 1.0, 0.1, y0, network_args()),
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        return jnp.sum(sol.ys**2), sol.stats
+
+    ours, stats = jax.grad(final, has_aux=True)(Y0, dr.ReversibleAdjoint(checkpoints=16))
+    assert stats["num_restarts"] == stats["num_steps"]
+    want, _ = jax.grad(final, has_aux=True)(Y0, dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, want) < 1e-10
