@@ -244,7 +244,9 @@ def learn(y0: State, horizons, rng: np.random.Generator):
     """The pair, and how it came about: horizons, and values found after each."""
     pair = Pair(jnp.log(0.97), jnp.log(1.02))
     ts = np.sort(np.append(rng.uniform(0.1, horizons[-1], 16 * len(horizons)), horizons))
-    exact, _ = jax.jit(lambda y0: solve(ARGON, y0, ts, 0.01, dr.BlanesMoan6()))(y0)
+    exact, _ = jax.jit(lambda y0: solve(ARGON, y0, ts, 0.01, dr.BlanesMoan6(nystrom=True)))(
+        y0
+    )
     positions = exact + NOISE * rng.standard_normal(exact.shape)
     history = [(0.0, *map(jnp.exp, pair), np.nan)]
     for horizon, unit in zip(horizons, UNITS, strict=False):

@@ -61,6 +61,7 @@ Y0 = jnp.array([1.0, 2.0, 0.5])
 PAIR = (Network(seed=1), Network(seed=2))
 PAIR_Y0 = (Y0, jnp.array([0.3, -1.0, 0.8]))
 SPLITTINGS = (dr.StormerVerlet(), dr.BlanesMoan4(), dr.BlanesMoan6(), dr.KahanLi8())
+NYSTROM = (dr.BlanesMoan4(nystrom=True), dr.BlanesMoan6(nystrom=True))
 
 LOOSE = dfx.PIDController(rtol=1e-2, atol=1e-2)
 # One of every family beside `ALF`. With error estimates, steps are rejected.

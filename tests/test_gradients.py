@@ -80,7 +80,7 @@ CASES = (
     *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
     *(Case(BITWISE, Network(), Y0, *CONTROLLERS[i]) for i in (0, 2)),
     *(case for name, case in FAMILIES.items() if name != "splitting"),
-    Case(dr.BlanesMoan6(), (harmonic, PAIR[1]), PAIR_Y0, *CONTROLLERS[3]),
+    Case(dr.BlanesMoan6(nystrom=True), (harmonic, PAIR[1]), PAIR_Y0, *CONTROLLERS[3]),
     Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[3]),
 )
 

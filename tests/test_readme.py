@@ -76,7 +76,7 @@ def test_hamiltonian_table():
         order, embedded, evaluations, dense, _ = rows[type(solver).__name__]
         assert int(order) == solver.order(None)
         assert int(embedded) == solver.error_order(None) - 1
-        assert int(evaluations) == solver.nystrom_tableau.stages
+        assert int(evaluations) == solver.tableau.stages
         degree = {2: "cubic", 4: "cubic", 6: "quintic", 8: "septic"}[int(order)]
         assert dense == f"{degree}, order {order}"
 

@@ -176,7 +176,7 @@ def test_walk_back_is_measured_entry_by_entry(solver):
     (
         *WITH_RESTARTS,
         dr.ALF2(),
-        dr.BlanesMoan6(),
+        dr.BlanesMoan6(nystrom=True),
         dfx.ReversibleHeun(),
         dfx.LeapfrogMidpoint(),
     ),

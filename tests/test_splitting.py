@@ -19,7 +19,7 @@ from diffrax_reversible._coefficients.splitting import (
     stormer_verlet,
 )
 
-from .problems import as_terms, SPLITTINGS
+from .problems import as_terms, NYSTROM, SPLITTINGS
 from .test_work import Counter
 
 
@@ -162,11 +162,14 @@ def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
     )
 
 
-@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
 @pytest.mark.parametrize(
     # More steps where the error is larger.
-    "drift, backwards, more",
-    ((nonlinear, False, 2), (affine, True, 1)),
+    "solver, drift, backwards, more",
+    [
+        *((solver, nonlinear, False, 2) for solver in SPLITTINGS),
+        *((solver, affine, True, 1) for solver in (*SPLITTINGS, *NYSTROM)),
+    ],
+    ids=lambda x: x.__name__ if callable(x) and hasattr(x, "__name__") else repr(x),
 )
 def test_order(solver, drift, backwards, more):
     """At the end of a solve, between the steps, and of the derivative there, which is one
@@ -208,7 +211,7 @@ def test_order(solver, drift, backwards, more):
     assert slopes[0] < order + 0.8, slopes
 
 
-@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+@pytest.mark.parametrize("solver", (*SPLITTINGS, *NYSTROM), ids=repr)
 def test_order_of_the_class(solver):
     assert f"Order {solver.order(None)}, " in type(solver).__doc__
     assert f"embedded order {solver.error_order(None) - 1}, " in type(solver).__doc__
@@ -285,8 +288,8 @@ def henon_heiles(q):
     "solver, dt, size",
     (
         (SPLITTINGS[0], 0.05, 1e-3),
-        (SPLITTINGS[1], 0.5, 1e-5),
-        (SPLITTINGS[2], 0.8, 1e-6),
+        (NYSTROM[0], 0.5, 1e-5),
+        (NYSTROM[1], 0.8, 1e-6),
         (SPLITTINGS[3], 1.0, 1e-4),
     ),
 )
@@ -326,6 +329,35 @@ def refused(y0, terms, solver=None):
     return str(e.value)
 
 
+@pytest.mark.parametrize("solver", NYSTROM, ids=repr)
+def test_only_affine_drifts(solver):
+    """Which are those that are seen to be."""
+    force = lambda t, q, _: -q
+    for exponent in (2.0, 3):
+        drift = lambda t, p, _, n=exponent: jax.grad(lambda p: jnp.sum(p**n) / n)(p)
+        message = refused((Q0, P0), as_terms((drift, force)), solver)
+        assert (
+            f"`diffeqsolve(..., solver={type(solver).__name__}(nystrom=True))`" in message
+        )
+        assert "affine" in message and f"use `{type(solver).__name__}()`" in message
+
+
+@pytest.mark.parametrize("solver", (*SPLITTINGS, NYSTROM[0]), ids=repr)
+def test_how_the_drift_is_written(solver):
+    """It does not change the method."""
+    force = lambda t, q, _: -q
+    exponents = (2,) if solver in NYSTROM else (2, 2.0)
+    drifts = [lambda t, p, _: p]
+    for n in exponents:
+        drifts.append(lambda t, p, _, n=n: jax.grad(lambda p: jnp.sum(p**n) / 2)(p))
+    first, *others = (
+        dfx.diffeqsolve(as_terms((drift, force)), solver, 0.0, 1.0, 0.1, (Q0, P0)).ys[0]
+        for drift in drifts
+    )
+    for end in others:
+        np.testing.assert_allclose(end, first, rtol=1e-14)
+
+
 def test_refusals():
     pair = as_terms((lambda t, p, _: p, lambda t, q, _: -q))
     message = refused((jnp.zeros(3), P0), pair)
@@ -339,7 +371,7 @@ def test_refusals():
 # blind in one direction.
 @pytest.mark.parametrize(
     "solver, limit",
-    ((SPLITTINGS[0], 15), (SPLITTINGS[1], 15), (SPLITTINGS[2], 15), (SPLITTINGS[3], 3.9)),
+    ((SPLITTINGS[0], 15), (NYSTROM[0], 15), (NYSTROM[1], 15), (SPLITTINGS[3], 3.9)),
 )
 def test_error_estimate_of_an_oscillator(solver, limit):
     """Beside the error of a step, wherever that exceeds 1e-3 and a hundredth of that in the

@@ -39,7 +39,6 @@ class StormerVerlet(AbstractSplitting):
     """
 
     tableau: ClassVar[SplittingTableau] = stormer_verlet
-    nystrom_tableau: ClassVar[SplittingTableau] = stormer_verlet
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
 
@@ -47,9 +46,9 @@ class StormerVerlet(AbstractSplitting):
 class BlanesMoan4(AbstractSplitting):
     """The method of order 4 and six stages of Blanes and Moan.
 
-    For systems as [`diffrax_reversible.StormerVerlet`][]. Of their two methods, that for
-    systems of second order is used if `term_q` is seen to be affine in time and momentum,
-    as `p / m` is, and otherwise that for any drift.
+    For systems as [`diffrax_reversible.StormerVerlet`][]. Of their two methods, `nystrom`
+    is the more accurate one for systems of second order, of which `term_q` is affine in
+    time and momentum, as `p / m` is. The default is for any drift.
 
     Order 4, embedded order 3, six evaluations of each vector field a step (and one of the
     force at the start), cubic Hermite interpolation of order 4 (four states a step with
@@ -61,21 +60,27 @@ class BlanesMoan4(AbstractSplitting):
         Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN6b and S6.
     """
 
-    tableau: ClassVar[SplittingTableau] = blanes_moan4
-    nystrom_tableau: ClassVar[SplittingTableau] = blanes_moan4_nystrom
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
+    nystrom: bool = eqx.field(default=False, static=True)
+
+    def __check_init__(self):
+        _check_nystrom(self)
+
+    @property
+    def tableau(self) -> SplittingTableau:
+        return blanes_moan4_nystrom if self.nystrom else blanes_moan4
 
 
 class BlanesMoan6(AbstractSplitting):
     """The methods of order 6 and eleven or ten stages of Blanes and Moan.
 
-    For systems as [`diffrax_reversible.StormerVerlet`][]. Of two methods, that for systems
-    of second order is used if `term_q` is seen to be affine in time and momentum, as
-    `p / m` is, and otherwise that for any drift.
+    For systems as [`diffrax_reversible.StormerVerlet`][]. Of two methods, `nystrom` is the
+    more accurate one for systems of second order, of which `term_q` is affine in time and
+    momentum, as `p / m` is. The default is for any drift.
 
-    Order 6, embedded order 4, eleven evaluations of each vector field a step if affine,
-    and ten otherwise (and one of the force at the start). Quintic Hermite interpolation of
+    Order 6, embedded order 4, ten evaluations of each vector field a step, or eleven if
+    `nystrom` (and one of the force at the start). Quintic Hermite interpolation of
     order 6 from second derivatives at both ends (six states a step with
     `SaveAt(dense=True)`), which take a forward-mode derivative of the vector fields each,
     if there is anything to interpolate.
@@ -85,10 +90,16 @@ class BlanesMoan6(AbstractSplitting):
         Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN11b and S10.
     """
 
-    tableau: ClassVar[SplittingTableau] = blanes_moan6
-    nystrom_tableau: ClassVar[SplittingTableau] = blanes_moan6_nystrom
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
+    nystrom: bool = eqx.field(default=False, static=True)
+
+    def __check_init__(self):
+        _check_nystrom(self)
+
+    @property
+    def tableau(self) -> SplittingTableau:
+        return blanes_moan6_nystrom if self.nystrom else blanes_moan6
 
 
 class KahanLi8(AbstractSplitting):
@@ -107,12 +118,30 @@ class KahanLi8(AbstractSplitting):
     """
 
     tableau: ClassVar[SplittingTableau] = kahan_li8
-    nystrom_tableau: ClassVar[SplittingTableau] = kahan_li8
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
+
+
+def _check_nystrom(solver: BlanesMoan4 | BlanesMoan6) -> None:
+    if not isinstance(solver.nystrom, bool):
+        raise ValueError(
+            f"`{type(solver).__name__}(nystrom={solver.nystrom})` must be `True` or "
+            "`False`, known when the solve is compiled."
+        )
 
 
 for _cls in (StormerVerlet, BlanesMoan4, BlanesMoan6, KahanLi8):
     _cls.__init__.__doc__ = f"""**Arguments:**
 
 {rounding}"""
+
+for _cls in (BlanesMoan4, BlanesMoan6):
+    assert _cls.__init__.__doc__ is not None
+    _cls.__init__.__doc__ += """
+- `nystrom`: `True` for the method for systems of second order.
+
+**Raises:**
+
+`ValueError` in the solve, if `nystrom` and `term_q` is not seen to be affine: if its
+derivative depends on time or momentum by any operation, as that of `p**1.5` does.
+"""

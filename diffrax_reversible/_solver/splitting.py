@@ -92,8 +92,6 @@ class AbstractSplitting(
     """
 
     tableau: AbstractVar[SplittingTableau]
-    # For drifts that are affine in time and momentum.
-    nystrom_tableau: AbstractVar[SplittingTableau]
     compensated: AbstractVar[bool]
     bitwise: AbstractVar[bool]
 
@@ -143,7 +141,7 @@ class AbstractSplitting(
         args: Args,
         solver_state: SplittingState,
     ) -> tuple[Y, Y, DenseInfo, SplittingState, RESULTS]:
-        tableau = self._tableau(terms, t0, y0, args)
+        tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
         force0 = solver_state.force
@@ -273,7 +271,7 @@ class AbstractSplitting(
         args: Args,
         solver_state: SplittingState,
     ) -> tuple[Y, SplittingState]:
-        tableau = self._tableau(terms, t0, y1, args)
+        tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
 
@@ -305,7 +303,7 @@ class AbstractSplitting(
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
         terms, args = bind(params)
-        tableau = self._tableau(terms, t0, y1, args)
+        tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
         if dense_cotangent is not None:
@@ -413,25 +411,25 @@ class AbstractSplitting(
         term_q, term_p = terms
         return as_ode_term(self, term_q), as_ode_term(self, term_p)
 
-    def _tableau(
-        self, terms: _Terms, t: RealScalarLike, y: Y, args: Args
-    ) -> SplittingTableau:
-        """By whether the drift is seen to be affine in time and momentum."""
-        if self.nystrom_tableau is self.tableau:
-            return self.tableau
-        term_q, _ = terms
+    def _is_affine(self, term: AbstractTerm, t: RealScalarLike, p: Y, args: Args) -> bool:
+        """Whether the derivative of the drift is seen not to depend on `(t, p)`."""
 
         def derivative(t, p, dt, dp):
-            return jax.jvp(lambda t, p: term_q.vf(t, p, args), (t, p), (dt, dp))[1]
+            return jax.jvp(lambda t, p: term.vf(t, p, args), (t, p), (dt, dp))[1]
 
-        point = (jnp.asarray(t), y[1])
+        point = (jnp.asarray(t), p)
         jaxpr = jax.make_jaxpr(derivative)(*point, *point).jaxpr
         _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        affine = not any(used[: len(used) // 2])
-        return self.nystrom_tableau if affine else self.tableau
+        return not any(used[: len(used) // 2])
 
     def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
         call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
+        if self.tableau.nystrom and not self._is_affine(terms[0], t, y[1], args):
+            raise ValueError(
+                f"{call[:-3]}nystrom=True))` is of its order where drifts are affine in "
+                "time and momentum, as `p / m` is, and `term_q` is not seen to be. Write "
+                f"it so that it is, or use `{type(self).__name__}()`."
+            )
         for i, (name, of) in enumerate((("q", "p"), ("p", "q"))):
             try:
                 vf = eqx.filter_eval_shape(self._terms(terms)[i].vf, t, y[1 - i], args)

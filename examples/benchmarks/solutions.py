@@ -46,8 +46,8 @@ SOLVERS = {
     "McCallumFoster(Dopri5)": dr.McCallumFoster(dfx.Dopri5()),
 }
 SPLITTINGS = {
-    "BlanesMoan4": dr.BlanesMoan4(),
-    "BlanesMoan6": dr.BlanesMoan6(),
+    "BlanesMoan4": dr.BlanesMoan4(nystrom=True),
+    "BlanesMoan6": dr.BlanesMoan6(nystrom=True),
     "KahanLi8": dr.KahanLi8(),
 }
 # What rounding errors may be multiplied by in the course of a solve.

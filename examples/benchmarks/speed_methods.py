@@ -103,8 +103,8 @@ METHODS = (
     Method("ALF4", OURS, dr.ALF4(), 5, _reversible),
     Method("ALF6", OURS, dr.ALF6(), 20, _reversible),
     Method("ALF8", OURS, dr.ALF8(), 34, _reversible, fixed=False),
-    Method("BlanesMoan4", OURS, dr.BlanesMoan4(), 6, _reversible, splits=True),
-    Method("BlanesMoan6", OURS, dr.BlanesMoan6(), 11, _reversible, splits=True),
+    Method("BlanesMoan4", OURS, dr.BlanesMoan4(nystrom=True), 6, _reversible, splits=True),
+    Method("BlanesMoan6", OURS, dr.BlanesMoan6(nystrom=True), 11, _reversible, splits=True),
     Method(
         "ReversibleHeun, ReversibleAdjoint", OURS, _HEUN, 1, _reversible, adaptive=False
     ),
