@@ -148,7 +148,7 @@ def test_what_sums_over_the_steps_do_not_see():
     def loss(k, y0):
         sol = dfx.diffeqsolve(
             dfx.ODETerm(slow_manifold),
-            dr.ALF6(),
+            dr.ALF8(),
             *(0.0, 3.0, None, y0, k),
             stepsize_controller=dfx.PIDController(1e-4, 1e-4),
             adjoint=adjoint,
@@ -160,4 +160,4 @@ def test_what_sums_over_the_steps_do_not_see():
     k = jnp.array(1.0)
     assert np.isnan(jax.grad(loss, 1)(k, y0)).any()
     want = implicit(slow_manifold, y0, 3.0)[1]
-    assert relative_error(jax.grad(loss)(k, y0), want) < 0.02
+    assert relative_error(jax.grad(loss)(k, y0), want) < 0.1

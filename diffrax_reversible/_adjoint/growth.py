@@ -12,20 +12,25 @@ from .._tree import largest
 
 
 # Steps that multiply the derivative of a mode by this or less, `h λ`, may be too large for
-# it. Larger ones too, if a solver state that has grown apart from the state is what its
+# it. What is beyond this in size are no modes, but other entries in other units.
+# Larger ones too, if a solver state that has grown apart from the state is what its
 # cotangent is mostly made of: by this factor.
 _contracts = -1.0
 _parasitic = 2.0
+_at_most = 1000.0
 # What an entry of the cotangent has been is forgotten by so much a step, for growth to be
 # seen that begins after an entry has decayed.
-_remembered = 0.95
-# By so much an entry has to grow in steps in which it should not.
-_least = 3.0
+_remembered = 0.97
+# By so much an entry has to grow in steps in which it should not. By less it may in any
+# solve of a few steps that are barely accurate.
+_least = 4.0
+# Of growth that may have been passed on by other entries, this much counts.
+_passed_on = 3.0
 # A share of an array of the gradient that may be made up of what has grown. If the state
 # that the solve starts from is not differentiated, a share of what the array has ever been:
 # what has grown changes sign from step to step, and sums over the steps hardly see it.
 least_share = 0.01
-_share_of_all = 3.0
+_share_of_all = 0.3
 
 
 class Growth(eqx.Module):
@@ -77,10 +82,16 @@ class Growth(eqx.Module):
             size = size.astype(y_bar.dtype) + outputs
             product = jnp.real(pulled * jnp.conj(vf_bar))
             contracts = product < _contracts * jnp.abs(vf_bar) ** 2
+            contracts &= jnp.abs(pulled) < _at_most * jnp.abs(vf_bar)
             contracts |= (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
-            # Not what an entry grows from nothing, as others are passed on to it.
+            # Not what an entry grows from nothing, as others are passed on to it. Of units
+            # in which others are large that is more, but not by more than what is pulled
+            # back is beyond the entry's own; what an unstable step grows by is. Where
+            # there are outputs as well, it cannot be told.
             known = size == units(size)
             by = y_bar / units(size)
+            unstable = (by * jnp.abs(vf_bar) > jnp.abs(pulled)) & (outputs == 0)
+            by = jnp.where(unstable, by, jnp.minimum(by, _passed_on))
             by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
             by = jnp.where(known, by, 1)
             return jnp.maximum(factor.astype(by.dtype) * by, 1)

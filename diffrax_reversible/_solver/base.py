@@ -436,8 +436,10 @@ def interrupt(
 def before_jump(t: RealScalarLike) -> RealScalarLike:
     """A time on the other side of the jump that a step begins after, at `t`.
 
-    Diffrax' steps end and begin one float to either side of a jump. At zero, which floats
-    are closest to, a few of the smallest normal ones are meant: XLA flushes others to zero.
+    Diffrax' steps end and begin one float to either side of a jump, which are two floats,
+    and may be four units of `eps |t|` apart just above a power of two. At zero, which
+    floats are closest to, as many of the smallest normal ones are meant: XLA flushes others
+    to zero.
     """
     t = jnp.asarray(t)
     info = jnp.finfo(t.dtype)
