@@ -1,7 +1,7 @@
 """Arithmetic on PyTrees, each leaf in its own dtype."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -57,6 +57,13 @@ def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
 def larger(*xs: Array) -> Array:
     """The largest magnitude of several arrays, entry by entry."""
     return ft.reduce(jnp.maximum, map(jnp.abs, xs))
+
+
+def sum_of_magnitudes(x: PyTree[Array], parts: Iterable[PyTree[Array]]) -> PyTree[Array]:
+    """Of several PyTrees like `x`; zeros if there are none."""
+    zeros = jtu.tree_map(lambda x: jnp.zeros_like(jnp.abs(x)), x)
+    add = lambda total, part: jtu.tree_map(lambda t, p: t + jnp.abs(p), total, part)
+    return ft.reduce(add, parts, zeros)
 
 
 def is_complex(x: Any) -> bool:

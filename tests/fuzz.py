@@ -118,11 +118,15 @@ def draw(seed: int) -> Case:
     if solver in FIXED:
         controllers = ("constant", "step to", "density")
     wrt = str(rng.choice(WITH_RESPECT_TO, p=(0.2, 0.2, 0.4, 0.1, 0.1)))
+    controller = str(rng.choice(controllers))
+    if wrt == "t1" and controller in ("constant", "density"):
+        # Of which the steps move with `t1`, which is left out of gradients.
+        controller = "step to"
     return Case(
         seed,
         str(problem),
         str(solver),
-        str(rng.choice(controllers)),
+        controller,
         str(rng.choice(SAVEATS)),
         "y0" if wrt == "args" and PROBLEMS[problem].args is None else wrt,
         str(rng.choice(TRANSFORMS, p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1))),
@@ -229,7 +233,7 @@ def gradient(case: Case, adjoint: dfx.AbstractAdjoint) -> Any:
             return jax.jit(lambda n: jax.vmap(lambda _: grad(n))(factors))(numbers)
         return jax.jit(jax.vmap(grad))(batch)
     if case.transform == "scan":
-        step = lambda n, _: (jax.tree.map(lambda n, g: n - 0 * g, n, grad(n)), grad(n))
+        step = lambda n, _: (n, grad(n))
         return jax.jit(lambda n: jax.lax.scan(step, n, None, length=2)[1])(numbers)
     if case.transform == "hessian-vector":
         return jax.jit(lambda n: jax.jvp(grad, (n,), (n,))[1])(numbers)
@@ -261,8 +265,6 @@ def outcome(case: Case) -> tuple[str, str]:
     ours, message = attempt(dr.ReversibleAdjoint(checkpoints=64))
     want, other = attempt(dfx.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS))
     if want is None:
-        if case.transform == "hessian-vector" and ours is not None:
-            return "only ours", other[:200]
         return ("both fail" if ours is None else "only ours"), other[:200]
     if ours is None:
         worded = any(word in message for word in WORDED)
@@ -271,14 +273,9 @@ def outcome(case: Case) -> tuple[str, str]:
         return "not finite", ""
     # Of a loss of order one, what is 1e-8 may be zero.
     error = np.max(np.abs(ours - want), initial=0) / (np.max(np.abs(want), initial=1e-8))
-    # What a walk may be off by in double precision, and in single.
+    # In double precision what the documentation of `drift_tol` allows, in single less.
     if error <= (0.05 if case.single else 6e-6):
         return "equal", f"{error:.0e}"
-    # Steps are held fixed, which `t1` may move: right to the accuracy of the solve, which
-    # with steps that are all the same is not known.
-    fixed = case.controller in ("constant", "density")
-    if case.wrt == "t1" and (fixed or error < 1e3 * case.tol + 1e-2):
-        return "documented", f"{error:.0e}"
     return "defect", f"off by {error:.1e}"
 
 

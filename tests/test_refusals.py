@@ -406,6 +406,12 @@ REFUSALS = (
         ("`ALF4(compensated=", "known when the solve is compiled"),
     ),
     (
+        "settings: a traced choice of coefficients",
+        lambda: traced(lambda x: dict(solver=dr.BlanesMoan4(nystrom=x > 0))),
+        ValueError,
+        ("`BlanesMoan4(nystrom=", "known when the solve is compiled"),
+    ),
+    (
         "settings: the class of a solver",
         lambda: dr.McCallumFoster(dfx.Tsit5),
         ValueError,

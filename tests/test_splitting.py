@@ -342,6 +342,22 @@ def test_only_affine_drifts(solver):
         assert "affine" in message and f"use `{type(solver).__name__}()`" in message
 
 
+@pytest.mark.parametrize("solver", NYSTROM, ids=repr)
+def test_errors_are_smaller(solver):
+    """Than by the coefficients for any drift, for as many evaluations of the force."""
+    n = 60 if solver.order(None) == 4 else 20
+    ends = [
+        solve(solver, affine, jnp.array(3.0 / steps), dfx.SaveAt(t1=True)).ys
+        for solver, steps in (
+            (solver, n),
+            (type(solver)(), n * solver.tableau.stages // type(solver)().tableau.stages),
+            (dr.KahanLi8(), 10 * n),
+        )
+    ]
+    special, general, exact = (np.concatenate(end, axis=-1)[-1] for end in ends)
+    assert 2 * np.max(np.abs(special - exact)) < np.max(np.abs(general - exact))
+
+
 @pytest.mark.parametrize("solver", (*SPLITTINGS, NYSTROM[0]), ids=repr)
 def test_how_the_drift_is_written(solver):
     """It does not change the method."""

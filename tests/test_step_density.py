@@ -428,18 +428,16 @@ def test_a_continued_solve_uses_its_own_args():
         )
 
     y0 = (jnp.array(1.0), jnp.array(0.0))
-    first = solve(jnp.array(1.0), y0, 0.0, 10.0)
+    first = solve(jnp.array(0.01), y0, 0.0, 10.0)
     y1 = jax.tree.map(lambda y: y[-1], first.ys)
-    steps = [
+    old, new = (
         solve(k, y1, 10.0, 30.0, controller_state=first.controller_state).stats["num_steps"]
-        for k in jnp.array([1.0, 0.01])
-    ]
-    wish = first.controller_state.wish
-    for k in (1.0, 0.01):
-        args = {"k": jnp.array(k), "name": "spring"}
-        density, _ = wish.evaluate(jnp.array(0.0), y0, args)
-        assert density == pytest.approx(k**0.5 / 0.1)
-    assert steps[0] >= 200 - 1
+        for k in jnp.array([0.01, 1.0])
+    )
+    # Steps of one, which are ten times as long as is wished now, and are shortened to no
+    # more than four times.
+    assert old == 20
+    assert new > 40
 
 
 def test_weights_in_args_are_not_carried():

@@ -217,8 +217,8 @@ class _Walk(eqx.Module):
         growth = position.growth
         if growth is not None:
             if probe is None:
-                step_bar = ct, dense_bar
-                probe = solver.probe(self.bind, self.params, t0, t1, y0, *step_bar)
+                bars = ct, dense_bar
+                probe = solver.probe(self.bind, self.params, t0, t1, y0, *bars)
             assert probe is not None
             growth = growth.update(probe)
         ct = Cotangent(ct.y, ct.solver_state, ct.params)

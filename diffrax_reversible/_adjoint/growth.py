@@ -8,7 +8,7 @@ from jaxtyping import Array, BFloat16, Float, PyTree
 from .._custom_types import Y
 from .._solver.base import Probe
 from .._solver.entry_scales import units
-from .._tree import largest
+from .._tree import largest, sum_of_magnitudes
 
 
 # All of these are tuned, with ALF4, 6 and 8 at tolerances from 1e-10 to 1e-3. On a heat
@@ -16,13 +16,13 @@ from .._tree import largest
 # Pol's, Lorenz' and Kepler's equations, on networks, and on states of entries in very
 # different units none of those that are right.
 #
-# Steps that multiply the derivative of a mode by this or less, `h λ`, may be too large for
-# it. What is beyond this in size are no modes, but other entries in other units.
-# Larger ones too, if a solver state that has grown apart from the state is what its
-# cotangent is mostly made of: by this factor.
+# Steps with `h λ` between these may be too large for a mode. What is beyond is no mode, but
+# other entries in other units.
 _contracts = -1.0
-_parasitic = 2.0
 _at_most = 1000.0
+# In smaller steps as well, if the cotangent of a solver state that has grown apart from the
+# state pulls back to so many times the cotangent of the state.
+_parasitic = 2.0
 # What an entry of the cotangent has been is forgotten by so much a step, for growth to be
 # seen that begins after an entry has decayed.
 _remembered = 0.97
@@ -74,20 +74,21 @@ class Growth(eqx.Module):
 
     def expect(self, added: Y) -> "Growth":
         """After outputs have `added` to the cotangent."""
-        sizes = jtu.tree_map(
-            lambda s, a: s.astype(jnp.abs(a).dtype) + jnp.abs(a), self.sizes, added
-        )
+        sizes = sum_of_magnitudes(added, [added])
+        sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return Growth(_few_digits(sizes), self.factors, self.largest)
 
     def update(self, probe: Probe) -> "Growth":
         """After a step was pulled back."""
+        control = jnp.asarray(probe.control)
 
         def grow(size, factor, vf_bar, pulled, y_bar, outputs):
             y_bar = jnp.abs(y_bar)
             size = size.astype(y_bar.dtype) + outputs
-            product = jnp.real(pulled * jnp.conj(vf_bar))
-            contracts = product < _contracts * jnp.abs(vf_bar) ** 2
-            contracts &= jnp.abs(pulled) < _at_most * jnp.abs(vf_bar)
+            rate, strength = control.astype(pulled.dtype) * pulled, jnp.abs(vf_bar)
+            product = jnp.real(rate * jnp.conj(vf_bar))
+            contracts = product < _contracts * strength**2
+            contracts &= jnp.abs(rate) < _at_most * strength
             contracts |= (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
             # Not what an entry grows from nothing, as others are passed on to it. Of units
             # in which others are large that is more, but not by more than what is pulled
@@ -95,7 +96,7 @@ class Growth(eqx.Module):
             # there are outputs as well, it cannot be told.
             known = size == units(size)
             by = y_bar / units(size)
-            unstable = (by * jnp.abs(vf_bar) > jnp.abs(pulled)) & (outputs == 0)
+            unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
             by = jnp.where(unstable, by, jnp.minimum(by, _passed_on))
             by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
             by = jnp.where(known, by, 1)

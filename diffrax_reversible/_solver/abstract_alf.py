@@ -29,6 +29,7 @@ from .._isolated import isolated
 from .._tree import (
     larger,
     largest,
+    sum_of_magnitudes,
     tree_add,
     tree_axpy,
     tree_outer,
@@ -36,7 +37,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .base import AbstractReversibleSolver, check_rounding, Cotangent, Probe, Start
+from .base import AbstractReversibleSolver, check_flags, Cotangent, Probe, Start
 from .chain import scan
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
@@ -90,7 +91,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
     bitwise: AbstractVar[bool]
 
     def __check_init__(self):
-        check_rounding(self)
+        check_flags(self, "compensated", "bitwise")
 
     # Which terms these may be, `as_ode_term` checks.
     term_structure: ClassVar = AbstractTerm
@@ -402,19 +403,13 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         y0, v0, low = split_sums(z, v)
         z_bar, v_bar, params_bar = bars
         first_drift = control * float(self.tableau.drifts[0])
-        probe = (
-            None
-            if self.tableau.deviation_weights is None
-            else Probe(
-                # In the first sub-step, the last of the walk, before `v_bar` is reflected.
-                tree_scale(
-                    1 / control, tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
-                ),
-                tree_scale(0.5, pulled),
-                tree_axpy(-0.5, pulled, z_bar),
-                outputs,
-            )
-        )
+        probe = None
+        if self.tableau.deviation_weights is not None:
+            # In the first sub-step, the last of the walk, before `v_bar` is reflected.
+            vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
+            pulled = tree_scale(0.5, pulled)
+            y_bar = jtu.tree_map(jnp.subtract, z_bar, pulled)
+            probe = Probe(vf_bar, pulled, control, y_bar, outputs)
         cotangent = Cotangent(
             z_bar, with_v(cotangent.solver_state, v_bar), params_bar, probe
         )
@@ -445,8 +440,9 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         v_bar = cotangent.solver_state.v
         pulled, _ = pull(v_bar)
         return Probe(
-            tree_scale(1 / control, v_bar),
+            v_bar,
             pulled,
+            control,
             tree_add(cotangent.y, pulled),
             _outputs(cotangent.y, dense_cotangent),
         )
@@ -616,14 +612,10 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
 
 
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
-    """The cotangents of a `dense_info`, each of which has the structure of `y_bar`, summed
-    in magnitude."""
-    total = jtu.tree_map(jnp.abs, tree_zeros_like(y_bar))
-    if dense_cotangent is not None:
-        others = {n: ct for n, ct in dense_cotangent.items() if n != "inner"}
-        for part in [*others.values(), *dense_cotangent["inner"]]:
-            total = jtu.tree_map(lambda s, p: s + jnp.abs(p), total, part)
-    return total
+    """The cotangents of a `dense_info`, summed in magnitude."""
+    ends = dict(dense_cotangent or {})
+    inner = ends.pop("inner", [])
+    return sum_of_magnitudes(y_bar, [*ends.values(), *inner])
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

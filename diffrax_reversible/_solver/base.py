@@ -33,16 +33,18 @@ _SolverState = TypeVar("_SolverState")
 
 class Probe(eqx.Module):
     """What a pull-back through the vector field tells about the flow, near the start of a
-    step. Every part has the structure of the state.
+    step. All but `control` has the structure of the state.
 
-    - `vf_bar`: a cotangent of the vector field times the length of the step.
+    - `vf_bar`: a cotangent of the vector field.
     - `pulled`: what it is pulled back to.
+    - `control`: the length of the step.
     - `y_bar`: the cotangent of the state there, of a solve that begins there.
     - `outputs`: the cotangents of what was interpolated in the step, summed in magnitude.
     """
 
     vf_bar: VF
     pulled: Y
+    control: RealScalarLike
     y_bar: Y
     outputs: Y
 
@@ -349,9 +351,9 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         return y0, solver_state0, pull(cotangent, dense_cotangent)
 
 
-def check_rounding(solver: Any) -> None:
-    """Raise an error unless it is known how a solver rounds."""
-    for name in ("compensated", "bitwise"):
+def check_flags(solver: Any, *names: str) -> None:
+    """Raise an error unless these are known when a solve is compiled."""
+    for name in names:
         value = getattr(solver, name)
         if not isinstance(value, bool):
             raise ValueError(

@@ -14,6 +14,7 @@ from .._coefficients.splitting import (
     stormer_verlet,
 )
 from .alf import rounding
+from .base import check_flags
 from .splitting import AbstractSplitting
 
 
@@ -65,7 +66,7 @@ class BlanesMoan4(AbstractSplitting):
     nystrom: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
-        _check_nystrom(self)
+        check_flags(self, "nystrom")
 
     @property
     def tableau(self) -> SplittingTableau:
@@ -95,7 +96,7 @@ class BlanesMoan6(AbstractSplitting):
     nystrom: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
-        _check_nystrom(self)
+        check_flags(self, "nystrom")
 
     @property
     def tableau(self) -> SplittingTableau:
@@ -120,14 +121,6 @@ class KahanLi8(AbstractSplitting):
     tableau: ClassVar[SplittingTableau] = kahan_li8
     compensated: bool = eqx.field(default=False, static=True)
     bitwise: bool = eqx.field(default=False, static=True)
-
-
-def _check_nystrom(solver: BlanesMoan4 | BlanesMoan6) -> None:
-    if not isinstance(solver.nystrom, bool):
-        raise ValueError(
-            f"`{type(solver).__name__}(nystrom={solver.nystrom})` must be `True` or "
-            "`False`, known when the solve is compiled."
-        )
 
 
 for _cls in (StormerVerlet, BlanesMoan4, BlanesMoan6, KahanLi8):

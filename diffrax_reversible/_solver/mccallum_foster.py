@@ -28,7 +28,14 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._tree import larger, tree_add, tree_axpy, tree_scale, tree_zeros_like
+from .._tree import (
+    larger,
+    sum_of_magnitudes,
+    tree_add,
+    tree_axpy,
+    tree_scale,
+    tree_zeros_like,
+)
 from .base import AbstractReversibleSolver, Cotangent, Probe, Start
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
@@ -348,7 +355,11 @@ class McCallumFoster(
         more_z_bar, pulled, k_bar, more_params_bar = pull_forth(forth_bar)
         z0_bar = tree_add(z1_bar, tree_add(z0_bar, tree_add(more_z_bar, pulled)))
         outputs = _outputs(y1_bar, dense_cotangent)
-        probe = Probe(k_bar, pulled, tree_add(y0_bar, z0_bar), outputs)
+        # The stage is the vector field times the length of the step.
+        term = as_ode_term(self, bind(params)[0])
+        control = term.contr(t0, t1)
+        vf_bar = tree_scale(control, k_bar)
+        probe = Probe(vf_bar, pulled, control, tree_add(y0_bar, z0_bar), outputs)
         cotangent = Cotangent(
             y0_bar,
             with_copy(cotangent.solver_state, z0_bar),
@@ -369,14 +380,13 @@ class McCallumFoster(
     ) -> Probe:
         """By the cotangent of the state itself. Costs an evaluation and a pull-back."""
 
-        def first(y):
-            terms, args = bind(params)
-            return self._first_stage(terms, t0, t1, y, args)
-
+        terms, args = bind(params)
+        term = as_ode_term(self, terms)
         y_bar = tree_add(cotangent.y, cotangent.solver_state.copy)
-        _, pull = jax.vjp(first, y0)
+        _, pull = jax.vjp(lambda y: term.vf(t0, y, args), y0)
         (pulled,) = pull(y_bar)
-        return Probe(y_bar, pulled, y_bar, _outputs(y_bar, dense_cotangent))
+        outputs = _outputs(y_bar, dense_cotangent)
+        return Probe(y_bar, pulled, term.contr(t0, t1), y_bar, outputs)
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**
@@ -395,14 +405,11 @@ integrated with respect to time.
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
     """The cotangents of a `dense_info`, summed in magnitude."""
     if dense_cotangent is None:
-        return jtu.tree_map(jnp.abs, tree_zeros_like(y_bar))
+        return sum_of_magnitudes(y_bar, [])
     inner = dense_cotangent["inner"]
-    parts = [inner["y0"], inner["y1"]]
-    parts += [dense_cotangent["offset0"], dense_cotangent["offset1"]]
-    total = jtu.tree_map(lambda k: jnp.sum(jnp.abs(k), axis=0), inner["k"])
-    for part in parts:
-        total = jtu.tree_map(lambda s, p: s + jnp.abs(p), total, part)
-    return total
+    offsets = dense_cotangent["offset0"], dense_cotangent["offset1"]
+    stages = jtu.tree_map(lambda k: jnp.sum(jnp.abs(k), axis=0), inner["k"])
+    return sum_of_magnitudes(y_bar, [inner["y0"], inner["y1"], *offsets, stages])
 
 
 def _combine(weights: Any, stages: list[Y]) -> Y:

@@ -34,7 +34,7 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .base import AbstractReversibleSolver, check_rounding, Cotangent, Start
+from .base import AbstractReversibleSolver, check_flags, Cotangent, Start
 from .chain import scan
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
@@ -96,7 +96,7 @@ class AbstractSplitting(
     bitwise: AbstractVar[bool]
 
     def __check_init__(self):
-        check_rounding(self)
+        check_flags(self, "compensated", "bitwise")
 
     term_structure: ClassVar = (AbstractTerm, AbstractTerm)
     interpolation_cls: ClassVar = OsculatingInterpolation
