@@ -50,6 +50,11 @@ def test_error_says_by_how_much_and_what_helps():
         assert remedy in message
 
 
+def test_error_of_a_batch_is_that_of_the_element_concerned():
+    with pytest.raises(RuntimeError, match="missed the initial state"):
+        jax.vmap(gradient)(jnp.array([0.3, 4.0, 0.5]))
+
+
 def test_nan_without_throw():
     assert all(np.all(np.isnan(g)) for g in gradient(jnp.array(4.0), throw=False))
 

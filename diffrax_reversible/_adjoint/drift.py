@@ -78,8 +78,9 @@ def refuse_wrong(
     tol = default_tol if drift_tol is None else drift_tol
     within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
     exhausted = restarts > checkpoints
-    grown = jnp.stack([jnp.array(False), *(s > max(least_share, tol) for s in shares)])
-    wrong = exhausted | jnp.invert(within) | grown.any()
+    grown = [s > max(least_share, tol) for s in shares]
+    grown = jnp.stack([jnp.array(False), *grown]).any()
+    wrong = exhausted | jnp.invert(within) | grown
     if not throw:
         return _poison(wrong, gradient)
     worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
@@ -88,7 +89,8 @@ def refuse_wrong(
         jnp.isfinite(worst), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
     ).astype(jnp.int32)
     messages = [*_messages, _grown, too_few(checkpoints)]
-    index = jnp.where(within, len(messages) - 2, index)
+    # Of a batch the largest is raised, which has to be that of a member that is wrong.
+    index = jnp.where(grown & within, len(messages) - 2, index)
     index = jnp.where(exhausted, len(messages) - 1, index)
     # But a Boolean goes through the error, as what does is gathered on one device.
     wrong = eqx.internal.branched_error_if(wrong, wrong, index, messages)
