@@ -196,3 +196,24 @@ def test_restarts_and_vmap():
     eps = 1e-5
     slopes = [(of(r + eps, y0)[0] - of(r - eps, y0)[0]) / (2 * eps) for r in rates]
     np.testing.assert_allclose(grads, slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ("ALF6", "BlanesMoan4", "McCallumFoster", "ReversibleHeun")
+)
+def test_strict_promotion(name):
+    """Where Diffrax's own solvers run under it: with steps that are given."""
+    solver, parts = CASES[name]
+    field = dfx.ODETerm(lambda t, y, args: jnp.asarray(-1j, y.dtype) * y)
+    terms = (field, field) if parts == 2 else field
+    y0 = (PSI0, 2 * PSI0) if parts == 2 else jnp.tile(PSI0, 1000)
+
+    def final(y0, adjoint):
+        sol = dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.1, y0, adjoint=adjoint)
+        return sum(jnp.sum(jnp.abs(y) ** 4) for y in jax.tree_util.tree_leaves(sol.ys))
+
+    adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
+    with jax.numpy_dtype_promotion("strict"):
+        ours, theirs = (jax.grad(final)(y0, adjoint) for adjoint in adjoints)
+    parts = lambda x: jax.tree_util.tree_map(lambda x: jnp.stack([x.real, x.imag]), x)
+    assert relative_error(parts(ours), parts(theirs)) < 1e-12

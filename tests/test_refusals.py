@@ -79,11 +79,6 @@ def grad_wrt_controller_state():
     return jax.jit(jax.grad(total))(jnp.array(1.0))
 
 
-def grad_with_restarts():
-    terms = dfx.ODETerm(lambda t, y, args: -30.0 * (y - jnp.cos(t)))
-    return grad(terms=terms, dt0=jnp.array(0.01), adjoint=dr.ReversibleAdjoint(0))
-
-
 def total(y0):
     return jnp.sum(solve(y0).ys ** 2)
 
@@ -178,29 +173,6 @@ REFUSALS = (
         lambda: solve(solver=dfx.Tsit5()),
         ValueError,
         ("`Tsit5` is not", "ALF4", "McCallumFoster(solver)", "as_reversible.register"),
-    ),
-    (
-        "more restarts than checkpoints",
-        grad_with_restarts,
-        RuntimeError,
-        ("`ReversibleAdjoint(checkpoints=0)`", "more than 0 times", "num_restarts"),
-    ),
-    (
-        "no bound on the number of steps, if they are recorded and differentiated",
-        lambda: grad(max_steps=None),
-        ValueError,
-        ("records where the steps are", "Pass `max_steps=...`", "StepDensityController"),
-    ),
-    (
-        "no bound on the number of steps, if these are recorded by the solver",
-        lambda: grad(
-            max_steps=None,
-            solver=dfx.LeapfrogMidpoint(),
-            stepsize_controller=dr.StepDensityController(),
-            dt0=None,
-        ),
-        ValueError,
-        ("what this solver forgets", "Pass `max_steps=...`", "ALF4"),
     ),
     (
         "gradients with respect to t0 or t1, if saved by steps that move with them",

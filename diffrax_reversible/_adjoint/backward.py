@@ -32,11 +32,12 @@ from .._solver.base import (
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import drift
 from .finish import pull_finish
-from .forward import Trace
+from .forward import Kept, Replayer, Trace
 from .growth import Growth
+from .known import Known
 from .outputs import Cursor, materialise, Output, Row
 from .problem import Context, Inputs, Problem, save_states, Times
-from .steps import Clock
+from .steps import Clock, Record
 
 
 # A time as a function of those that are differentiated.
@@ -44,7 +45,18 @@ _Time = Callable[[Times], RealScalarLike]
 
 
 class _Position(eqx.Module):
-    """Where the walk is, with `step` steps still to undo."""
+    """Where the walk is, with `step` steps still to undo.
+
+    - `known`: whether the state and the solver state are those of the solve, and not
+        reconstructed.
+    - `restarted`: whether the solve was restarted here, which is still to be undone.
+    - `stop`: the step at which there is a known state, or nothing is recorded of what was
+        before.
+    - `anchor`: the state, and what is differentiated of the solver state, where they were
+        known last.
+    - `drifts`: how far the walk has been off so far.
+    - `growth`: of the cotangent, if the solver can tell.
+    """
 
     step: IntScalarLike
     clock: Clock
@@ -52,11 +64,21 @@ class _Position(eqx.Module):
     solver_state: SolverState
     cotangent: Cotangent
     cursors: list[Cursor]
-    # How many restarts are still to undo, and how far the walk has been off so far.
-    restarts: IntScalarLike
+    known: BoolScalarLike
+    restarted: BoolScalarLike
+    stop: IntScalarLike
+    anchor: tuple[Y, SolverState]
     drifts: list[Float[Array, ""]]
-    # Of the cotangent, if the solver can tell.
     growth: Growth | None
+
+    @property
+    def undoes_next(self) -> BoolScalarLike:
+        """Whether the step before can be undone."""
+        return (self.step > self.stop) & jnp.logical_not(self.restarted)
+
+    @property
+    def done(self) -> BoolScalarLike:
+        return (self.step == 0) & self.known
 
 
 class _Walk(eqx.Module):
@@ -65,6 +87,7 @@ class _Walk(eqx.Module):
     inputs: Inputs
     problem: Problem
     trace: Trace
+    replayer: Replayer = eqx.field(static=True)
     outputs: list[Output]
     dense_rows: DenseInfo | None
     # Of what the last step interpolated with, if an event was located within it.
@@ -119,7 +142,7 @@ class _Walk(eqx.Module):
         (ts_bar,) = leaves
         ts = self.trace.end.dense_ts
         assert ts is not None
-        written = jnp.arange(len(ts)) <= self.trace.steps.count
+        written = jnp.arange(len(ts)) <= self.trace.count
 
         def dense_ts(params):
             return jax.vmap(self.context(params).times.of)(ts)
@@ -153,10 +176,7 @@ class _Walk(eqx.Module):
             state = problem.solver.init(context.terms, *step, y, context.args)
             return eqx.filter(state, eqx.is_inexact_array)
 
-        # True of every walk, but known to the compiler only at its end.
-        start = Start(position.step == 0, self.inputs.y0, self.inputs.solver_state)
-        y0 = start.choose(start.y, position.y)
-        _, pull = jax.vjp(init, y0, self.params)
+        _, pull = jax.vjp(init, position.y, self.params)
         y_bar, params_bar = pull(ct.solver_state)
         state_bar = tree_zeros_like(ct.solver_state)
         ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
@@ -169,18 +189,28 @@ class _Walk(eqx.Module):
         probe = eqx.filter_eval_shape(probe, self.bind, self.params, *step, None)
         return probe is not None
 
-    def undo_step(self, position: _Position) -> _Position:
+    def undo_step(self, position: _Position, record: Record) -> _Position:
         """One step of the walk."""
-        step, steps = position.step - 1, self.trace.steps
+        step = position.step - 1
         _, args = self.bind(self.params)
-        controller = self.problem.stepsize_controller
-        clock = steps.undo(controller, step, position.y, args, position.clock)
+        clock = record.undo(
+            step,
+            position.clock,
+            self.problem.stepsize_controller,
+            self.trace.count - 1,
+            self.trace.outermost,
+            position.y,
+            args,
+        )
         position = eqx.tree_at(lambda p: p.clock, position, clock)
+        restarted, crossed = record.before(step)
         t0, t1 = clock.start, clock.end
         position = self._pull_step_outputs(position, t1)
         solver = self.problem.solver
-        start = self.start(position)
-        solver_state = solver.recall(position.solver_state, steps.recorded_before(step))
+        # A start that was restarted from, or was before a jump, is another.
+        is_known = (step == 0) & jnp.logical_not(jnp.logical_or(restarted, crossed))
+        start = Start(is_known, self.inputs.y0, self.inputs.solver_state)
+        solver_state = solver.recall(position.solver_state, record.recorded_before(step))
         state = position.y, solver_state
         ct = position.cotangent
         interpolated = [
@@ -222,17 +252,20 @@ class _Walk(eqx.Module):
             assert probe is not None
             growth = growth.update(probe)
         ct = Cotangent(ct.y, ct.solver_state, ct.params)
-        crossed = steps.crossed_before(step)
-        if crossed is not None:
+        if self.problem.with_jumps:
             state0, ct = lax.cond(
                 eqxi.unvmap_any(crossed),
                 lambda: self._undo_jump(crossed, t0, y0, state0, ct),
                 lambda: (state0, ct),
             )
+        no = jnp.array(False)
         return tree_replace(
-            lambda p: (p.step, p.y, p.solver_state, p.cotangent, p.growth),
+            lambda p: (
+                *(p.step, p.y, p.solver_state, p.cotangent),
+                *(p.growth, p.known, p.restarted),
+            ),
             position,
-            (step, y0, state0, ct, growth),
+            (step, y0, state0, ct, growth, no, no | restarted),
         )
 
     def _undo_jump(
@@ -265,45 +298,135 @@ class _Walk(eqx.Module):
             lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
         )
 
-    def start(self, position: _Position) -> Start:
-        """Of the step that is undone next."""
-        is_known = jnp.equal(position.step, 1)
-        if (crossed := self.trace.steps.crossed_before(0)) is not None:
-            is_known = jnp.logical_and(is_known, jnp.logical_not(crossed))
-        if self.trace.restarts.capacity > 0:
-            is_known = jnp.logical_and(is_known, position.restarts == 0)
-        return Start(is_known, self.inputs.y0, self.inputs.solver_state)
+    def go_on(self, position: _Position, kept: Kept) -> tuple[_Position, Kept]:
+        """Where the step before cannot be undone: go on from a known state, after a look at
+        where the walk has come to. If it is not held, or what was before is not recorded,
+        then the solve is replayed from the last one that is.
 
-    def restarted(self, position: _Position) -> BoolScalarLike:
-        """Whether the solve was restarted where the walk is."""
-        i = position.restarts - 1
-        return (i >= 0) & (self.trace.restarts.step[jnp.maximum(i, 0)] == position.step)
+        Of a batch, elements that can go on as they are do nothing here.
+        """
+        assert kept.record is not None and kept.checkpoints is not None
+        step, replayer = position.step, self.replayer
+        here = jnp.logical_not(position.undoes_next | position.done)
+        # Else it was come to before.
+        held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
+        replays = here & jnp.logical_not(held)
+        limit = step + jnp.where(held, 1, 0)
+        known = kept.checkpoints.before(limit, replayer.start)
+        if self._replays:
+            known, kept = lax.cond(
+                eqxi.unvmap_any(replays),
+                lambda: self._replay(known, kept, step, replays),
+                lambda: (known, kept),
+            )
+        position = self._come_to(position, known, here)
+        assert kept.record is not None and kept.checkpoints is not None
+        stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
+        stop = jnp.where(here, stop, position.stop)
+        return eqx.tree_at(lambda p: p.stop, position, stop), kept
 
-    def undo_restart(self, position: _Position) -> _Position:
-        """Go on from what was stored, after a look at where the walk has come to."""
-        t, y, stored = self.trace.restarts.read(position.restarts - 1)
-        solver_state = eqx.combine(stored, position.solver_state)
-        ct = position.cotangent
-        nondiff_state = eqx.filter(solver_state, eqx.is_inexact_array, inverse=True)
+    @property
+    def _replays(self) -> bool:
+        """Whether the solve may have to be replayed."""
+        rows, max_steps = self.trace.record.rows, self.problem.max_steps
+        forgets = rows is not None and (max_steps is None or max_steps > rows)
+        return forgets or self.trace.restartable
+
+    @property
+    def stops(self) -> bool:
+        """Whether the walk may come to a known state, or to a gap, before the start."""
+        return self._replays or self.trace.kept.holds
+
+    def _replay(
+        self, known: Known, kept: Kept, step: IntScalarLike, replays: BoolScalarLike
+    ) -> tuple[Known, Kept]:
+        last = self.trace.count - 1, self.trace.record.last_end
+        new, new_kept = self.replayer.run(known, kept, step, last, replays)
+        # The buffers of the others were not written to, nor was anything held.
+        assert new_kept.record is not None and kept.record is not None
+        record = new_kept.record
+        record = eqx.tree_at(
+            lambda r: (r.first, r.count, r.restarted, r.crossed, r.last_end, r.torn),
+            record,
+            jtu.tree_map(
+                lambda n, o: jnp.where(replays, n, o),
+                (
+                    *(record.first, record.count, record.restarted, record.crossed),
+                    *(record.last_end, record.torn),
+                ),
+                (
+                    *(kept.record.first, kept.record.count, kept.record.restarted),
+                    *(kept.record.crossed, kept.record.last_end, kept.record.torn),
+                ),
+            ),
+        )
+        kept = tree_replace(
+            lambda k: (k.record, k.checkpoints), kept, (record, new_kept.checkpoints)
+        )
+        return new.where(replays, known), kept
+
+    def _come_to(
+        self, position: _Position, known: Known, here: BoolScalarLike
+    ) -> _Position:
+        """Go on from what is known where the walk is, if this element is `here`."""
+        restarted = position.restarted & here
+        ct, state = position.cotangent, known.solver_state
+        if self.trace.restartable:
+            state, ct = lax.cond(
+                eqxi.unvmap_any(restarted),
+                lambda: self._undo_restart(known, ct, restarted),
+                lambda: (state, ct),
+            )
+        walked = self.drift(position, (known.y, state))
+        drifts = jtu.tree_map(
+            lambda d, w: jnp.maximum(d, jnp.where(here, w, 0)), position.drifts, walked
+        )
+        clock = position.clock
+        controller_state = clock.controller_state
+        if self.trace.outermost is not None:
+            controller_state = eqx.combine(known.controller_state, controller_state)
+        clock = clock.set(known.t, known.last_end, controller_state, here)
+        anchor = eqx.filter((known.y, known.solver_state), eqx.is_inexact_array)
+        new = known.y, known.solver_state, anchor
+        old = position.y, position.solver_state, position.anchor
+        y, state, anchor = jtu.tree_map(lambda n, o: jnp.where(here, n, o), new, old)
+        return tree_replace(
+            lambda p: (
+                *(p.clock, p.y, p.solver_state, p.cotangent, p.known, p.restarted),
+                *(p.anchor, p.drifts),
+            ),
+            position,
+            (
+                *(clock, y, state, ct, position.known | here),
+                *(position.restarted & jnp.logical_not(here), anchor, drifts),
+            ),
+        )
+
+    def _undo_restart(
+        self, known: Known, ct: Cotangent, restarted: BoolScalarLike
+    ) -> tuple[SolverState, Cotangent]:
+        """The solver state after a restart, and the cotangent before it, if this element of
+        a batch was `restarted`."""
+        diff_state, nondiff_state = eqx.partition(known.solver_state, eqx.is_inexact_array)
 
         def restart(y, diff_state, params):
             context = self.context(params)
             state = eqx.combine(diff_state, nondiff_state)
             return self.problem.solver.restart(
-                context.terms, context.times.of(t), y, context.args, state
+                context.terms, context.times.of(known.t), y, context.args, state
             )
 
-        diff_state = eqx.filter(solver_state, eqx.is_inexact_array)
-        _, pull = eqx.filter_vjp(restart, y, diff_state, self.params)
+        _, pull = eqx.filter_vjp(restart, known.y, diff_state, self.params)
         y_bar, state_bar, params_bar = pull(ct.solver_state)
         # Not what `filter_vjp` gives, which might round in another way than the solve did.
-        walked = self.drift(position, (y, restart(y, diff_state, self.params)))
-        drifts = jtu.tree_map(jnp.maximum, position.drifts, walked)
-        ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-        return tree_replace(
-            lambda p: (p.clock, p.y, p.solver_state, p.cotangent, p.restarts, p.drifts),
-            position,
-            (position.clock.set(t), y, solver_state, ct, position.restarts - 1, drifts),
+        after = restart(known.y, diff_state, self.params)
+        before = Cotangent(
+            tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar)
+        )
+        return jtu.tree_map(
+            lambda n, o: jnp.where(restarted, n, o),
+            (after, before),
+            (known.solver_state, ct),
         )
 
     def drift(self, position: _Position, true: tuple[Y, SolverState]):
@@ -314,9 +437,8 @@ class _Walk(eqx.Module):
         length = jnp.where(length == 0, 1, length)
         step = position.clock.start, position.clock.end
         y, solver_state = true
-        end = self.trace.known_after(position.restarts)
         scales = self.problem.solver.error_scales(
-            terms, *step, length, y, args, solver_state, *end
+            terms, *step, length, y, args, solver_state, *position.anchor
         )
         return drift((position.y, position.solver_state), true, scales)
 
@@ -360,7 +482,7 @@ class _Walk(eqx.Module):
         else:
             dense_bar = jtu.tree_map(lambda rows: rows[step], self.dense_rows)
         if self.end_dense is not None:
-            last = position.step == self.trace.steps.count
+            last = position.step == self.trace.count
             end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), self.end_dense)
             dense_bar = tree_add(dense_bar, end_dense)
         cursors = list(position.cursors)
@@ -435,26 +557,40 @@ def _take(
     return eqx.tree_at(lambda p: p.cursors[i].save_index, position, save_index), save_index
 
 
+# In a batch, elements that can undo steps make so many of them while others wait for a
+# known state.
+_at_once = 16
+
+
 def _undo_all(walk: _Walk, position: _Position) -> _Position:
-    """The whole walk, in two loops as in the forward pass."""
-    undo_step = lambda p: walk.undo_step(p)
-    if walk.trace.restarts.capacity == 0:
-        return lax.while_loop(lambda p: p.step > 0, undo_step, position)
+    """The whole walk: what cannot be undone is seen to outside of the loop over steps."""
 
-    def segment(position):
-        position = lax.while_loop(
-            lambda p: walk.restarted(p), lambda p: walk.undo_restart(p), position
-        )
-        return lax.while_loop(
-            lambda p: (p.step > 0) & ~eqxi.unvmap_any(walk.restarted(p)),
-            undo_step,
-            position,
-        )
+    def undo_steps(position, kept):
+        def undoes(carry):
+            position, count = carry
+            waits = jnp.logical_not(position.undoes_next | position.done)
+            waits = eqxi.unvmap_any(waits) & (count >= _at_once)
+            return position.undoes_next & jnp.logical_not(waits)
 
-    def on_the_way(position):
-        return eqxi.unvmap_any((position.step > 0) | walk.restarted(position))
+        def undo(carry):
+            position, count = carry
+            return walk.undo_step(position, kept.record), count + 1
 
-    return lax.while_loop(on_the_way, segment, position)
+        return lax.while_loop(undoes, undo, (position, jnp.array(0)))[0]
+
+    def segment(carry):
+        position, kept = carry
+        return walk.go_on(undo_steps(position, kept), kept)
+
+    kept = walk.trace.kept
+    if not walk.stops:
+        # In memory for fewer states.
+        return walk.go_on(undo_steps(position, kept), kept)[0]
+
+    def on_the_way(carry):
+        return eqxi.unvmap_any(jnp.logical_not(carry[0].done))
+
+    return lax.while_loop(on_the_way, segment, (position, kept))[0]
 
 
 def walk_back(
@@ -489,6 +625,7 @@ def walk_back(
         inputs,
         problem,
         trace,
+        Replayer(inputs, problem),
         pulled.outputs,
         dense_rows,
         pulled.end_dense,
@@ -496,10 +633,12 @@ def walk_back(
         nondiff,
         with_times,
     )
+    record, checkpoints = trace.record, trace.kept.checkpoints
+    assert checkpoints is not None
     saved = [save_states(end)[output.index] for output in pulled.outputs]
     position = _Position(
-        trace.steps.count,
-        trace.steps.clock(end),
+        trace.count,
+        record.clock(end),
         end.y,
         end.solver_state,
         Cotangent(
@@ -508,7 +647,10 @@ def walk_back(
             pulled.params,
         ),
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
-        jnp.minimum(trace.restarts.count, trace.restarts.capacity),
+        jnp.logical_not(record.restarted),
+        record.restarted,
+        jnp.maximum(checkpoints.step_before(trace.count), record.first),
+        eqx.filter((end.y, end.solver_state), eqx.is_inexact_array),
         [],
         None,
     )
@@ -523,7 +665,7 @@ def walk_back(
     position = walk.pull_init(position)
     ct = position.cotangent
     gradient = Inputs(ct.y, ct.solver_state, ct.params)
-    drifts = jtu.tree_map(jnp.maximum, position.drifts, walk.drift(position, start))
+    drifts = position.drifts
     if len(drifts) > 0:
         # Judged by the tolerance for the state.
         drifts.append(position.clock.drift.astype(drifts[0].dtype))

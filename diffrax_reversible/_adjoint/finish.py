@@ -108,5 +108,5 @@ def pull_finish(
 def _poison_rejected(trace: Trace, dense_bar: DenseInfo, y_bar: Y) -> Y:
     """NaN if the step that was interpolated in was rejected: it cannot be walked back."""
     used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
-    wrong = (trace.end.event_tnext != trace.steps.last_end) & used
+    wrong = (trace.end.event_tnext != trace.record.last_end) & used
     return jtu.tree_map(lambda y: jnp.where(wrong, jnp.nan, y), y_bar)

@@ -8,8 +8,8 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation, RESULTS
-from jaxtyping import Array, PyTree
+from diffrax import AbstractLocalInterpolation, AbstractStepSizeController, RESULTS
+from jaxtyping import Array, Int, PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import (
@@ -18,46 +18,17 @@ from .._custom_types import (
     RealScalarLike,
     SolverState,
     Terms,
-    Y,
 )
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
 from .._tree import tree_replace
+from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
-from .record import Record, RestartRecord
-from .steps import RecomputedSteps, RecordedSteps
-from .validate import check_max_steps
+from .steps import Ends, Record, room_for_steps
 
 
-class Trace(eqx.Module):
-    """What is kept of a solve: its end, where its steps were, and its restarts.
-
-    Nothing that grows with the number of steps is of the size of the state.
-    """
-
-    # After the last step, and before the event that ended the solve is located and the
-    # last outputs are written. Without what was saved, of which there are just shapes.
-    end: State
-    ys_structs: list[PyTree[jax.ShapeDtypeStruct]]
-    dense_structs: PyTree[jax.ShapeDtypeStruct]
-    steps: RecordedSteps | RecomputedSteps
-    restarts: RestartRecord
-    result: RESULTS
-
-    def zero_ys(self) -> list[PyTree[Array]]:
-        """In the shapes of what each `SubSaveAt` writes."""
-        return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
-
-    def known_after(self, restarts: IntScalarLike) -> tuple[Y, SolverState]:
-        """The state and what is differentiated of the solver state where the walk back
-        began last, if there are still so many `restarts` to undo."""
-        end = eqx.filter((self.end.y, self.end.solver_state), eqx.is_inexact_array)
-        if self.restarts.capacity == 0:
-            return end
-        stored = jnp.minimum(self.restarts.count, self.restarts.capacity)
-        _, *known = self.restarts.read(jnp.minimum(restarts, self.restarts.capacity - 1))
-        known = eqx.filter(tuple(known), eqx.is_inexact_array)
-        return jtu.tree_map(lambda k, e: jnp.where(restarts < stored, k, e), known, end)
+# In a solve of fewer steps no state is held but those before restarts.
+_least_spacing = 64
 
 
 class _AdvancingState(eqx.Module):
@@ -93,60 +64,245 @@ class _Advancing(eqx.Module):
         return y1, y_error, dense_info, after, result
 
 
-class _Steps:
-    """A loop over steps that is not differentiated, and records what happens.
+class Kept(eqx.Module):
+    """What is kept of the steps that are made.
 
-    It is left where a restart is due or a jump was made in any element of a batch, so that
-    the steps between pay for nothing that belongs to these, if there can be any.
+    - `restarts`: how many there were.
+    - `record`, `checkpoints`: `None` where nothing is differentiated.
+    - `spacing`, `due`: after how many steps, with those that are rejected, another state is
+        to be held, and after how many the next one. So that it is due in all elements of a
+        batch at once, the spacing does not depend on what is held.
+    - `target`: to how many steps the solve is being replayed; `None` in the solve itself.
+    - `recorded`: whether every step to there, and what was between them, is recorded.
+    - `last`: the last step of the solve, and its end.
+    - `varying`: which leaves of the controller state a known state has.
     """
 
-    def __init__(self, inputs: Inputs, problem: Problem, record: Record):
+    restarts: Int[Array, ""]
+    record: Record | None = None
+    checkpoints: Checkpoints | None = None
+    spacing: IntScalarLike = 0
+    due: IntScalarLike = 0
+    target: IntScalarLike | None = None
+    recorded: BoolScalarLike | None = None
+    last: tuple[IntScalarLike, RealScalarLike] | None = None
+    varying: tuple[bool, ...] = eqx.field(static=True, default=())
+
+    def buffers(self) -> list:
+        """What `equinox.internal.while_loop` may update in place."""
+        return [] if self.record is None else self.record.buffers()
+
+    @property
+    def holds(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.capacity > 0
+
+    def append(
+        self, before: State, after: State, solver: AbstractReversibleSolver
+    ) -> tuple["Kept", BoolScalarLike]:
+        """Record the step from `before` to `after`, if it was accepted.
+
+        Returns also whether the state after it is to be held.
+        """
+        if self.record is None:
+            return self, False
+        accepted = after.num_accepted_steps > before.num_accepted_steps
+        scalars = solver.to_record(before.solver_state)
+        record = self.record.append(before, scalars, accepted)
+        kept = tree_replace(lambda k: k.record, self, record)
+        if not self.holds:
+            return kept, False
+        return kept, accepted & (after.num_steps >= self.due)
+
+    def interrupt(
+        self,
+        state: State,
+        restarts: BoolScalarLike,
+        crossed: BoolScalarLike,
+        goes_on: BoolScalarLike,
+    ) -> "Kept":
+        """Before the solve is restarted at `state`, or a jump `crossed`; or neither, if the
+        state is only to be held, unless this element of a batch has ended."""
+        count = self.restarts + jnp.where(restarts, 1, 0)
+        kept = tree_replace(lambda k: k.restarts, self, count)
+        if self.record is None:
+            return kept
+        record = self.record.interrupt(restarts, crossed)
+        kept = tree_replace(lambda k: k.record, kept, record)
+        if not self.holds:
+            return kept
+        assert self.checkpoints is not None
+        spread = goes_on & (self.record.count > 0) & (state.num_steps >= self.due)
+        end, complete = self.target, False
+        if end is None:
+            end = self.record.count + 1
+            complete = self.record.first == 0
+        known = Known.of(state, self.record.last_end, self.varying)
+        wanted = restarts | spread
+        checkpoints = self.checkpoints.hold(known, restarts, wanted, end, complete)
+        spacing = self.spacing
+        if self.target is None:
+            many = state.num_steps >= 2 * self.checkpoints.capacity * spacing
+            spacing = jnp.where(spread & many, 2 * spacing, spacing)
+        due = jnp.where(spread, (state.num_steps // spacing + 1) * spacing, self.due)
+        return tree_replace(
+            lambda k: (k.checkpoints, k.spacing, k.due), kept, (checkpoints, spacing, due)
+        )
+
+    def rewind(
+        self,
+        known: Known,
+        target: IntScalarLike,
+        last: tuple[IntScalarLike, RealScalarLike],
+    ) -> "Kept":
+        """To replay the solve from what is known, where no step was made again so far."""
+        assert self.record is not None
+        # Each with a record of the steps before it.
+        spacing = due = jnp.array(self.record.rows or jnp.iinfo(jnp.int32).max)
+        recorded = self.record.covers(known.step)
+        record = self.record.rewind(known.step, known.last_end)
+        return Kept(
+            *(self.restarts, record, self.checkpoints, spacing, due),
+            *(target, recorded, last, self.varying),
+        )
+
+    def interruptions(
+        self, state: State, restarts: BoolScalarLike, made_jump: BoolScalarLike
+    ) -> tuple[BoolScalarLike, BoolScalarLike]:
+        """Whether there is a restart, and whether there was a jump, before the next step:
+        as it was in the solve, if that is recorded."""
+        if self.recorded is None or self.record is None or self.record.flags is None:
+            return restarts, made_jump
+        restarted, crossed = self.record.before(state.num_accepted_steps)
+        if restarts is not False:
+            restarts = jnp.where(self.recorded, restarted, restarts)
+        if made_jump is not False:
+            made_jump = jnp.where(self.recorded, crossed, made_jump)
+        return restarts, made_jump
+
+    def start(self, state: State) -> State:
+        """Before a replay: with the step that was accepted next, if it is recorded, in
+        place of that which was tried first."""
+        step = self._recorded(state.num_accepted_steps)
+        if step is None:
+            return state
+        ends = step.ends.where(step.known, Ends(state.tprev, state.tnext))
+        return tree_replace(lambda s: (s.tprev, s.tnext), state, (ends.start, ends.end))
+
+    def next_step(self, state: State) -> "_Next | None":
+        """The step after the next, if it is recorded."""
+        return self._recorded(state.num_accepted_steps + 1)
+
+    def _recorded(self, step: IntScalarLike) -> "_Next | None":
+        if self.recorded is None or self.record is None or self.record.starts is None:
+            return None
+        assert self.last is not None
+        known = self.recorded & (step <= self.last[0])
+        return _Next(self.recorded, known, self.record.ends(step, *self.last))
+
+
+class _Next(eqx.Module):
+    """A step, if it is `known`, and whether the one before it is accepted for sure."""
+
+    accepted: BoolScalarLike
+    known: BoolScalarLike
+    ends: Ends
+
+
+class _ReplayedState(eqx.Module):
+    """The state of a controller, and what is recorded of the solve that is replayed."""
+
+    state: PyTree
+    next_step: _Next
+
+
+class _Replaying(eqx.Module):
+    """A controller that is not asked where the solve is recorded.
+
+    Error estimates round differently in two loops that are compiled apart, and decisions
+    could fall differently.
+    """
+
+    controller: AbstractStepSizeController
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
+        adapt = self.controller.adapt_step_size
+        step = t0, t1, y0, y1, args, y_error, error_order
+        if not isinstance(state, _ReplayedState):
+            return adapt(*step, state)
+        accepts, next_t0, next_t1, made_jump, new_state, result = adapt(*step, state.state)
+        after = state.next_step
+        accepts = after.accepted | accepts
+        next_t0 = jnp.where(after.known, after.ends.start, next_t0)
+        next_t1 = jnp.where(after.known, after.ends.end, next_t1)
+        result = RESULTS.where(after.accepted, RESULTS.successful, result)
+        new_state = _ReplayedState(new_state, after)
+        return accepts, next_t0, next_t1, made_jump, new_state, result
+
+
+class Stepper:
+    """The steps of a solve, one by one, as Diffrax makes them."""
+
+    def __init__(self, inputs: Inputs, problem: Problem, cond_fun, body_fun, buffers):
         self.inputs = inputs
         self.problem = problem
-        # Before the loop, and then after it.
-        self.record = record
-        self.end: State | None = None
+        self.cond_fun = cond_fun
+        self.body_fun = body_fun
+        self.buffers = buffers
 
-    def __call__(self, cond_fun, body_fun, init_val, *, max_steps, buffers):
-        def running(state):
-            within = True if max_steps is None else state.num_steps < max_steps
-            return cond_fun(state) & within
+    def run(
+        self, state: State, kept: Kept, running: Callable[[State], BoolScalarLike]
+    ) -> tuple[State, Kept]:
+        """Make steps, as long as there are some to make, and the state is `running`.
 
-        def interruptions(state):
-            restarts = self.problem.solver.needs_restart(state.solver_state)
+        The loop over them is left where a restart is due, a jump was made or a state is to
+        be held in any element of a batch, so that the steps between pay for nothing that
+        belongs to these, if there can be any.
+        """
+        solver = self.problem.solver
+
+        def goes_on(state):
+            return self.cond_fun(state) & running(state)
+
+        def interruptions(state, kept):
             made_jump = self.problem.with_jumps and state.made_jump
-            return restarts, made_jump
+            restarts = solver.needs_restart(state.solver_state)
+            return kept.interruptions(state, restarts, made_jump)
 
-        def interrupted(state, goes_on):
-            """Whether a restart is due, or a jump was made, in any element that goes on."""
-            due = (jnp.logical_or(*interruptions(state))) & goes_on
+        def any_due(state, kept, on):
+            """Whether a restart is due, or a jump was made, in any element that is on."""
+            due = jnp.logical_or(*interruptions(state, kept)) & on
             return eqxi.unvmap_any(due)
 
         def step(carry):
-            before, record, _ = carry
-            interpolates = self.problem.interpolates(before)
-            advancing = _AdvancingState(before.solver_state, interpolates)
-            after = body_fun(tree_replace(_solver_state, before, [advancing]))
-            after = tree_replace(_solver_state, after, [after.solver_state.solver_state])
-            record = record.append(before, after, self.problem.solver)
+            before, kept, _ = carry
+            after = self._step(before, kept.next_step(before))
+            kept, holds = kept.append(before, after, solver)
             # In a batch this is called for elements that have finished as well, and what it
             # makes of them must not interrupt the others.
-            due = interruptible and interrupted(after, running(before) & running(after))
-            return after, record, due
+            on = goes_on(before) & goes_on(after)
+            due = jnp.array(False)
+            if restartable:
+                due = any_due(after, kept, on)
+            if kept.holds:
+                due = due | eqxi.unvmap_any(holds & on)
+            return after, kept, due
 
         def interrupt(carry):
-            state, record, _ = carry
-            goes_on = running(state)
-            due = (d is not False and d & goes_on for d in interruptions(state))
-            return *self._interrupt(state, record, *due), jnp.array(False)
+            state, kept, _ = carry
+            on = goes_on(state)
+            restarts, made_jump = (
+                d is not False and d & on for d in interruptions(state, kept)
+            )
+            interrupted = self._interrupt(state, kept, restarts, made_jump, on)
+            return *interrupted, jnp.array(False)
 
         def steps_until_interruption(carry):
             return eqxi.while_loop(
-                lambda c: running(c[0]) & ~c[2],
+                lambda c: goes_on(c[0]) & ~c[2],
                 step,
                 carry,
                 max_steps=None,
-                buffers=lambda c: [*buffers(c[0]), *c[1].buffers()],
+                buffers=lambda c: [*self.buffers(c[0]), *c[1].buffers()],
                 kind="lax",
             )
 
@@ -154,20 +310,31 @@ class _Steps:
             carry = lax.while_loop(lambda c: eqxi.unvmap_any(c[2]), interrupt, carry)
             return steps_until_interruption(carry)
 
-        state, record = jtu.tree_map(jnp.asarray, (init_val, self.record))
-        interruptible = any(due is not False for due in interruptions(state))
-        if interruptible:
+        restartable = any(due is not False for due in interruptions(state, kept))
+        if restartable or kept.holds:
+            due = any_due(state, kept, goes_on(state)) if restartable else jnp.array(False)
             carry = lax.while_loop(
-                lambda carry: eqxi.unvmap_any(running(carry[0])),
+                lambda carry: eqxi.unvmap_any(goes_on(carry[0])),
                 segment,
-                (state, record, interrupted(state, running(state))),
+                (state, kept, due),
             )
         else:
-            carry = steps_until_interruption((state, record, jnp.array(False)))
-        self.end, self.record, _ = carry
-        return self.end
+            carry = steps_until_interruption((state, kept, jnp.array(False)))
+        state, kept, _ = carry
+        return state, kept
 
-    def _interrupt(self, state: State, record: Record, restarts, made_jump):
+    def _step(self, before: State, next_step: _Next | None) -> State:
+        interpolates = self.problem.interpolates(before)
+        states = _AdvancingState(before.solver_state, interpolates), before.controller_state
+        if next_step is not None:
+            states = states[0], _ReplayedState(states[1], next_step)
+        after = self.body_fun(tree_replace(_states, before, states))
+        solver_state, state = after.solver_state.solver_state, after.controller_state
+        if next_step is not None:
+            state = state.state
+        return tree_replace(_states, after, (solver_state, state))
+
+    def _interrupt(self, state: State, kept: Kept, restarts, made_jump, on):
         context = self.inputs.context
         solver_state, restarted, crossed = interrupt(
             self.problem.solver,
@@ -179,25 +346,120 @@ class _Steps:
             restarts,
             made_jump,
         )
-        record = record.interrupt(state, self.problem.solver, restarted, crossed)
+        kept = kept.interrupt(state, restarted, crossed, on)
         made_jump = jnp.where(made_jump, False, state.made_jump)
         state = tree_replace(
             lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
         )
-        return state, record
+        return state, kept
 
 
-def _solve(inputs: Inputs, problem: Problem, record: Record) -> tuple[State, dict, _Steps]:
-    steps = _Steps(inputs, problem, record)
-    final_state = problem.run(inputs, _Advancing(problem.solver), steps)
-    return final_state, {"num_restarts": steps.record.restarts.count}, steps
+class Replayer:
+    """Makes steps of a solve again, from a known state on.
+
+    - `start`: where the solve began.
+    """
+
+    def __init__(self, inputs: Inputs, problem: Problem):
+        problem = problem.without_outputs(_Replaying(problem.stepsize_controller))
+        inputs = eqx.tree_at(
+            lambda i: (i.context.save_fns, i.context.event_fns), inputs, ((), ())
+        )
+        loops = []
+
+        def found(cond_fun, body_fun, init_val, *, max_steps, buffers):
+            del max_steps
+            stepper = Stepper(inputs, problem, cond_fun, body_fun, buffers)
+            loops.append((stepper, jtu.tree_map(jnp.asarray, init_val)))
+            return init_val
+
+        problem.run(inputs, _Advancing(problem.solver), found)
+        ((self._stepper, self._init_state),) = loops
+        self._varying = problem.varying
+        init = self._init_state
+        self.start = Known.of(init, init.tprev, problem.varying)
+
+    def run(
+        self,
+        known: Known,
+        kept: Kept,
+        target: IntScalarLike,
+        last: tuple[IntScalarLike, RealScalarLike],
+        replays: BoolScalarLike,
+    ) -> tuple[Known, Kept]:
+        """To a number of steps, if this element of a batch `replays`.
+
+        - `last`: the last step of the solve, and its end.
+        """
+        kept = kept.rewind(known, target, last)
+        state, kept = self._stepper.run(
+            kept.start(known.resume(self._init_state)),
+            kept,
+            lambda state: replays & (state.num_accepted_steps < target),
+        )
+        assert kept.record is not None
+        return Known.of(state, kept.record.last_end, self._varying), kept
+
+
+class Trace(eqx.Module):
+    """What is kept of a solve: its end, where its last steps were, and known states.
+
+    Nothing of it grows with the number of steps.
+    """
+
+    # After the last step, and before the event that ended the solve is located and the
+    # last outputs are written. Without what was saved, of which there are just shapes.
+    end: State
+    ys_structs: list[PyTree[jax.ShapeDtypeStruct]]
+    dense_structs: PyTree[jax.ShapeDtypeStruct]
+    kept: Kept
+    result: RESULTS
+    # Whether there may have been restarts.
+    restartable: bool = eqx.field(static=True)
+
+    @property
+    def count(self) -> IntScalarLike:
+        """How many steps there were."""
+        return self.record.count
+
+    @property
+    def record(self) -> Record:
+        assert self.kept.record is not None
+        return self.kept.record
+
+    @property
+    def outermost(self) -> tuple[Ends, Ends] | None:
+        return self.record.outermost
+
+    def zero_ys(self) -> list[PyTree[Array]]:
+        """In the shapes of what each `SubSaveAt` writes."""
+        return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
+
+
+def _solve(
+    inputs: Inputs, problem: Problem, make_kept: Callable[[State], Kept]
+) -> tuple[State, dict, State, Kept]:
+    """Returns also what the loop over steps ended with."""
+    ends = []
+
+    def loop_over_steps(cond_fun, body_fun, init_val, *, max_steps, buffers):
+        def within(state):
+            return True if max_steps is None else state.num_steps < max_steps
+
+        stepper = Stepper(inputs, problem, cond_fun, body_fun, buffers)
+        state = jtu.tree_map(jnp.asarray, init_val)
+        end, kept = stepper.run(state, make_kept(state), within)
+        ends.append((end, kept))
+        return end
+
+    final_state = problem.run(inputs, _Advancing(problem.solver), loop_over_steps)
+    ((end, kept),) = ends
+    return final_state, {"num_restarts": kept.restarts}, end, kept
 
 
 def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """The final state and statistics, where nothing is differentiated."""
-    stored = problem.solver.to_store(inputs.solver_state)
-    restarts = RestartRecord.allocate(0, problem.t0, inputs.y0, stored)
-    final_state, aux_stats, _ = _solve(inputs, problem, Record(None, restarts))
+    final_state, aux_stats, *_ = _solve(inputs, problem, lambda state: Kept(jnp.array(0)))
     return final_state, aux_stats
 
 
@@ -205,36 +467,41 @@ def solve_and_record(
     inputs: Inputs, problem: Problem, checkpoints: int
 ) -> tuple[State, dict, Trace]:
     """As `solve_plainly`, and keep what the walk back needs."""
-    controller, dtype = problem.stepsize_controller, jnp.result_type(problem.t0)
-    recomputed = isinstance(controller, AbstractReversibleStepSizeController)
-    scalars = jax.eval_shape(lambda: problem.solver.to_record(inputs.solver_state))
-    if problem.solver.needs_restart(inputs.solver_state) is False:
-        checkpoints = 0
-    if recomputed and len(jtu.tree_leaves(scalars)) == 0:
-        to_record = RecomputedSteps.allocate(dtype, problem.with_jumps)
-    else:
-        max_steps = check_max_steps(problem.max_steps, recomputed)
-        rows = max(max_steps, 1)
-        to_record = RecordedSteps.allocate(rows, dtype, scalars, problem.with_jumps)
-    stored = problem.solver.to_store(inputs.solver_state)
-    restarts = RestartRecord.allocate(checkpoints, problem.t0, inputs.y0, stored)
-    record = Record(to_record, restarts)
-    final_state, aux_stats, steps = _solve(inputs, problem, record)
-    end = steps.end
-    assert end is not None and steps.record.steps is not None
+    controller, solver = problem.stepsize_controller, problem.solver
+    restartable = solver.needs_restart(inputs.solver_state) is not False
+
+    def make_kept(state):
+        known = Known.of(state, state.tprev, problem.varying)
+        record = Record.allocate(
+            problem.t0,
+            jax.eval_shape(lambda: solver.to_record(inputs.solver_state)),
+            with_flags=restartable or problem.with_jumps,
+            with_jumps=problem.with_jumps,
+            recomputed=isinstance(controller, AbstractReversibleStepSizeController),
+            max_steps=problem.max_steps,
+            room=room_for_steps(
+                inputs.y0, problem.t0, problem.max_steps, known.bytes * checkpoints
+            ),
+        )
+        held = Checkpoints.allocate(checkpoints, known)
+        spacing = jnp.array(_least_spacing)
+        none = jnp.array(0)
+        return Kept(none, record, held, spacing, spacing, varying=problem.varying)
+
+    final_state, aux_stats, end, kept = _solve(inputs, problem, make_kept)
     trace = Trace(
         _without_saved(end),
         jax.eval_shape(lambda: [saved.ys for saved in save_states(end)]),
         jax.eval_shape(lambda: end.dense_infos),
-        steps.record.steps,
-        steps.record.restarts,
+        kept,
         final_state.result,
+        restartable,
     )
     return final_state, aux_stats, trace
 
 
-def _solver_state(state: State) -> list[SolverState]:
-    return [state.solver_state]
+def _states(state: State) -> tuple[SolverState, PyTree]:
+    return state.solver_state, state.controller_state
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:

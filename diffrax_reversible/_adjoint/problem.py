@@ -8,7 +8,13 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractStepSizeController, Event, SaveAt, SubSaveAt
+from diffrax import (
+    AbstractStepSizeController,
+    Event,
+    NoProgressMeter,
+    SaveAt,
+    SubSaveAt,
+)
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
@@ -82,6 +88,8 @@ class Problem(eqx.Module):
     with_jumps: bool = eqx.field(static=True)
     # Whether the ends of steps follow the state, as far as gradients go.
     steps_follow_state: bool = eqx.field(static=True)
+    # Which leaves of the controller state are not the same all the time.
+    varying: tuple[bool, ...] = eqx.field(static=True)
 
     @property
     def finds_roots(self) -> bool:
@@ -115,6 +123,27 @@ class Problem(eqx.Module):
     def at(self, times: Times) -> "Problem":
         """With the ends of the solve at `times`."""
         return eqx.tree_at(lambda p: (p.t0, p.t1), self, (times.t0, times.t1))
+
+    def without_outputs(self, controller: Any) -> "Problem":
+        """The same steps, by a `controller`, of which nothing is saved."""
+        meter = NoProgressMeter()
+        state = tree_replace(
+            lambda s: [
+                *(s.save_state, s.dense_ts, s.dense_infos, s.dense_save_index),
+                *(s.event_tprev, s.event_tnext, s.event_dense_info),
+                *(s.event_values, s.event_mask, s.progress_meter_state),
+            ],
+            self.init_state,
+            [(), *[None] * 8, meter.init()],
+        )
+        return tree_replace(
+            lambda p: [
+                *(p.saveat, p.event, p.init_state, p.progress_meter),
+                p.stepsize_controller,
+            ],
+            self,
+            [SaveAt(subs=()), None, state, meter, controller],
+        )
 
     def run(self, inputs: Inputs, solver: Any, outer_while_loop: Callable) -> State:
         """Diffrax's forward pass, with `outer_while_loop` for its loop over steps."""
@@ -236,6 +265,25 @@ def follows_state(
     jaxpr = jax.make_jaxpr(derivative)(known, known).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return any(used[len(used) // 2 :])
+
+
+def varying_leaves(
+    controller: AbstractStepSizeController, solver, terms, args, init_state: State
+) -> tuple[bool, ...]:
+    """Which leaves of its state a controller replaces, and does not hand on as they are."""
+    y, t = init_state.y, jnp.asarray(init_state.tprev)
+    leaves, structure = jtu.tree_flatten(init_state.controller_state)
+
+    def adapt(leaves):
+        state = jtu.tree_unflatten(structure, leaves)
+        step = t, t + 1, y, y, args, y, solver.error_order(terms), state
+        return jtu.tree_leaves(controller.adapt_step_size(*step)[4])
+
+    if not all(map(eqx.is_array, leaves)):
+        return (True,) * len(leaves)
+    jaxpr = jax.make_jaxpr(adapt)(leaves).jaxpr
+    pairs = zip(jaxpr.invars, jaxpr.outvars, strict=True)
+    return tuple(new is not old for old, new in pairs)
 
 
 def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:

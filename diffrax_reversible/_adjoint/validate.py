@@ -27,36 +27,11 @@ def check_supported(terms: Terms) -> None:
         )
 
 
-def check_max_steps(max_steps: int | None, recomputed: bool) -> int:
-    """Raise an error where there is no bound on the length of the record of steps; of steps
-    that could be `recomputed`, if it is the solver that asks for it."""
-    if max_steps is None and recomputed:
-        raise ValueError(
-            f"{call} records what this solver forgets in a step, and to be differentiated "
-            "it needs to know how many there can be at the most. Pass `max_steps=...`, or "
-            "use a solver of which the steps can be undone without, as "
-            "`diffrax_reversible.ALF4`."
-        )
-    if max_steps is None:
-        raise ValueError(
-            f"{call} records where the steps are, two times a step, and to be "
-            "differentiated it needs to know how many there can be at the most. Pass "
-            "`max_steps=...`, or use a step-size controller of which the steps can be "
-            "recomputed, as `diffrax_reversible.StepDensityController`."
-        )
-    return max_steps
-
-
-def too_few(checkpoints: int) -> str:
-    """The message where there was no room to store the state of a restart."""
-    return (
-        f"`ReversibleAdjoint(checkpoints={checkpoints})`: the solver restarted more than "
-        f"{checkpoints} times, and the gradient needs the state at each restart. Pass a "
-        "larger number of `checkpoints` (with this adjoint `sol.stats['num_restarts']` "
-        "tells how many there are, also if nothing is differentiated), or use "
-        "`adjoint=RecursiveCheckpointAdjoint()`."
-    )
-
+torn_steps = (
+    f"{call}: a step did not begin where the last one had ended, although the "
+    "`stepsize_controller` said that there was no jump between them. Let its "
+    "`adapt_step_size` return `made_jump=True`, or the end of the last step."
+)
 
 hidden_closure = (
     f"{call}: a function that is not visible as a leaf of a term of your own, such as a "

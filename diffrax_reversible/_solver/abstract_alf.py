@@ -287,11 +287,6 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         )
         return y_scale, ALFState(v_scale, None, None, None)
 
-    def to_store(self, solver_state: ALFState) -> ALFState:
-        """All but what is known of the deviation, which grows anew."""
-        none = jtu.tree_map(lambda x: None, solver_state.deviation)
-        return ALFState(solver_state.v, none, solver_state.low, solver_state.fresh)
-
     def inverse_step(
         self,
         terms: AbstractTerm,

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -111,6 +111,9 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     back.
     """
 
+    # How many states `ReversibleAdjoint` holds by default, for the walk back to go on from.
+    default_checkpoints: ClassVar[int] = 8
+
     def step(
         self,
         terms: Terms,
@@ -195,8 +198,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     def needs_restart(self, solver_state: _SolverState) -> BoolScalarLike:
         """Whether the solver state has to be replaced before the next step.
 
-        That cannot be undone. `ReversibleAdjoint` stores the state and the solver state
-        before each restart.
+        That cannot be undone. `ReversibleAdjoint` holds the state and the solver state
+        before a restart, or replays the solve up to there.
         """
         del solver_state
         return False
@@ -234,14 +237,6 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
         """
         del terms, t0, t1, y, args
         return solver_state, False
-
-    def to_store(self, solver_state: _SolverState) -> _SolverState:
-        """What `ReversibleAdjoint` stores of the solver state before a restart.
-
-        By default all of it. In place of leaves of which the walk back makes no use there
-        may be `None`; where it comes to the restart, they are left as they are.
-        """
-        return solver_state
 
     def to_record(self, solver_state: _SolverState) -> PyTree[Array]:
         """Scalars of the solver state that a step forgets, and that undoing it takes.

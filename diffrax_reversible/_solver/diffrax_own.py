@@ -1,5 +1,7 @@
 """Those solvers of Diffrax that are reversible as they stand."""
 
+from typing import ClassVar
+
 import jax.tree_util as jtu
 from diffrax import (
     AbstractTerm,
@@ -85,6 +87,9 @@ class _LeapfrogMidpoint(AbstractReversibleAdapter[tuple[RealScalarLike, Y]]):
 
 class _SemiImplicitEuler(AbstractReversibleAdapter[None]):
     """`q1 = q0 + f(t0, p0) X` and `p1 = p0 + g(t0, q1) X`, undone in reverse order."""
+
+    # It is symplectic.
+    default_checkpoints: ClassVar[int] = 0
 
     def inverse_step(
         self,

@@ -17,7 +17,7 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     size = jnp.abs(coarse)
     slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
     limit = jnp.maximum(jnp.maximum(slopes, size), jnp.finfo(size.dtype).tiny)
-    coarse = coarse * (size / limit) ** power
+    coarse = coarse * ((size / limit) ** power).astype(coarse.dtype)
     return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
 
@@ -36,4 +36,5 @@ class Excess(eqx.Module):
         if raised.size == error.size:
             return raised.reshape(error.shape).astype(error.dtype)
         before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
-        return error * jnp.sqrt(jnp.where(before == 0, 1, after / before))
+        factor = jnp.sqrt(jnp.where(before == 0, 1, after / before))
+        return error * factor.astype(error.dtype)

@@ -260,11 +260,6 @@ class McCallumFoster(
         del terms, t, args
         return CoupledState(y, solver_state.separation.restarted())
 
-    def to_store(self, solver_state: CoupledState) -> CoupledState:
-        """The copy."""
-        none = jtu.tree_map(lambda x: None, solver_state.separation)
-        return CoupledState(solver_state.copy, none)
-
     def error_scales(
         self,
         terms: Terms,

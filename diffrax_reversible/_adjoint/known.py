@@ -1,0 +1,165 @@
+"""States of a solve that are held, for the walk back to go on from."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+    RealScalarLike,
+    SolverState,
+    Y,
+)
+from .._diffrax import State
+from .._tree import tree_replace
+
+
+class Known(eqx.Module):
+    """All that a solve goes on from: after a step, and before a restart or a jump.
+
+    - `controller_state`: those of its leaves that vary.
+    - `step`: how many steps there had been.
+    - `t`, `next_t`: the ends of the next step, as far as the controller knows.
+    - `last_end`: where the last step ended.
+    """
+
+    y: Y
+    solver_state: SolverState
+    controller_state: PyTree
+    t: RealScalarLike
+    next_t: RealScalarLike
+    last_end: RealScalarLike
+    made_jump: BoolScalarLike
+    step: IntScalarLike
+
+    @staticmethod
+    def of(state: State, last_end: RealScalarLike, varying: tuple[bool, ...]) -> "Known":
+        """Of a state of which every leaf is an array, with those of the controller state
+        that vary."""
+        leaves, structure = jtu.tree_flatten(state.controller_state)
+        leaves = [x if v else None for x, v in zip(leaves, varying, strict=True)]
+        return Known(
+            state.y,
+            state.solver_state,
+            jtu.tree_unflatten(structure, leaves),
+            state.tprev,
+            state.tnext,
+            last_end,
+            state.made_jump,
+            jnp.asarray(state.num_accepted_steps),
+        )
+
+    def resume(self, state: State) -> State:
+        """`state`, as it was then."""
+        controller_state = eqx.combine(self.controller_state, state.controller_state)
+        return tree_replace(
+            lambda s: (
+                *(s.y, s.solver_state, s.controller_state, s.tprev, s.tnext),
+                *(s.made_jump, s.num_accepted_steps),
+            ),
+            state,
+            (
+                *(self.y, self.solver_state, controller_state, self.t, self.next_t),
+                *(self.made_jump, self.step),
+            ),
+        )
+
+    def where(self, pred: BoolScalarLike, other: "Known") -> "Known":
+        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(self))
+
+
+class Checkpoints(eqx.Module):
+    """A bounded number of known states.
+
+    - `rows`: the states, in any order; `step` is negative where there is none.
+    - `restarts`: whether the solve was restarted there, which cannot be undone without.
+    """
+
+    rows: Known
+    restarts: Bool[Array, " capacity"]
+
+    @property
+    def capacity(self) -> int:
+        return self.restarts.shape[0]
+
+    @staticmethod
+    def allocate(capacity: int, like: Known) -> "Checkpoints":
+        rows = jtu.tree_map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), like)
+        rows = eqx.tree_at(
+            lambda r: r.step, rows, jnp.full(capacity, -1, jnp.result_type(like.step))
+        )
+        return Checkpoints(rows, jnp.zeros(capacity, bool))
+
+    def hold(
+        self,
+        known: Known,
+        restarts: BoolScalarLike,
+        wanted: BoolScalarLike,
+        end: IntScalarLike,
+        prefer_restarts: BoolScalarLike,
+    ) -> "Checkpoints":
+        """Hold another state, if it is `wanted`, in place of what is missed the least.
+
+        What is missed is told from how many steps there are from the state before to that
+        after, as a fraction of the steps to the `end`, and times the number of states from
+        here to there, which the walk is done with when it comes here, and has room for
+        others. By this rule, found by trying out several, restarts in every step are walked
+        back with no more replays than binomial checkpointing takes: for 76 and 4 states
+        2.0 times all steps, for 1,000 and 8 states 3.2 times.
+
+        While `prefer_restarts`, states that are evenly spread are given up for those before
+        restarts.
+
+        **Arguments:**
+
+        - `known`: after all those that are held.
+        - `end`: where the walk back begins. States from there on are done with.
+        """
+        if self.capacity == 0:
+            return self
+        steps = jnp.append(self.rows.step, known.step)
+        restarts = jnp.append(self.restarts, restarts)
+        live = (steps >= 0) & (steps < end)
+        earlier = live[None, :] & (steps[None, :] < steps[:, None])
+        later = live[None, :] & (steps[None, :] > steps[:, None])
+        before = jnp.max(jnp.where(earlier, steps[None, :], 0), axis=1)
+        after = jnp.min(jnp.where(later, steps[None, :], end), axis=1)
+        gap = (after - before).astype(jnp.float32)
+        follow = (1 + jnp.sum(later, axis=1)).astype(jnp.float32)
+        fraction = follow * gap / (end - steps).astype(jnp.float32)
+        spread = prefer_restarts & jnp.logical_not(restarts)
+        missed = jnp.where(spread, gap * jnp.float32(1e-9), fraction)
+        missed = jnp.where(live, missed, -jnp.inf)
+        i = jnp.argmin(missed)
+        wanted = wanted & (i < self.capacity)
+        i = jnp.minimum(i, self.capacity - 1)
+
+        def write(rows, value):
+            return rows.at[i].set(jnp.where(wanted, value, rows[i]))
+
+        rows = jtu.tree_map(write, self.rows, known)
+        return Checkpoints(rows, write(self.restarts, restarts[-1]))
+
+    def before(self, step: IntScalarLike, start: Known) -> Known:
+        """The last state that is known before a `step`, which may be the `start`."""
+        if self.capacity == 0:
+            return start
+        steps = jnp.where(self.rows.step < step, self.rows.step, -1)
+        i = jnp.argmax(steps)
+        row = jtu.tree_map(lambda rows: rows[i], self.rows)
+        return row.where(steps[i] >= 0, start)
+
+    def step_before(self, step: IntScalarLike) -> IntScalarLike:
+        """After how many steps that is known."""
+        steps = jnp.where(self.rows.step < step, self.rows.step, 0)
+        return jnp.maximum(jnp.max(steps, initial=0), 0)
+
+    def held(self, step: IntScalarLike) -> BoolScalarLike:
+        """Whether the state is known after just as many steps."""
+        return jnp.any(self.rows.step == step) | (step == 0)

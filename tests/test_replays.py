@@ -1,0 +1,183 @@
+"""Solves of which not every restart is held, and not every step recorded."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import as_vector, kepler, lorenz, relative_error
+from .test_work import Counter
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def pid(tol, **kwargs):
+    return dfx.PIDController(rtol=tol, atol=tol, **kwargs)
+
+
+def scaled(field):
+    return lambda t, y, scale: jax.tree.map(lambda dy: scale * dy, field(t, y, None))
+
+
+def relaxation(t, y, rate):
+    return -rate * (y - jnp.cos(t).astype(y.dtype))
+
+
+def final_of(field, t1, dt0=None, solver=None, **kwargs):
+    def final(y0, args, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4() if solver is None else solver,
+            *(0.0, t1, dt0, y0, args),
+            adjoint=adjoint,
+            **kwargs,
+        )
+        ys = jax.tree.leaves(sol.ys)
+        return sum(jnp.sum(y**2) for y in ys), sol.stats.get("num_restarts")
+
+    return final
+
+
+def gradient(final, adjoint):
+    """Of `final`, compiled, and the number of restarts."""
+    return jax.jit(
+        lambda *inputs: jax.grad(final, argnums=(0, 1), has_aux=True)(*inputs, adjoint)
+    )
+
+
+STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (dr.ALF4(), dr.ALF6(), dr.McCallumFoster(dfx.Tsit5())),
+    ids=("ALF4", "ALF6", "coupling"),
+)
+@pytest.mark.parametrize("rate", (4.0, 10.0))
+def test_any_number_of_checkpoints(solver, rate):
+    """More restarts than checkpoints are no limit, nor is a solve without a checkpoint."""
+    final = final_of(relaxation, 10.0, stepsize_controller=pid(1e-6), solver=solver)
+    inputs = jnp.array([1.0, 0.5]), jnp.array(rate)
+    expected, _ = gradient(final, STORE)(*inputs)
+    for checkpoints in (0, 1, 3, 100):
+        grad, restarts = gradient(final, dr.ReversibleAdjoint(checkpoints))(*inputs)
+        assert 3 < restarts < 100
+        # That with respect to `y0` has died out.
+        assert relative_error(grad[1], expected[1]) < 1e-8
+        assert np.max(np.abs(as_vector(grad[0]) - as_vector(expected[0]))) < 1e-12
+
+
+@pytest.mark.parametrize("checkpoints, most", ((32, 1.4), (8, 2.0), (4, 3.0)))
+def test_evaluations(checkpoints, most):
+    """Times those with room for all restarts."""
+    field = Counter()
+
+    def counted(t, y, rate):
+        # A field with the stiffness of `relaxation`, evaluated once.
+        return relaxation(t, y, rate) + 0 * field(t, y, rate)
+
+    final = final_of(counted, 10.0, 0.025)
+    inputs = jnp.array(1.0), jnp.array(40.0)
+
+    def evaluations(checkpoints):
+        fn = gradient(final, dr.ReversibleAdjoint(checkpoints))
+        count, (grad, restarts) = field.during(fn, *inputs)
+        assert restarts == 76
+        return count, grad[1]
+
+    (few, grad), (enough, expected) = evaluations(checkpoints), evaluations(128)
+    assert few < most * enough
+    assert relative_error(grad, expected) < 1e-12
+
+
+def test_batch():
+    """Every element restarts, and is replayed, where it has to."""
+    final = final_of(relaxation, 10.0, 0.025)
+    rates = jnp.linspace(0.0, 40.0, 5)
+    inputs = jnp.ones((5, 2)), rates
+    ours, theirs = (
+        jax.vmap(gradient(final, adjoint))(*inputs)
+        for adjoint in (dr.ReversibleAdjoint(checkpoints=3), STORE)
+    )
+    assert ours[1][0] == 0 and ours[1][-1] > 30
+    for grad, expected in zip(ours[0][1], theirs[0][1], strict=True):
+        assert relative_error(grad, expected) < 1e-8
+
+
+E = 0.6
+ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
+
+
+@pytest.mark.parametrize(
+    "field, y0, args, t1, tol",
+    (
+        (scaled(kepler), ORBIT, jnp.array(1.0), 30.0, 1e-8),
+        (scaled(lorenz), jnp.ones(3), jnp.array(1.0), 6.0, 1e-8),
+    ),
+    ids=("kepler", "lorenz"),
+)
+@pytest.mark.parametrize(
+    "solver", (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())), ids=("ALF4", "coupling")
+)
+def test_no_bound_on_steps(field, y0, args, t1, tol, solver):
+    """Of steps that are recorded: the last few hundred are, and the others replayed."""
+    kwargs = dict(stepsize_controller=pid(tol), solver=solver)
+    ts = jnp.linspace(0, t1, 7)
+    final = final_of(field, t1, max_steps=None, saveat=dfx.SaveAt(ts=ts), **kwargs)
+    bounded = final_of(field, t1, max_steps=4096, saveat=dfx.SaveAt(ts=ts), **kwargs)
+    expected, _ = gradient(bounded, STORE)(y0, args)
+    for adjoint in (dr.ReversibleAdjoint(), dr.ReversibleAdjoint(checkpoints=2)):
+        grad, _ = gradient(final, adjoint)(y0, args)
+        assert relative_error(grad, expected) < 1e-7
+
+
+def test_long_solves_of_solvers_that_do_not_restart():
+    """They go on from known states as well."""
+    final = final_of(scaled(kepler), 60.0, 0.05, dr.ALF2(), max_steps=None)
+    bounded = final_of(scaled(kepler), 60.0, 0.05, dr.ALF2())
+    args = jnp.array(1.0)
+    expected, _ = gradient(bounded, STORE)(ORBIT, args)
+    grad, restarts = gradient(final, dr.ReversibleAdjoint(drift_tol=1e-9))(ORBIT, args)
+    assert restarts == 0 and relative_error(grad, expected) < 1e-8
+
+
+@pytest.mark.parametrize("dt", (1e-3, 5e-4))
+def test_jumps_and_steps_that_are_recomputed(dt):
+    """Flags of restarts and jumps are forgotten too."""
+    jumps = dfx.ClipStepSizeController(pid(1e-6, dtmax=10 * dt), jump_ts=jnp.arange(1, 3.0))
+    density = dr.StepDensityController(lambda t, y, args: dt * (2 + jnp.sin(t)))
+    inputs = jnp.array([1.0, 0.5]), jnp.array(40.0)
+
+    def switched(t, y, rate):
+        return relaxation(t, y, jnp.where(t < 1, rate / 2, rate))
+
+    for controller, field in ((jumps, switched), (density, relaxation)):
+        kwargs = dict(stepsize_controller=controller, max_steps=8192)
+        final = final_of(field, 3.0, None, **kwargs)
+        expected, _ = gradient(final, dfx.RecursiveCheckpointAdjoint(8192))(*inputs)
+        grad, restarts = gradient(final, dr.ReversibleAdjoint(checkpoints=2))(*inputs)
+        assert restarts > 2
+        assert relative_error(grad[1], expected[1]) < 1e-8
+
+
+class Torn(dfx.AbstractStepSizeController):
+    """Leaves a gap between steps, and says nothing of it."""
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, dt0
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
+        return True, t1 + 1e-6, t1 + state, False, state, dfx.RESULTS.successful
+
+
+def test_gaps_between_steps():
+    final = final_of(relaxation, 1.0, 0.1, stepsize_controller=Torn())
+    with pytest.raises(Exception, match="did not begin where the last one had ended"):
+        gradient(final, dr.ReversibleAdjoint())(jnp.ones(2), jnp.array(1.0))
