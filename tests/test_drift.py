@@ -17,7 +17,9 @@ def contracting(t, y, rate):
 
 
 def gradient(rate, drift_tol=None, throw=True, t1=10.0, adjoint=None, field=contracting):
-    adjoint = dr.ReversibleAdjoint(drift_tol=drift_tol) if adjoint is None else adjoint
+    if adjoint is None:
+        # With nothing known but the start.
+        adjoint = dr.ReversibleAdjoint(checkpoints=0, drift_tol=drift_tol)
 
     def final(y0, rate):
         sol = dfx.diffeqsolve(
@@ -83,11 +85,14 @@ def test_never_wrong_in_silence(rate):
     """From no drift at all to a reconstruction that failed."""
     exact = gradient(jnp.array(rate), adjoint=dfx.RecursiveCheckpointAdjoint())
     grad = gradient(jnp.array(rate), throw=False)
-    # `T = 10`. The README says up to where to expect no trouble.
-    assert np.isfinite(grad[1]) == (rate * 10 <= 15)
+    # `T = 10`.
+    assert np.isfinite(grad[1]) == (rate * 10 <= 20)
     if np.isfinite(grad[1]):
-        # The gradient may be off by somewhat more than the state, 1.5e-8.
-        assert np.allclose(grad[1], exact[1], rtol=1e-6)
+        # The gradient may be off by somewhat more than the state, 1e-6.
+        assert np.allclose(grad[1], exact[1], rtol=1e-5)
+    # With states that are known between.
+    grad = gradient(jnp.array(rate), adjoint=dr.ReversibleAdjoint())
+    assert np.allclose(grad[1], exact[1], rtol=1e-8)
 
 
 def test_not_finite():

@@ -8,7 +8,14 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, kepler, lorenz, relative_error
+from .problems import (
+    as_vector,
+    kepler,
+    lorenz,
+    Network,
+    network_args,
+    relative_error,
+)
 from .test_work import Counter
 
 
@@ -175,6 +182,34 @@ class Torn(dfx.AbstractStepSizeController):
 
     def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
         return True, t1 + 1e-6, t1 + state, False, state, dfx.RESULTS.successful
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dfx.ReversibleHeun()), ids=(0, 1))
+def test_many_steps_in_single_precision(solver):
+    """With default settings, and nearly as near to double precision as the gradient by
+    stored states."""
+    count, network = 10_000, Network()
+
+    def gradient(dtype, adjoint):
+        def final(y0, args):
+            field = dfx.ODETerm(lambda t, y, args: network(t.astype(y.dtype), y, args))
+            times = (jnp.asarray(t, dtype) for t in (0.0, 20.0, 20 / count))
+            kwargs = dict(max_steps=count + 10, adjoint=adjoint)
+            return jnp.sum(
+                dfx.diffeqsolve(field, solver, *times, y0, args, **kwargs).ys ** 2
+            )
+
+        y0 = jnp.array([1.0, 2.0, 0.5], dtype)
+        args = jax.tree.map(lambda x: x.astype(dtype), network_args())
+        return as_vector(jax.jit(jax.grad(final, argnums=(0, 1)))(y0, args))
+
+    store = dfx.RecursiveCheckpointAdjoint(checkpoints=count + 10)
+    exact = gradient(jnp.float64, store)
+    ours, stored = (
+        np.max(np.abs(gradient(jnp.float32, adjoint) - exact))
+        for adjoint in (dr.ReversibleAdjoint(), store)
+    )
+    assert ours < 5 * stored
 
 
 def test_gaps_between_steps():

@@ -341,7 +341,8 @@ class _Walk(eqx.Module):
         self, known: Known, kept: Kept, step: IntScalarLike, replays: BoolScalarLike
     ) -> tuple[Known, Kept]:
         last = self.trace.count - 1, self.trace.record.last_end
-        new, new_kept = self.replayer.run(known, kept, step, last, replays)
+        most = self.trace.end.num_steps
+        new, new_kept = self.replayer.run(known, kept, step, last, most, replays)
         # The buffers of the others were not written to, nor was anything held.
         assert new_kept.record is not None and kept.record is not None
         record = new_kept.record

@@ -72,6 +72,8 @@ class Kept(eqx.Module):
     - `spacing`, `due`: after how many steps, with those that are rejected, another state is
         to be held, and after how many the next one. So that it is due in all elements of a
         batch at once, the spacing does not depend on what is held.
+    - `advanced`: whether the last step was accepted. A state that was tried from before may
+        have been restarted, and is not held.
     - `target`: to how many steps the solve is being replayed; `None` in the solve itself.
     - `recorded`: whether every step to there, and what was between them, is recorded.
     - `last`: the last step of the solve, and its end.
@@ -83,6 +85,7 @@ class Kept(eqx.Module):
     checkpoints: Checkpoints | None = None
     spacing: IntScalarLike = 0
     due: IntScalarLike = 0
+    advanced: BoolScalarLike = False
     target: IntScalarLike | None = None
     recorded: BoolScalarLike | None = None
     last: tuple[IntScalarLike, RealScalarLike] | None = None
@@ -108,7 +111,7 @@ class Kept(eqx.Module):
         accepted = after.num_accepted_steps > before.num_accepted_steps
         scalars = solver.to_record(before.solver_state)
         record = self.record.append(before, scalars, accepted)
-        kept = tree_replace(lambda k: k.record, self, record)
+        kept = tree_replace(lambda k: (k.record, k.advanced), self, (record, accepted))
         if not self.holds:
             return kept, False
         return kept, accepted & (after.num_steps >= self.due)
@@ -131,7 +134,7 @@ class Kept(eqx.Module):
         if not self.holds:
             return kept
         assert self.checkpoints is not None
-        spread = goes_on & (self.record.count > 0) & (state.num_steps >= self.due)
+        spread = goes_on & self.advanced & (state.num_steps >= self.due)
         end, complete = self.target, False
         if end is None:
             end = self.record.count + 1
@@ -162,7 +165,7 @@ class Kept(eqx.Module):
         record = self.record.rewind(known.step, known.last_end)
         return Kept(
             *(self.restarts, record, self.checkpoints, spacing, due),
-            *(target, recorded, last, self.varying),
+            *(jnp.array(False), target, recorded, last, self.varying),
         )
 
     def interruptions(
@@ -385,17 +388,22 @@ class Replayer:
         kept: Kept,
         target: IntScalarLike,
         last: tuple[IntScalarLike, RealScalarLike],
+        most: IntScalarLike,
         replays: BoolScalarLike,
     ) -> tuple[Known, Kept]:
         """To a number of steps, if this element of a batch `replays`.
 
         - `last`: the last step of the solve, and its end.
+        - `most`: how many steps it took, with those that were rejected. No replay takes
+            more.
         """
         kept = kept.rewind(known, target, last)
         state, kept = self._stepper.run(
             kept.start(known.resume(self._init_state)),
             kept,
-            lambda state: replays & (state.num_accepted_steps < target),
+            lambda state: (
+                replays & (state.num_accepted_steps < target) & (state.num_steps < most)
+            ),
         )
         assert kept.record is not None
         return Known.of(state, kept.record.last_end, self._varying), kept
@@ -486,7 +494,8 @@ def solve_and_record(
         held = Checkpoints.allocate(checkpoints, known)
         spacing = jnp.array(_least_spacing)
         none = jnp.array(0)
-        return Kept(none, record, held, spacing, spacing, varying=problem.varying)
+        no = jnp.array(False)
+        return Kept(none, record, held, spacing, spacing, no, varying=problem.varying)
 
     final_state, aux_stats, end, kept = _solve(inputs, problem, make_kept)
     trace = Trace(
