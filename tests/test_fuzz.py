@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(1000, 1012))
+@pytest.mark.parametrize("seed", range(1000, 1006))
 def test_outcome(seed):
     # Complex states are divided by real numbers in Diffrax.
     with jax.numpy_dtype_promotion("standard"):

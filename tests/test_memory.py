@@ -121,7 +121,7 @@ def test_checkpoints():
     assert states(30) - states(10) < 2.1 * 20
 
 
-@pytest.mark.parametrize("size, batch", ((64, 1), (64, 128), (4096, 1), (4096, 128)))
+@pytest.mark.parametrize("size, batch", ((64, 128), (4096, 1)))
 @pytest.mark.parametrize("max_steps", (256, 4096, 1_000_000))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     """With the default number of checkpoints of either."""

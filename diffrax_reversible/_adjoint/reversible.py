@@ -77,7 +77,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     the solution tells. Those are [`diffrax_reversible.ALF2`][],
     [`diffrax.ReversibleHeun`][] and [`diffrax.LeapfrogMidpoint`][]: on
     `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is then an
-    error, as the walk back is off by as much.
+    error, or that of what was computed, if states that are known are close enough.
 
     An event that ends the solve is located as ever, and its time and state are
     differentiated by Diffrax itself, through the last step.
