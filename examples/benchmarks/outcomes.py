@@ -5,8 +5,8 @@ long to very short, in single and double precision, are differentiated by every 
 under `ReversibleAdjoint`. A gradient that is returned has to agree with that of the same
 solver with the same steps under `RecursiveCheckpointAdjoint`, made to store the trajectory:
 
-- either within 400 times the drift that `ReversibleAdjoint` allows by default, the square
-  root of the machine epsilon: within 6e-6 in float64, and 0.14 in float32;
+- either within 400 times the drift that `ReversibleAdjoint` allows by default: within 4e-4
+  in float64, and 0.14 in float32;
 - or within three times of what rounding does to the stored one, that is of its distance
   from the stored one in double precision.
 
@@ -14,7 +14,6 @@ The table has the smaller of the distances from the two, relative to the Euclide
 why there is none:
 
 - `drift`: the walk back missed the initial state or a stored one, or met infinite values;
-- `restarts`: there were more of them than checkpoints;
 - `other`: the two forward passes, which are compiled apart and round differently, did not
   come to the same end, within ten times the square root of the machine epsilon, so that
   their gradients cannot be compared. That is what chaos does, above all in float32.
@@ -144,7 +143,6 @@ def cast(tree, dtype):
 class Gradient(NamedTuple):
     grad: np.ndarray
     y1: np.ndarray
-    restarts: int
 
 
 def gradient(problem: Problem, solver, adjoint, dtype) -> Callable[[int], Gradient]:
@@ -168,15 +166,14 @@ def gradient(problem: Problem, solver, adjoint, dtype) -> Callable[[int], Gradie
                 throw=False,
             )
             assert sol.ys is not None
-            restarts = sol.stats.get("num_restarts", 0)
-            return jnp.sum(sol.ys**2), (sol.ys[0], restarts)
+            return jnp.sum(sol.ys**2), sol.ys[0]
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(y0, params)
 
     def solve(steps) -> Gradient:
-        grad, (y1, restarts) = run(jnp.asarray(float(steps)))
+        grad, y1 = run(jnp.asarray(float(steps)))
         leaves = [np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grad)]
-        return Gradient(np.concatenate(leaves), np.asarray(y1, np.float64), int(restarts))
+        return Gradient(np.concatenate(leaves), np.asarray(y1, np.float64))
 
     return solve
 
@@ -196,11 +193,12 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def outcome(ours: Gradient, stored: Gradient, reference: Gradient, dtype) -> Outcome:
     if np.any(np.isnan(ours.grad)):
-        return Outcome("restarts" if ours.restarts > CHECKPOINTS else "drift", False)
-    allowed = float(jnp.finfo(dtype).eps) ** 0.5
+        return Outcome("drift", False)
+    precision = float(jnp.finfo(dtype).eps) ** 0.5
+    allowed = max(precision, 1e-6)
     # Distances from what is not finite are NaN, and nothing is within them.
     with np.errstate(invalid="ignore"):
-        if not distance(ours.y1, stored.y1) <= 10 * allowed:
+        if not distance(ours.y1, stored.y1) <= 10 * precision:
             return Outcome("other", True)
         error = distance(ours.grad, stored.grad)
         true_error = distance(ours.grad, reference.grad)
