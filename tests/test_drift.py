@@ -46,14 +46,21 @@ def test_error_says_by_how_much_and_what_helps():
     assert "adjoint=ReversibleAdjoint())`: the walk back" in message
     assert "relative error between 1e" in message
     for remedy in (
-        *("dt0", "shorten", "RecursiveCheckpointAdjoint", "float64", "drift_tol"),
+        *(
+            "dt0",
+            "checkpoints=",
+            "shorten",
+            "RecursiveCheckpointAdjoint",
+            "float64",
+            "drift_tol",
+        ),
         "compensated=True",
     ):
         assert remedy in message
 
 
 def test_error_of_a_batch_is_that_of_the_element_concerned():
-    with pytest.raises(RuntimeError, match="missed the initial state"):
+    with pytest.raises(RuntimeError, match="missed a state that is known"):
         jax.vmap(gradient)(jnp.array([0.3, 4.0, 0.5]))
 
 

@@ -86,7 +86,8 @@ def neural_ode(solver):
 
 
 def neural_cde(solver):
-    """Driven by cubic splines through samples."""
+    """Driven by cubic splines through samples. With equal steps: in single precision, two
+    solves that are compiled apart choose others here, and gradients differ by percents."""
     ts = single(np.linspace(0, 6, 15))
     xs = np.stack([np.sin(np.linspace(0, 6, 15)), np.cos(np.linspace(0, 6, 15))], axis=1)
     xs = single(np.concatenate([np.asarray(ts)[:, None], xs], axis=1))
@@ -100,8 +101,7 @@ def neural_cde(solver):
         sol = dfx.diffeqsolve(
             dfx.ControlTerm(field, control).to_ode(),
             solver,
-            *(ts[0], ts[-1], None, jnp.ones(6, jnp.float32), layers),
-            stepsize_controller=pid(1e-3, 1e-6),
+            *(ts[0], ts[-1], single(0.1), jnp.ones(6, jnp.float32), layers),
             adjoint=adjoint,
         )
         return jnp.mean(sol.ys**2)
@@ -171,8 +171,8 @@ def test_training(training):
     )
     for _ in range(5):
         value, grad = ours(params)
-        _, expected = theirs(params)
-        assert jnp.isfinite(value)
+        other, expected = theirs(params)
+        assert float(value) == pytest.approx(float(other), rel=1e-5)
         got, want = as_vector(grad), as_vector(expected)
         assert np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want))
         rate = 0.5 / np.max(np.abs(want))

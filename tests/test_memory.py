@@ -55,7 +55,7 @@ def temporary_bytes(
 )
 def test_growth_with_steps(solver, controller, size):
     few, many, more = (
-        temporary_bytes(solver, controller, size, n) for n in (1_000, 1_001_000, 2_001_000)
+        temporary_bytes(solver, controller, size, n) for n in (20_000, 1_001_000, 2_001_000)
     )
     # A time each, and whether there was a restart, of those that there is room to record.
     assert 0 <= many - few <= 9 * ROWS + 200 and abs(more - many) < 1_000
@@ -143,7 +143,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = used(dr.ALF4(), dr.ReversibleAdjoint())
-    assert ours <= 1.05 * used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
+    assert ours <= used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 
 
 def test_saved_outputs():

@@ -454,3 +454,25 @@ def test_weights_in_args_are_not_carried():
     size = lambda state: sum(x.size for x in jax.tree.leaves(state))
     assert size(state(weights, field)) < 100
     assert size(state(None, lambda t, y, _: field(t, y, weights))) > 2500
+
+
+def test_weights_in_terms_are_not_held():
+    """Nor is what else of its state a controller hands on as it is."""
+    size = 200
+
+    def memory(checkpoints):
+        def final(y0, weights):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, _: -jnp.tanh(weights @ y)),
+                *(dr.ALF4(), 0.0, 1.0, None, y0),
+                stepsize_controller=dr.StepDensityController(lambda t, y, args: 0.1),
+                adjoint=dr.ReversibleAdjoint(checkpoints),
+            )
+            return jnp.sum(sol.ys)
+
+        inputs = (jax.ShapeDtypeStruct(s, jnp.float64) for s in ((size,), (size, size)))
+        gradient = jax.jit(jax.grad(final, argnums=(0, 1)))
+        compiled = gradient.lower(*inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(17) - memory(1) < 2 * 8 * size**2

@@ -32,11 +32,12 @@ from .._solver.base import (
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import drift
 from .finish import pull_finish
-from .forward import Kept, Replayer, Trace
+from .forward import Kept, Trace
 from .growth import Growth
 from .known import Known
 from .outputs import Cursor, materialise, Output, Row
 from .problem import Context, Inputs, Problem, save_states, Times
+from .replay import Replayer
 from .steps import Clock, Record
 
 
@@ -87,7 +88,7 @@ class _Walk(eqx.Module):
     inputs: Inputs
     problem: Problem
     trace: Trace
-    replayer: Replayer = eqx.field(static=True)
+    replayer: Replayer
     outputs: list[Output]
     dense_rows: DenseInfo | None
     # Of what the last step interpolated with, if an event was located within it.
@@ -198,7 +199,7 @@ class _Walk(eqx.Module):
             position.clock,
             self.problem.stepsize_controller,
             self.trace.count - 1,
-            self.trace.outermost,
+            self.trace.record.outermost,
             position.y,
             args,
         )
@@ -306,13 +307,13 @@ class _Walk(eqx.Module):
         Of a batch, elements that can go on as they are do nothing here.
         """
         assert kept.record is not None and kept.checkpoints is not None
-        step, replayer = position.step, self.replayer
+        step = position.step
         here = jnp.logical_not(position.undoes_next | position.done)
         # Else it was come to before.
         held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
         replays = here & jnp.logical_not(held)
         limit = step + jnp.where(held, 1, 0)
-        known = kept.checkpoints.before(limit, replayer.start)
+        known = kept.checkpoints.before(limit, self.replayer.start)
         if self._replays:
             known, kept = lax.cond(
                 eqxi.unvmap_any(replays),
@@ -342,27 +343,12 @@ class _Walk(eqx.Module):
     ) -> tuple[Known, Kept]:
         last = self.trace.count - 1, self.trace.record.last_end
         most = self.trace.end.num_steps
-        new, new_kept = self.replayer.run(known, kept, step, last, most, replays)
-        # The buffers of the others were not written to, nor was anything held.
-        assert new_kept.record is not None and kept.record is not None
-        record = new_kept.record
-        record = eqx.tree_at(
-            lambda r: (r.first, r.count, r.restarted, r.crossed, r.last_end, r.torn),
-            record,
-            jtu.tree_map(
-                lambda n, o: jnp.where(replays, n, o),
-                (
-                    *(record.first, record.count, record.restarted, record.crossed),
-                    *(record.last_end, record.torn),
-                ),
-                (
-                    *(kept.record.first, kept.record.count, kept.record.restarted),
-                    *(kept.record.crossed, kept.record.last_end, kept.record.torn),
-                ),
-            ),
-        )
+        new, replayed = self.replayer.run(known, kept, step, last, most, replays)
+        assert replayed.record is not None and kept.record is not None
+        # Of the others nothing was written, nor held.
+        record = replayed.record.where(replays, kept.record)
         kept = tree_replace(
-            lambda k: (k.record, k.checkpoints), kept, (record, new_kept.checkpoints)
+            lambda k: (k.record, k.checkpoints), kept, (record, replayed.checkpoints)
         )
         return new.where(replays, known), kept
 
@@ -384,7 +370,7 @@ class _Walk(eqx.Module):
         )
         clock = position.clock
         controller_state = clock.controller_state
-        if self.trace.outermost is not None:
+        if self.trace.record.outermost is not None:
             controller_state = eqx.combine(known.controller_state, controller_state)
         clock = clock.set(known.t, known.last_end, controller_state, here)
         anchor = eqx.filter((known.y, known.solver_state), eqx.is_inexact_array)

@@ -20,11 +20,12 @@ _decades = range(-16, 9)
 
 def _message(size: str) -> str:
     return (
-        f"{call}: the walk back from the end of the solve missed the initial state by a "
-        f"relative error {size}, more than `ReversibleAdjoint(drift_tol=...)` allows, and "
-        "its gradient would be wrong. Either steps were too large to be stable (decrease "
-        "the tolerances or `dt0`), or the solution contracts too strongly over the length "
-        "of the solve (shorten it, or use `adjoint=RecursiveCheckpointAdjoint()`), or "
+        f"{call}: the walk back from the end of the solve missed a state that is known "
+        f"by a relative error {size}, more than `ReversibleAdjoint(drift_tol=...)` allows, "
+        "and its gradient would be wrong. Either steps were too large to be stable "
+        "(decrease the tolerances or `dt0`), or the solution contracts too strongly from "
+        "one known state to the next (hold more, by `ReversibleAdjoint(checkpoints=...)`, "
+        "shorten the solve, or use `adjoint=RecursiveCheckpointAdjoint()`), or "
         "rounding was too coarse (use float64, or a solver that does not round, as "
         "`ALF4(compensated=True)`). If a gradient of that accuracy will do, increase "
         "`drift_tol`."

@@ -1,6 +1,7 @@
 """The solve itself, and what is kept of it for the walk back."""
 
 from collections.abc import Callable
+from typing import Self
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -8,7 +9,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation, AbstractStepSizeController, RESULTS
+from diffrax import AbstractLocalInterpolation, RESULTS
 from jaxtyping import Array, Int, PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
@@ -24,7 +25,7 @@ from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
 from .._tree import tree_replace
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
-from .steps import Ends, Record, room_for_steps
+from .steps import Record, room_for_steps
 
 
 # In a solve of fewer steps no state is held but those before restarts.
@@ -38,7 +39,7 @@ class _AdvancingState(eqx.Module):
     interpolates: BoolScalarLike
 
 
-class _Advancing(eqx.Module):
+class Advancing(eqx.Module):
     """The solver as `loop` sees it here: restarts are not made by its steps, and what only
     interpolation takes is evaluated only where there is any."""
 
@@ -65,7 +66,7 @@ class _Advancing(eqx.Module):
 
 
 class Kept(eqx.Module):
-    """What is kept of the steps that are made.
+    """What is kept of the steps of a solve.
 
     - `restarts`: how many there were.
     - `record`, `checkpoints`: `None` where nothing is differentiated.
@@ -74,9 +75,6 @@ class Kept(eqx.Module):
         batch at once, the spacing does not depend on what is held.
     - `advanced`: whether the last step was accepted. A state that was tried from before may
         have been restarted, and is not held.
-    - `target`: to how many steps the solve is being replayed; `None` in the solve itself.
-    - `recorded`: whether every step to there, and what was between them, is recorded.
-    - `last`: the last step of the solve, and its end.
     - `varying`: which leaves of the controller state a known state has.
     """
 
@@ -86,9 +84,6 @@ class Kept(eqx.Module):
     spacing: IntScalarLike = 0
     due: IntScalarLike = 0
     advanced: BoolScalarLike = False
-    target: IntScalarLike | None = None
-    recorded: BoolScalarLike | None = None
-    last: tuple[IntScalarLike, RealScalarLike] | None = None
     varying: tuple[bool, ...] = eqx.field(static=True, default=())
 
     def buffers(self) -> list:
@@ -101,7 +96,7 @@ class Kept(eqx.Module):
 
     def append(
         self, before: State, after: State, solver: AbstractReversibleSolver
-    ) -> tuple["Kept", BoolScalarLike]:
+    ) -> tuple[Self, BoolScalarLike]:
         """Record the step from `before` to `after`, if it was accepted.
 
         Returns also whether the state after it is to be held.
@@ -122,7 +117,7 @@ class Kept(eqx.Module):
         restarts: BoolScalarLike,
         crossed: BoolScalarLike,
         goes_on: BoolScalarLike,
-    ) -> "Kept":
+    ) -> Self:
         """Before the solve is restarted at `state`, or a jump `crossed`; or neither, if the
         state is only to be held, unless this element of a batch has ended."""
         count = self.restarts + jnp.where(restarts, 1, 0)
@@ -135,111 +130,48 @@ class Kept(eqx.Module):
             return kept
         assert self.checkpoints is not None
         spread = goes_on & self.advanced & (state.num_steps >= self.due)
-        end, complete = self.target, False
-        if end is None:
-            end = self.record.count + 1
-            complete = self.record.first == 0
         known = Known.of(state, self.record.last_end, self.varying)
-        wanted = restarts | spread
-        checkpoints = self.checkpoints.hold(known, restarts, wanted, end, complete)
-        spacing = self.spacing
-        if self.target is None:
-            many = state.num_steps >= 2 * self.checkpoints.capacity * spacing
-            spacing = jnp.where(spread & many, 2 * spacing, spacing)
+        held = known, restarts, restarts | spread, self._end, self._prefers_restarts
+        spacing = jnp.where(spread, self._next_spacing(state), self.spacing)
         due = jnp.where(spread, (state.num_steps // spacing + 1) * spacing, self.due)
         return tree_replace(
-            lambda k: (k.checkpoints, k.spacing, k.due), kept, (checkpoints, spacing, due)
+            lambda k: (k.checkpoints, k.spacing, k.due),
+            kept,
+            (self.checkpoints.hold(*held), spacing, due),
         )
 
-    def rewind(
-        self,
-        known: Known,
-        target: IntScalarLike,
-        last: tuple[IntScalarLike, RealScalarLike],
-    ) -> "Kept":
-        """To replay the solve from what is known, where no step was made again so far."""
+    @property
+    def _end(self) -> IntScalarLike:
+        """The step before which states are held."""
         assert self.record is not None
-        # Each with a record of the steps before it.
-        spacing = due = jnp.array(self.record.rows or jnp.iinfo(jnp.int32).max)
-        recorded = self.record.covers(known.step)
-        record = self.record.rewind(known.step, known.last_end)
-        return Kept(
-            *(self.restarts, record, self.checkpoints, spacing, due),
-            *(jnp.array(False), target, recorded, last, self.varying),
-        )
+        return self.record.count + 1
+
+    @property
+    def _prefers_restarts(self) -> BoolScalarLike:
+        """As long as nothing is forgotten of the record, only restarts are replayed."""
+        assert self.record is not None
+        return self.record.first == 0
+
+    def _next_spacing(self, state: State) -> IntScalarLike:
+        """Twice as much whenever about half of the states that were held are given up."""
+        assert self.checkpoints is not None
+        many = state.num_steps >= 2 * self.checkpoints.capacity * self.spacing
+        return jnp.where(many, 2 * self.spacing, self.spacing)
 
     def interruptions(
         self, state: State, restarts: BoolScalarLike, made_jump: BoolScalarLike
     ) -> tuple[BoolScalarLike, BoolScalarLike]:
-        """Whether there is a restart, and whether there was a jump, before the next step:
-        as it was in the solve, if that is recorded."""
-        if self.recorded is None or self.record is None or self.record.flags is None:
-            return restarts, made_jump
-        restarted, crossed = self.record.before(state.num_accepted_steps)
-        if restarts is not False:
-            restarts = jnp.where(self.recorded, restarted, restarts)
-        if made_jump is not False:
-            made_jump = jnp.where(self.recorded, crossed, made_jump)
+        """Whether there is a restart, and whether a jump, before the next step."""
+        del state
         return restarts, made_jump
 
-    def start(self, state: State) -> State:
-        """Before a replay: with the step that was accepted next, if it is recorded, in
-        place of that which was tried first."""
-        step = self._recorded(state.num_accepted_steps)
-        if step is None:
-            return state
-        ends = step.ends.where(step.known, Ends(state.tprev, state.tnext))
-        return tree_replace(lambda s: (s.tprev, s.tnext), state, (ends.start, ends.end))
+    def before_step(self, state: State) -> State:
+        """`state`, with what else a controller needs to know in its state."""
+        return state
 
-    def next_step(self, state: State) -> "_Next | None":
-        """The step after the next, if it is recorded."""
-        return self._recorded(state.num_accepted_steps + 1)
-
-    def _recorded(self, step: IntScalarLike) -> "_Next | None":
-        if self.recorded is None or self.record is None or self.record.starts is None:
-            return None
-        assert self.last is not None
-        known = self.recorded & (step <= self.last[0])
-        return _Next(self.recorded, known, self.record.ends(step, *self.last))
-
-
-class _Next(eqx.Module):
-    """A step, if it is `known`, and whether the one before it is accepted for sure."""
-
-    accepted: BoolScalarLike
-    known: BoolScalarLike
-    ends: Ends
-
-
-class _ReplayedState(eqx.Module):
-    """The state of a controller, and what is recorded of the solve that is replayed."""
-
-    state: PyTree
-    next_step: _Next
-
-
-class _Replaying(eqx.Module):
-    """A controller that is not asked where the solve is recorded.
-
-    Error estimates round differently in two loops that are compiled apart, and decisions
-    could fall differently.
-    """
-
-    controller: AbstractStepSizeController
-
-    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
-        adapt = self.controller.adapt_step_size
-        step = t0, t1, y0, y1, args, y_error, error_order
-        if not isinstance(state, _ReplayedState):
-            return adapt(*step, state)
-        accepts, next_t0, next_t1, made_jump, new_state, result = adapt(*step, state.state)
-        after = state.next_step
-        accepts = after.accepted | accepts
-        next_t0 = jnp.where(after.known, after.ends.start, next_t0)
-        next_t1 = jnp.where(after.known, after.ends.end, next_t1)
-        result = RESULTS.where(after.accepted, RESULTS.successful, result)
-        new_state = _ReplayedState(new_state, after)
-        return accepts, next_t0, next_t1, made_jump, new_state, result
+    def after_step(self, state: State) -> State:
+        """The inverse of `before_step`."""
+        return state
 
 
 class Stepper:
@@ -278,7 +210,7 @@ class Stepper:
 
         def step(carry):
             before, kept, _ = carry
-            after = self._step(before, kept.next_step(before))
+            after = self._step(before, kept)
             kept, holds = kept.append(before, after, solver)
             # In a batch this is called for elements that have finished as well, and what it
             # makes of them must not interrupt the others.
@@ -326,16 +258,12 @@ class Stepper:
         state, kept, _ = carry
         return state, kept
 
-    def _step(self, before: State, next_step: _Next | None) -> State:
+    def _step(self, before: State, kept: Kept) -> State:
         interpolates = self.problem.interpolates(before)
-        states = _AdvancingState(before.solver_state, interpolates), before.controller_state
-        if next_step is not None:
-            states = states[0], _ReplayedState(states[1], next_step)
-        after = self.body_fun(tree_replace(_states, before, states))
-        solver_state, state = after.solver_state.solver_state, after.controller_state
-        if next_step is not None:
-            state = state.state
-        return tree_replace(_states, after, (solver_state, state))
+        advancing = _AdvancingState(before.solver_state, interpolates)
+        before = kept.before_step(tree_replace(_solver_state, before, [advancing]))
+        after = kept.after_step(self.body_fun(before))
+        return tree_replace(_solver_state, after, [after.solver_state.solver_state])
 
     def _interrupt(self, state: State, kept: Kept, restarts, made_jump, on):
         context = self.inputs.context
@@ -355,58 +283,6 @@ class Stepper:
             lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
         )
         return state, kept
-
-
-class Replayer:
-    """Makes steps of a solve again, from a known state on.
-
-    - `start`: where the solve began.
-    """
-
-    def __init__(self, inputs: Inputs, problem: Problem):
-        problem = problem.without_outputs(_Replaying(problem.stepsize_controller))
-        inputs = eqx.tree_at(
-            lambda i: (i.context.save_fns, i.context.event_fns), inputs, ((), ())
-        )
-        loops = []
-
-        def found(cond_fun, body_fun, init_val, *, max_steps, buffers):
-            del max_steps
-            stepper = Stepper(inputs, problem, cond_fun, body_fun, buffers)
-            loops.append((stepper, jtu.tree_map(jnp.asarray, init_val)))
-            return init_val
-
-        problem.run(inputs, _Advancing(problem.solver), found)
-        ((self._stepper, self._init_state),) = loops
-        self._varying = problem.varying
-        init = self._init_state
-        self.start = Known.of(init, init.tprev, problem.varying)
-
-    def run(
-        self,
-        known: Known,
-        kept: Kept,
-        target: IntScalarLike,
-        last: tuple[IntScalarLike, RealScalarLike],
-        most: IntScalarLike,
-        replays: BoolScalarLike,
-    ) -> tuple[Known, Kept]:
-        """To a number of steps, if this element of a batch `replays`.
-
-        - `last`: the last step of the solve, and its end.
-        - `most`: how many steps it took, with those that were rejected. No replay takes
-            more.
-        """
-        kept = kept.rewind(known, target, last)
-        state, kept = self._stepper.run(
-            kept.start(known.resume(self._init_state)),
-            kept,
-            lambda state: (
-                replays & (state.num_accepted_steps < target) & (state.num_steps < most)
-            ),
-        )
-        assert kept.record is not None
-        return Known.of(state, kept.record.last_end, self._varying), kept
 
 
 class Trace(eqx.Module):
@@ -435,10 +311,6 @@ class Trace(eqx.Module):
         assert self.kept.record is not None
         return self.kept.record
 
-    @property
-    def outermost(self) -> tuple[Ends, Ends] | None:
-        return self.record.outermost
-
     def zero_ys(self) -> list[PyTree[Array]]:
         """In the shapes of what each `SubSaveAt` writes."""
         return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
@@ -460,7 +332,7 @@ def _solve(
         ends.append((end, kept))
         return end
 
-    final_state = problem.run(inputs, _Advancing(problem.solver), loop_over_steps)
+    final_state = problem.run(inputs, Advancing(problem.solver), loop_over_steps)
     ((end, kept),) = ends
     return final_state, {"num_restarts": kept.restarts}, end, kept
 
@@ -509,8 +381,8 @@ def solve_and_record(
     return final_state, aux_stats, trace
 
 
-def _states(state: State) -> tuple[SolverState, PyTree]:
-    return state.solver_state, state.controller_state
+def _solver_state(state: State) -> list[SolverState]:
+    return [state.solver_state]
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:
@@ -520,7 +392,7 @@ def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> St
     def no_steps(cond_fun, body_fun, init_val, *, max_steps, buffers):
         return _replace(end, lambda s: [saved.ys for saved in save_states(s)], ys)
 
-    return problem.run(inputs, _Advancing(problem.solver), no_steps)
+    return problem.run(inputs, Advancing(problem.solver), no_steps)
 
 
 def _without_saved(state: State) -> State:

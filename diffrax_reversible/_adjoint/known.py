@@ -118,7 +118,7 @@ class Checkpoints(eqx.Module):
 
         **Arguments:**
 
-        - `known`: after all those that are held.
+        - `known`: not before any that is held and not done with.
         - `end`: where the walk back begins. States from there on are done with.
         """
         if self.capacity == 0:
@@ -126,18 +126,19 @@ class Checkpoints(eqx.Module):
         steps = jnp.append(self.rows.step, known.step)
         restarts = jnp.append(self.restarts, restarts)
         live = (steps >= 0) & (steps < end)
-        earlier = live[None, :] & (steps[None, :] < steps[:, None])
-        later = live[None, :] & (steps[None, :] > steps[:, None])
-        before = jnp.max(jnp.where(earlier, steps[None, :], 0), axis=1)
-        after = jnp.min(jnp.where(later, steps[None, :], end), axis=1)
-        gap = (after - before).astype(jnp.float32)
-        follow = (1 + jnp.sum(later, axis=1)).astype(jnp.float32)
-        fraction = follow * gap / (end - steps).astype(jnp.float32)
-        spread = prefer_restarts & jnp.logical_not(restarts)
-        missed = jnp.where(spread, gap * jnp.float32(1e-9), fraction)
-        missed = jnp.where(live, missed, -jnp.inf)
-        i = jnp.argmin(missed)
-        wanted = wanted & (i < self.capacity)
+        # Those that are live first, in order.
+        steps = jnp.where(live, steps, end)
+        order = jnp.argsort(steps)
+        steps, live, spread = steps[order], live[order], jnp.logical_not(restarts)[order]
+        before, after = jnp.roll(steps, 1).at[0].set(0), jnp.roll(steps, -1).at[-1].set(end)
+        gap, to_end = after - before, jnp.maximum(end - steps, 1)
+        follow = jnp.sum(live) - jnp.arange(len(steps))
+        missed = (follow * gap).astype(jnp.float32) / to_end.astype(jnp.float32)
+        evenly = gap.astype(jnp.float32) * jnp.float32(1e-9)
+        missed = jnp.where(prefer_restarts & spread, evenly, missed)
+        i = order[jnp.argmin(jnp.where(live, missed, -jnp.inf))]
+        # A replay begins at a state that is held.
+        wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(known.step))
         i = jnp.minimum(i, self.capacity - 1)
 
         def write(rows, value):

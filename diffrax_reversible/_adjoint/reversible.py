@@ -108,7 +108,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     1e-10. Here it is an error, with the solvers that restart: no entry must have grown
     in steps in which the vector field contracts what grew.
 
-    Where the walk back comes to a stored state, and where it ends, every entry is compared
+    Where the walk back comes to a known state, and where it ends, every entry is compared
     with what was there in the forward pass, whether the solver watches it or not. If any
     differs too much, then the gradient is an error, or with `diffeqsolve(..., throw=False)`
     it is NaN.

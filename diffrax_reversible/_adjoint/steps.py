@@ -25,6 +25,7 @@ _write = cast(Callable[..., Array], eqxi.buffer_at_set)
 # takes as much, see `room_for_steps`.
 _least_rows = 256
 _most_rows = 1 << 14
+# Without a bound on the number of steps as if there were this one.
 _without_bound = 1 << 16
 
 _restarted, _crossed = 1, 2
@@ -188,6 +189,21 @@ class Record(eqx.Module):
             self,
             (jnp.minimum(self.first, step), step, no, no, last_end),
         )
+
+    def where(self, pred: BoolScalarLike, other: "Record") -> "Record":
+        """All but the buffers of another record, unless `pred`. It has the same buffers, or
+        those are not written to where it is chosen."""
+
+        def numbers(record):
+            return (
+                *(record.first, record.count, record.restarted, record.crossed),
+                *(record.last_end, record.torn),
+            )
+
+        chosen = jtu.tree_map(
+            lambda s, o: jnp.where(pred, s, o), numbers(self), numbers(other)
+        )
+        return eqx.tree_at(numbers, self, chosen)
 
     def interrupt(self, restarted: BoolScalarLike, crossed: BoolScalarLike) -> "Record":
         """Record that there was a restart before the next step, or a jump was crossed."""

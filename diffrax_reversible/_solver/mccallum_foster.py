@@ -104,7 +104,8 @@ class McCallumFoster(
     The copies part, fastest where the flow contracts, and no error estimate sees that.
     Where their distance exceeds three times the estimate, in any entry by its own size, or
     where it has grown too much for the walk back, `z` is set to `y` before the next step,
-    at no evaluation. `ReversibleAdjoint` stores two states at each such restart.
+    at no evaluation. Walking back, `ReversibleAdjoint` needs two states for each such
+    restart, and replays the solve to it if it does not hold them.
     Contracting problems take more of them than by [`diffrax_reversible.ALF4`][], and if
     steps are large one for every step.
 
