@@ -60,6 +60,15 @@ def drift(reconstructed: PyTree, true: PyTree, scales: PyTree) -> list[Float[Arr
     return [leaf_drift(*leaf) for leaf in leaves]
 
 
+def tolerance(drift_tol: float | None, state: PyTree) -> float:
+    """What `drift_tol` is for a state, by default as its coarsest array has it."""
+    if drift_tol is not None:
+        return drift_tol
+    # Arrays of the finer dtypes depend on those of the coarsest.
+    eps = [float(jnp.finfo(x.dtype).eps) for x in _inexact_leaves(state)]
+    return max([*eps, _default_tol**2]) ** 0.5
+
+
 def _inexact_leaves(tree: PyTree) -> list[Array]:
     return jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
 
@@ -76,10 +85,7 @@ def refuse_wrong(
     if steps are `torn`, or if the gradient grew where it should not."""
     if len(drifts) == 0:
         return gradient
-    # Arrays of the finer dtypes depend on those of the coarsest.
-    eps = max(float(jnp.finfo(d.dtype).eps) for d in drifts)
-    default_tol = max(eps**0.5, _default_tol)
-    tol = default_tol if drift_tol is None else drift_tol
+    tol = tolerance(drift_tol, drifts)
     within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
     grown = [s > max(least_share, tol) for s in shares]
     grown = jnp.stack([jnp.array(False), *grown]).any()

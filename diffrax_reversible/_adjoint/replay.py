@@ -72,11 +72,13 @@ class _Replay(Kept):
         known: Known,
         target: IntScalarLike,
         last: tuple[IntScalarLike, RealScalarLike],
+        spacing: IntScalarLike | None,
     ) -> "_Replay":
         """From what is `known`, where no step was made again so far."""
         assert kept.record is not None
         # Each with a record of the steps before it.
-        spacing = jnp.array(kept.record.rows or jnp.iinfo(jnp.int32).max)
+        rows = kept.record.rows or jnp.iinfo(jnp.int32).max
+        spacing = jnp.array(rows) if spacing is None else jnp.minimum(spacing, rows)
         return _Replay(
             kept.restarts,
             kept.record.rewind(known.step, known.last_end),
@@ -179,19 +181,21 @@ class Replayer:
         last: tuple[IntScalarLike, RealScalarLike],
         most: IntScalarLike,
         replays: BoolScalarLike,
+        spacing: IntScalarLike | None,
     ) -> tuple[Known, Kept]:
         """To a number of steps, if this element of a batch `replays`.
 
         - `last`: the last step of the solve, and its end.
         - `most`: how many steps it took, with those that were rejected. No replay takes
             more.
+        - `spacing`: after how many steps another state is held, if there is room.
         """
 
         def on_the_way(state):
             steps, attempts = state.num_accepted_steps, state.num_steps
             return replays & (steps < target) & (attempts < most)
 
-        replay = _Replay.of(kept, known, target, last)
+        replay = _Replay.of(kept, known, target, last, spacing)
         state = replay.start(known.resume(self._init_state))
         state, replay = self._stepper.run(state, replay, on_the_way)
         assert replay.record is not None

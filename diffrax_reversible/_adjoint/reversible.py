@@ -327,7 +327,9 @@ def _reversible_loop_bwd(
 ):
     state_cotangent: State = cotangent[0]
     del checkpoints
-    gradient, drifts, shares = walk_back(inputs, perturbed, problem, trace, state_cotangent)
+    gradient, drifts, shares = walk_back(
+        inputs, perturbed, problem, trace, state_cotangent, drift_tol
+    )
     torn = trace.record.torn
     if throw:
         # As Diffrax raises it from the solution, which need not be used.

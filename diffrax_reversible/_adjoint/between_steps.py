@@ -1,0 +1,224 @@
+"""What happens between two steps of the walk back: known states, restarts, jumps."""
+
+import dataclasses
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+    RealScalarLike,
+    SolverState,
+    Y,
+)
+from .._solver.base import (
+    before_jump,
+    Cotangent,
+)
+from .._tree import tree_add, tree_replace, tree_zeros_like
+from .forward import Kept
+from .known import Known
+from .walk import longest_reach, Position, Walk
+
+
+def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
+    """Where the step before cannot be undone: go on from a known state, after a look at
+    where the walk has come to. If it is not held, or what was before is not recorded,
+    then the solve is replayed from the last one that is.
+
+    Of a batch, elements that can go on as they are do nothing here.
+    """
+    assert kept.record is not None and kept.checkpoints is not None
+    step = position.step
+    here = jnp.logical_not(position.undoes_next | position.done)
+    # Else it was come to before.
+    held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
+    replays = here & jnp.logical_not(held)
+    limit = step + jnp.where(held, 1, 0)
+    known = kept.checkpoints.before(limit, walk.replayer.start)
+    if walk.replays:
+        known, kept = lax.cond(
+            eqxi.unvmap_any(replays),
+            lambda: _replay(walk, known, kept, step, replays, position.reach),
+            lambda: (known, kept),
+        )
+    position = _come_to(walk, position, known, here)
+    assert kept.record is not None and kept.checkpoints is not None
+    replayed, step = replays & (position.step == step), position.step
+    stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
+    if walk.repeats:
+        # Else states are to be held in between first.
+        stop = jnp.where(replayed | (step - stop <= position.reach), stop, step)
+    stop = jnp.where(here, stop, position.stop)
+    return eqx.tree_at(lambda p: p.stop, position, stop), kept
+
+
+def _replay(
+    walk: Walk,
+    known: Known,
+    kept: Kept,
+    step: IntScalarLike,
+    replays: BoolScalarLike,
+    reach: IntScalarLike | None,
+) -> tuple[Known, Kept]:
+    last = walk.trace.count - 1, walk.trace.record.last_end
+    most = walk.trace.end.num_steps
+    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
+    assert replayed.record is not None and kept.record is not None
+    # Of the others nothing was written, nor held.
+    record = replayed.record.where(replays, kept.record)
+    kept = tree_replace(
+        lambda k: (k.record, k.checkpoints), kept, (record, replayed.checkpoints)
+    )
+    return new.where(replays, known), kept
+
+
+def _come_to(
+    walk: Walk, position: Position, known: Known, here: BoolScalarLike
+) -> Position:
+    """Go on from what is known where the walk is, if this element is `here`."""
+    restarted = position.restarted & here
+    ct, state = position.cotangent, known.solver_state
+    if walk.trace.restartable:
+        state, ct = lax.cond(
+            eqxi.unvmap_any(restarted),
+            lambda: _undo_restart(walk, known, ct, restarted),
+            lambda: (state, ct),
+        )
+    walked = walk.drift(position, (known.y, state))
+    clock = position.clock
+    controller_state = clock.controller_state
+    if walk.trace.record.outermost is not None:
+        controller_state = eqx.combine(known.controller_state, controller_state)
+    clock = clock.set(known.t, known.last_end, controller_state, here)
+    new, old = (known.y, known.solver_state), (position.y, position.solver_state)
+    y, state = jtu.tree_map(lambda n, o: jnp.where(here, n, o), new, old)
+    arrived = dataclasses.replace(
+        position,
+        clock=clock,
+        y=y,
+        solver_state=state,
+        cotangent=ct,
+        known=position.known | here,
+        restarted=position.restarted & jnp.logical_not(here),
+    )
+    return _go_back(walk, position, arrived, walked, here)
+
+
+def _go_back(
+    walk: Walk,
+    position: Position,
+    arrived: Position,
+    walked: list[Float[Array, ""]],
+    here: BoolScalarLike,
+) -> Position:
+    """Where the walk has `arrived` at a known state, if this element is `here`; or
+    where it was known before, if it has missed this one by too much, for those steps
+    to be undone once more, with known states in between.
+
+    How many steps there may be from one to the next is found as step sizes are.
+    """
+    origin, drifts, reach = position.origin, position.drifts, position.reach
+    assert origin is not None and drifts is not None
+    missed = jnp.array(False)
+    if walk.repeats:
+        # NaN if the walk has overflowed.
+        off = [w.astype(jnp.float32) for w in (*walked, arrived.clock.drift)]
+        off = jnp.max(jnp.stack(off))
+        so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
+        so_far = so_far & (position.clock.drift <= walk.drift_tol)
+        length = origin.step - position.step
+        missed = here & so_far & jnp.logical_not(off <= walk.drift_tol)
+        missed = missed & (length > 1) & (reach > 1)
+        well = here & (off <= walk.drift_tol / 16) & (2 * length >= reach)
+        fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
+        reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
+        reach = jnp.minimum(reach, longest_reach)
+    new = arrived.as_origin(walk.repeats)
+    choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
+    counts = here & jnp.logical_not(missed)
+    params_cotangent = None
+    if walk.repeats:
+        params_bar = arrived.cotangent.params
+        added = choose(counts, params_bar, tree_zeros_like(params_bar))
+        params_cotangent = tree_add(position.params_cotangent, added)
+        # As plain zeros do not wait for the sum, XLA makes a copy of what is added.
+        zeros = jtu.tree_map(jnp.subtract, params_cotangent, params_cotangent)
+        arrived = eqx.tree_at(
+            lambda p: p.cotangent.params,
+            choose(missed, origin, new),
+            choose(here, zeros, params_bar),
+            is_leaf=lambda x: x is None,
+        )
+    return dataclasses.replace(
+        arrived,
+        origin=choose(counts, new, origin),
+        reach=reach,
+        drifts=[
+            jnp.maximum(d, jnp.where(counts, w, 0))
+            for d, w in zip(drifts, walked, strict=True)
+        ],
+        params_cotangent=params_cotangent,
+    )
+
+
+def _undo_restart(
+    walk: Walk, known: Known, ct: Cotangent, restarted: BoolScalarLike
+) -> tuple[SolverState, Cotangent]:
+    """The solver state after a restart, and the cotangent before it, if this element of
+    a batch was `restarted`."""
+    diff_state, nondiff_state = eqx.partition(known.solver_state, eqx.is_inexact_array)
+
+    def restart(y, diff_state, params):
+        context = walk.context(params)
+        state = eqx.combine(diff_state, nondiff_state)
+        return walk.problem.solver.restart(
+            context.terms, context.times.of(known.t), y, context.args, state
+        )
+
+    _, pull = eqx.filter_vjp(restart, known.y, diff_state, walk.params)
+    y_bar, state_bar, params_bar = pull(ct.solver_state)
+    # Not what `filter_vjp` gives, which might round in another way than the solve did.
+    after = restart(known.y, diff_state, walk.params)
+    before = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    return jtu.tree_map(
+        lambda n, o: jnp.where(restarted, n, o),
+        (after, before),
+        (known.solver_state, ct),
+    )
+
+
+def undo_jump(
+    walk: Walk,
+    crossed: BoolScalarLike,
+    t: RealScalarLike,
+    y: Y,
+    solver_state: SolverState,
+    ct: Cotangent,
+) -> tuple[SolverState, Cotangent]:
+    """Undo the crossing of a jump just before `t`, if it was `crossed`."""
+    solver = walk.problem.solver
+    terms, args = walk.bind(walk.params)
+    before, _ = solver.cross_jump(terms, t, before_jump(t), y, args, solver_state)
+    diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
+
+    def cross(y, diff_state, params):
+        context = walk.context(params)
+        after = context.times.of(t)
+        state = eqx.combine(diff_state, nondiff_state)
+        state, _ = solver.cross_jump(
+            context.terms, before_jump(after), after, y, context.args, state
+        )
+        return eqx.filter(state, eqx.is_inexact_array)
+
+    _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
+    y_bar, state_bar, params_bar = pull(ct.solver_state)
+    new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    return jtu.tree_map(
+        lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
+    )

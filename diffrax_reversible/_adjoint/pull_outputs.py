@@ -1,0 +1,195 @@
+"""The cotangents of what a solve has saved, pulled back along the walk."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._custom_types import (
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    Params,
+    RealScalarLike,
+    Y,
+)
+from .._diffrax import State
+from .._solver.base import (
+    Cotangent,
+)
+from .._tree import tree_add, tree_replace
+from .outputs import Cursor, Output, Row
+from .problem import Times
+from .walk import Position, Walk
+
+
+_Time = Callable[[Times], RealScalarLike]
+
+
+def pull_output(
+    walk: Walk, output: Output, row: Row, time: _Time, y: Y, params_cotangent: Params
+) -> tuple[Y, Params]:
+    """Pull the cotangent of one output back to the state that it was made of."""
+    t_bar, saved_bar = row
+    if output.saves_state and t_bar is None:
+        return saved_bar, params_cotangent
+
+    def save(y, params):
+        context = walk.context(params)
+        t, fn = time(context.times), context.save_fns[output.index]
+        saved = y if fn is None else fn(t, y, context.args)
+        return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
+
+    _, pull = jax.vjp(save, y, walk.params)
+    y_bar, params_bar = pull(row)
+    return y_bar, tree_add(params_cotangent, params_bar)
+
+
+def pull_into_state(
+    walk: Walk, position: Position, output: Output, row: Row, time: _Time
+) -> Position:
+    """As `pull_output`, for an output made of the state where the walk is."""
+    ct = position.cotangent
+    y_bar, params_bar = pull_output(walk, output, row, time, position.y, ct.params)
+    ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
+    growth = position.growth
+    if growth is not None:
+        growth = growth.expect(y_bar)
+    return tree_replace(lambda p: (p.cotangent, p.growth), position, (ct, growth))
+
+
+def pull_start(walk: Walk, position: Position) -> Position:
+    """Outputs that were written before the first step."""
+    for output in walk.outputs:
+        if output.sub.t0:
+            position = pull_into_state(
+                walk, position, output, output.row(0), lambda times: times.t0
+            )
+    return position
+
+
+def pull_step_outputs(walk: Walk, position: Position, t1: RealScalarLike) -> Position:
+    """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
+    for i, output in enumerate(walk.outputs):
+        steps = output.sub.steps
+        if steps == 0:
+            continue
+        written = True if steps == 1 else position.step % steps == 0
+        position, save_index = _take(position, i, jnp.where(written, 1, 0))
+        row = output.row(save_index, written)
+        position = pull_into_state(walk, position, output, row, lambda times: times.of(t1))
+    return position
+
+
+def pull_dense_times(walk: Walk, position: Position, cotangent: State) -> Position:
+    """The times that dense output is between."""
+    leaves = jtu.tree_leaves(cotangent.dense_ts)
+    if not walk.differentiates_times or len(leaves) == 0:
+        return position
+    (ts_bar,) = leaves
+    ts = walk.trace.end.dense_ts
+    assert ts is not None
+    written = jnp.arange(len(ts)) <= walk.trace.count
+
+    def dense_ts(params):
+        return jax.vmap(walk.context(params).times.of)(ts)
+
+    _, pull = jax.vjp(dense_ts, walk.params)
+    (params_bar,) = pull(jnp.where(written, ts_bar, 0))
+    params_bar = tree_add(position.cotangent.params, params_bar)
+    return eqx.tree_at(lambda p: p.cotangent.params, position, params_bar)
+
+
+def pull_dense(
+    walk: Walk,
+    position: Position,
+    interpolated: list[int],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    dense_info: DenseInfo,
+) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
+    """Outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
+    step = position.step - 1
+    if walk.dense_rows is None:
+        dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
+    else:
+        dense_bar = jtu.tree_map(lambda rows: rows[step], walk.dense_rows)
+    if walk.end_dense is not None:
+        last = position.step == walk.trace.count
+        end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
+        dense_bar = tree_add(dense_bar, end_dense)
+    cursors = list(position.cursors)
+    params_bar = position.cotangent.params
+    # `ts` were written in the first step that ends at or after them.
+    last_end = position.clock.previous_end
+    for i in interpolated:
+        dense_bar, params_bar, cursors[i] = _pull_ts(
+            walk,
+            walk.outputs[i],
+            lambda t: (step == 0) | (t > last_end),
+            (t0, t1, dense_info),
+            (dense_bar, params_bar, cursors[i]),
+        )
+    ct = eqx.tree_at(lambda c: c.params, position.cotangent, params_bar)
+    return dense_bar, ct, cursors
+
+
+def _pull_ts(
+    walk: Walk,
+    output: Output,
+    in_step: Callable[[RealScalarLike], BoolScalarLike],
+    interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
+    carry: tuple[DenseInfo, Params, Cursor],
+) -> tuple[DenseInfo, Params, Cursor]:
+    """Every remaining output of `SaveAt(ts=...)` in the step."""
+    t0, t1, dense_info = interpolation
+    ts = output.sub.ts
+    assert ts is not None
+
+    def more(carry):
+        _, _, cursor = carry
+        i = cursor.ts_index - 1
+        return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
+
+    def pull(carry):
+        dense_bar, params_bar, cursor = carry
+        cursor = Cursor(cursor.save_index - 1, cursor.ts_index - 1)
+
+        def time(times):
+            ts = times.ts[output.index]
+            assert ts is not None
+            return ts[cursor.ts_index]
+
+        def evaluate(dense_info, params):
+            times = walk.context(params).times
+            ends = dict(t0=times.of(t0), t1=times.of(t1))
+            interpolation = walk.problem.solver.interpolation_cls(**ends, **dense_info)
+            return interpolation.evaluate(time(times))
+
+        linear = output.saves_state and not walk.differentiates_times
+        y = None if linear else evaluate(dense_info, walk.params)
+        row = output.row(cursor.save_index)
+        y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar)
+        if walk.differentiates_times:
+            _, pull = jax.vjp(evaluate, dense_info, walk.params)
+            new_bar, more_bar = pull(y_bar)
+            params_bar = tree_add(params_bar, more_bar)
+        else:
+            transpose = jax.linear_transpose(
+                lambda info: evaluate(info, walk.params), dense_info
+            )
+            (new_bar,) = transpose(y_bar)
+        return tree_add(dense_bar, new_bar), params_bar, cursor
+
+    return lax.while_loop(more, pull, carry)
+
+
+def _take(
+    position: Position, i: int, count: IntScalarLike
+) -> tuple[Position, IntScalarLike]:
+    """Move the cursor of the `i`-th output back by `count` outputs."""
+    save_index = position.cursors[i].save_index - count
+    return eqx.tree_at(lambda p: p.cursors[i].save_index, position, save_index), save_index

@@ -1,0 +1,178 @@
+"""Where the walk back is, and what does not change along it."""
+
+import dataclasses
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    Params,
+    SolverState,
+    Terms,
+    Y,
+)
+from .._solver.base import (
+    Cotangent,
+)
+from .._tree import tree_replace, tree_zeros_like
+from .drift import drift
+from .forward import Trace
+from .growth import Growth
+from .outputs import Cursor, Output
+from .problem import Context, Inputs, Problem
+from .replay import Replayer
+from .steps import Clock
+
+
+# More steps than there are between known states.
+longest_reach = 1 << 28
+
+
+class Position(eqx.Module):
+    """Where the walk is, with `step` steps still to undo.
+
+    - `known`: whether the state and the solver state are those of the solve, and not
+        reconstructed.
+    - `restarted`: whether the solve was restarted here, which is still to be undone.
+    - `stop`: the step at which there is a known state, or nothing is recorded of what was
+        before.
+    - `growth`: of the cotangent, if the solver can tell.
+    - `origin`: this, where the state was known last; only the state, and what is
+        differentiated of the solver state, if steps are not undone a second time.
+    - `reach`: over how many steps the walk may go without a known state.
+    - `drifts`: how far the walk has been off so far.
+    - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
+        second time.
+    """
+
+    step: IntScalarLike
+    clock: Clock
+    y: Y
+    solver_state: SolverState
+    cotangent: Cotangent
+    cursors: list[Cursor]
+    known: BoolScalarLike
+    restarted: BoolScalarLike
+    stop: IntScalarLike
+    growth: Growth | None
+    origin: "Position | None" = None
+    reach: IntScalarLike = longest_reach
+    drifts: list[Float[Array, ""]] | None = None
+    params_cotangent: Params | None = None
+
+    def as_origin(self, whole: bool) -> "Position":
+        """What is to be known of it once the walk has gone on."""
+        ct = dataclasses.replace(self.cotangent, params=None)
+        here = dataclasses.replace(
+            self, cotangent=ct, origin=None, drifts=None, params_cotangent=None
+        )
+        if whole:
+            return here
+        nothing = jtu.tree_map(lambda _: None, here)
+        kept = here.y, eqx.filter(here.solver_state, eqx.is_inexact_array)
+        return tree_replace(lambda p: (p.y, p.solver_state), nothing, kept)
+
+    @property
+    def undoes_next(self) -> BoolScalarLike:
+        """Whether the step before can be undone."""
+        return (self.step > self.stop) & jnp.logical_not(self.restarted)
+
+    @property
+    def done(self) -> BoolScalarLike:
+        return (self.step == 0) & self.known
+
+
+class Walk(eqx.Module):
+    """What does not change along the walk."""
+
+    inputs: Inputs
+    problem: Problem
+    trace: Trace
+    replayer: Replayer
+    outputs: list[Output]
+    dense_rows: DenseInfo | None
+    # Of what the last step interpolated with, if an event was located within it.
+    end_dense: DenseInfo | None
+    # Those leaves of `Inputs.context` that are differentiated, and the others.
+    params: Params
+    nondiff: Context
+    differentiates_times: bool = eqx.field(static=True)
+    # By how much known states may be missed.
+    drift_tol: float = eqx.field(static=True)
+
+    def bind(self, params: Params) -> tuple[Terms, Args]:
+        context = self.context(params)
+        return context.terms, context.args
+
+    def context(self, params: Params) -> Context:
+        return eqx.combine(params, self.nondiff)
+
+    @property
+    def with_dense(self) -> bool:
+        return self.dense_rows is not None or self.end_dense is not None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the solve may have to be replayed."""
+        rows, max_steps = self.trace.record.rows, self.problem.max_steps
+        forgets = rows is not None and (max_steps is None or max_steps > rows)
+        return forgets or self.trace.restartable or self.repeats
+
+    @property
+    def repeats(self) -> bool:
+        """Whether steps are undone once more, where the walk has missed a known state."""
+        return self.trace.kept.holds and math.isfinite(self.drift_tol)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the walk may come to a known state, or to a gap, before the start."""
+        return self.replays or self.trace.kept.holds
+
+    def start(self, position: Position) -> Position:
+        """With what is known where the walk begins."""
+        if self.tells_growth(position):
+            growth = Growth.start(position.cotangent.y)
+            position = dataclasses.replace(position, growth=growth)
+        position = dataclasses.replace(
+            position,
+            origin=position.as_origin(self.repeats),
+            reach=jnp.array(longest_reach),
+        )
+        if self.repeats:
+            params_bar = tree_zeros_like(position.cotangent.params)
+            position = dataclasses.replace(position, params_cotangent=params_bar)
+        start = (self.inputs.y0, self.inputs.solver_state)
+        drifts = jax.eval_shape(self.drift, position, start)
+        no_drift = [jnp.zeros(d.shape, d.dtype) for d in drifts]
+        return dataclasses.replace(position, drifts=no_drift)
+
+    def tells_growth(self, position: Position) -> bool:
+        """Whether the solver tells how cotangents are pulled back."""
+        step = position.clock.start, position.clock.end, position.y, position.cotangent
+        probe = self.problem.solver.probe
+        probe = eqx.filter_eval_shape(probe, self.bind, self.params, *step, None)
+        return probe is not None
+
+    def drift(self, position: Position, true: tuple[Y, SolverState]):
+        """How far the walk is off the true state and solver state."""
+        terms, args = self.bind(self.params)
+        # Events may end a solve long before `t1`.
+        length = jnp.abs(self.trace.end.tprev - self.problem.t0)
+        length = jnp.where(length == 0, 1, length)
+        step = position.clock.start, position.clock.end
+        y, solver_state = true
+        origin = position.origin
+        assert origin is not None
+        scales = self.problem.solver.error_scales(
+            *(terms, *step, length, y, args, solver_state),
+            *(origin.y, eqx.filter(origin.solver_state, eqx.is_inexact_array)),
+        )
+        return drift((position.y, position.solver_state), true, scales)
