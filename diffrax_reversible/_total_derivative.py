@@ -20,3 +20,24 @@ def total_derivative(g: Callable, field: Callable, length: RealScalarLike = 1) -
         return tangent
 
     return derivative
+
+
+def total_derivatives(field: Callable, count: int) -> Callable:
+    """`field` and its first `count` derivatives along the solution, as a function of
+    `(t, y)` that returns all of them.
+
+    One from the other, so that each but the last is evaluated once.
+    """
+
+    def up_to(lower):
+        def derivatives(t, y):
+            dt = jnp.ones((), jnp.result_type(t))
+            values, tangents = jax.jvp(lower, (t, y), (dt, field(t, y)))
+            return values[:1] + tangents
+
+        return derivatives
+
+    result = lambda t, y: (field(t, y),)
+    for _ in range(count):
+        result = up_to(result)
+    return result

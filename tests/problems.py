@@ -72,7 +72,26 @@ FAMILIES = {
     "LeapfrogMidpoint": Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[0]),
     "SemiImplicitEuler": Case(dfx.SemiImplicitEuler(), PAIR, PAIR_Y0, *CONTROLLERS[0]),
 }
-families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def with_slow(quick, slow):
+    """Cases, of which the `slow` ones are not run by default: they differ from the others
+    by a combination of what is tested elsewhere."""
+
+    def marked(case):
+        values = case if type(case) is tuple or isinstance(case, Case) else (case,)
+        return pytest.param(*values, marks=pytest.mark.slow)
+
+    return [*quick, *map(marked, slow)]
+
+
+families = pytest.mark.parametrize(
+    "family",
+    with_slow(
+        ("splitting", "coupling"),
+        ("ReversibleHeun", "LeapfrogMidpoint", "SemiImplicitEuler"),
+    ),
+)
 
 
 def as_terms(field):

@@ -8,7 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error
+from .problems import relative_error, with_slow
 
 
 # Diffrax warns of them.
@@ -92,6 +92,7 @@ def loss(name, saveat, adjoint, precision=jnp.complex128):
     return of
 
 
+QUICK = "ALF4 bitwise", "McCallumFoster", "ReversibleHeun"
 SAVEATS = {
     "t1": dfx.SaveAt(t1=True),
     "ts": dfx.SaveAt(t0=True, ts=jnp.linspace(0.1, 1.9, 7)),
@@ -101,7 +102,10 @@ SAVEATS = {
 
 @pytest.mark.parametrize(
     "name, saveat",
-    (*((name, "ts") for name in CASES), ("ALF4", "t1"), ("BlanesMoan4", "fn")),
+    with_slow(
+        (*((name, "ts") for name in QUICK), ("ALF4", "t1"), ("BlanesMoan4", "fn")),
+        [(name, "ts") for name in CASES if name not in QUICK],
+    ),
 )
 def test_against_default(name, saveat):
     args = HERMITIAN, jnp.array(0.4)
@@ -127,7 +131,7 @@ def test_finite_differences():
         assert slope == pytest.approx(float((gradient[i] * direction).real), rel=1e-7)
 
 
-@pytest.mark.parametrize("name", ("ALF4", "ALF6", "McCallumFoster"))
+@pytest.mark.parametrize("name", with_slow(("ALF4",), ("ALF6", "McCallumFoster")))
 def test_as_real_and_imaginary_parts(name):
     """The solution is that of twice as many real numbers."""
     solver, _ = CASES[name]
@@ -146,7 +150,7 @@ def test_as_real_and_imaginary_parts(name):
     np.testing.assert_allclose(whole, real[0] + 1j * real[1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ("ALF4", "ALF4 compensated", "BlanesMoan4"))
+@pytest.mark.parametrize("name", with_slow(("ALF4",), ("ALF4 compensated", "BlanesMoan4")))
 def test_single_precision(name):
     args = HERMITIAN.astype(jnp.complex64), jnp.array(0.4, jnp.float32)
     y0 = PSI0.astype(jnp.complex64)
@@ -202,7 +206,7 @@ def test_restarts_and_vmap():
 
 
 @pytest.mark.parametrize(
-    "name", ("ALF6", "BlanesMoan4", "McCallumFoster", "ReversibleHeun")
+    "name", with_slow(("ALF6", "BlanesMoan4"), ("McCallumFoster", "ReversibleHeun"))
 )
 def test_strict_promotion(name):
     """Where Diffrax's own solvers run under it: with steps that are given."""

@@ -17,6 +17,7 @@ from .problems import (
     InverseOnly,
     relative_error,
     sum_of_squares,
+    with_slow,
 )
 
 
@@ -129,7 +130,12 @@ def both(of, *args):
     return out, grad
 
 
-@pytest.mark.parametrize("name", EVENTS)
+QUICK = ("boolean", "real, root finder", "several", "never")
+
+
+@pytest.mark.parametrize(
+    "name", with_slow(QUICK, [name for name in EVENTS if name not in QUICK])
+)
 def test_against_default(name):
     event = EVENTS[name]
     (ts, _, mask, _), _ = both(lambda a: lambda y, w: loss(y, w, a, event), Y0, W)
@@ -168,7 +174,9 @@ def test_backwards_in_time():
     assert 0 < ts[0] < 6
 
 
-@pytest.mark.parametrize("name", ("boolean, root finder", "real, root finder"))
+@pytest.mark.parametrize(
+    "name", with_slow(("real, root finder",), ("boolean, root finder",))
+)
 def test_batch(name):
     """Of which some elements come to the event and others do not, and one at once."""
     batch = jnp.array([[1.0, 0.3], [0.5, -2.0], [1.0, 9.0], [-3.0, 9.0]])

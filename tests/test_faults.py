@@ -44,7 +44,12 @@ def solve(args, adjoint, solver, controller, field=field, max_steps=200, throw=F
 
 
 def value_and_grad(args, adjoint, solver, controller, **kwargs):
-    """Of a sum over what was saved. The gradient is with respect to the rate."""
+    return values_and_grads([args], adjoint, solver, controller, **kwargs)[0]
+
+
+def values_and_grads(many, adjoint, solver, controller, **kwargs):
+    """Of a sum over what was saved, for several `args`. The gradient is with respect to the
+    rate."""
 
     @jax.jit
     @jax.vmap
@@ -56,8 +61,8 @@ def value_and_grad(args, adjoint, solver, controller, **kwargs):
 
         return jax.value_and_grad(loss, has_aux=True)(args[0])
 
-    (_, outputs), grad = run(args)
-    return outputs, grad
+    results = map(run, many)
+    return [(outputs, grad) for (_, outputs), grad in results]
 
 
 def assert_forward_as_default(ours, default):
@@ -83,7 +88,8 @@ def test_not_finite(fault, solver, controller):
     """In the second of three elements of a batch."""
     arguments = dr.ReversibleAdjoint(), solver, controller
     args = RATES, jnp.array([0.0, fault, 0.0])
-    outputs, grad = value_and_grad(args, *arguments)
+    many = args, (RATES, jnp.zeros(3))
+    (outputs, grad), (_, alone) = values_and_grads(many, *arguments)
     expected, _ = value_and_grad(args, DEFAULT, solver, controller)
     assert_forward_as_default(outputs, expected)
     _, _, _, result = outputs
@@ -94,7 +100,6 @@ def test_not_finite(fault, solver, controller):
         assert result._value[1] == dfx.RESULTS.max_steps_reached._value
     else:
         assert np.isnan(grad[1])
-    _, alone = value_and_grad((RATES, jnp.zeros(3)), *arguments)
     np.testing.assert_allclose(grad[healthy], alone[healthy], rtol=1e-13)
 
 

@@ -25,8 +25,8 @@ from .problems import (
     PID,
     relative_error,
     SOLVERS,
-    SPLITTINGS,
     sum_of_squares,
+    with_slow,
     Y0,
 )
 
@@ -66,22 +66,29 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     return grad
 
 
+def rejecting(field, y0, *solvers):
+    return [Case(solver, field, y0, *CONTROLLERS[1]) for solver in solvers]
+
+
 # Every solver with a controller that rejects steps, and some with every controller.
-ALFS = (*SOLVERS, COMPENSATED, BITWISE)
-PAIRS = (
-    *SPLITTINGS,
-    dr.BlanesMoan6(compensated=True),
-    dr.BlanesMoan4(bitwise=True),
-)
-COUPLINGS = (dr.McCallumFoster(dfx.Heun()), dr.McCallumFoster(dfx.Dopri8(), 0.9))
-CASES = (
-    *(Case(solver, Network(), Y0, *CONTROLLERS[1]) for solver in (*ALFS, *COUPLINGS)),
-    *(Case(solver, PAIR, PAIR_Y0, *CONTROLLERS[1]) for solver in PAIRS),
-    *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
-    *(Case(BITWISE, Network(), Y0, *CONTROLLERS[i]) for i in (0, 2)),
-    *(case for name, case in FAMILIES.items() if name != "splitting"),
-    Case(dr.BlanesMoan6(nystrom=True), (harmonic, PAIR[1]), PAIR_Y0, *CONTROLLERS[3]),
-    Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[3]),
+CASES = with_slow(
+    (
+        *rejecting(Network(), Y0, dr.ALF4(), dr.ALF8(), COMPENSATED),
+        *rejecting(PAIR, PAIR_Y0, dr.KahanLi8(), dr.BlanesMoan6(compensated=True)),
+        *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
+        Case(BITWISE, Network(), Y0, *CONTROLLERS[2]),
+        *(case for name, case in FAMILIES.items() if name != "splitting"),
+        Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[3]),
+    ),
+    (
+        *rejecting(Network(), Y0, dr.ALF2(), dr.ALF6(), BITWISE),
+        *rejecting(Network(), Y0, dr.McCallumFoster(dfx.Heun())),
+        *rejecting(Network(), Y0, dr.McCallumFoster(dfx.Dopri8(), 0.9)),
+        *rejecting(PAIR, PAIR_Y0, dr.StormerVerlet(), dr.BlanesMoan4(), dr.BlanesMoan6()),
+        *rejecting(PAIR, PAIR_Y0, dr.BlanesMoan4(bitwise=True)),
+        Case(BITWISE, Network(), Y0, *CONTROLLERS[0]),
+        Case(dr.BlanesMoan6(nystrom=True), (harmonic, PAIR[1]), PAIR_Y0, *CONTROLLERS[3]),
+    ),
 )
 
 

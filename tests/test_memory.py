@@ -246,12 +246,12 @@ def test_one_evaluation(solver):
 
 @pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.BlanesMoan6()), ids=repr)
 def test_many_parameters(solver):
-    """Their cotangent is summed where it is returned, with no copy for the evaluation that
-    the solve begins with."""
+    """Their cotangent is summed where it is returned, and once more from one known state to
+    the next, with no copy for the evaluation that the solve begins with."""
     size = 512
     y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
     weights = [jax.ShapeDtypeStruct((size, size), jnp.float64)] * 2
     gradient = jax.jit(jax.grad(_loss(solver, checkpoints=8), argnums=(0, 1)))
     memory = gradient.lower(y0, weights).compile().memory_analysis()
-    # Of the evaluation at hand, one array of two.
-    assert memory.temp_size_in_bytes < 1.5 * 8 * size**2
+    # The second sum, of two arrays, of which one serves the evaluation at hand as well.
+    assert memory.temp_size_in_bytes < 2.5 * 8 * size**2

@@ -20,6 +20,7 @@ from .problems import (
     PID,
     relative_error,
     sum_of_squares,
+    with_slow,
     Y0,
 )
 
@@ -29,6 +30,11 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
+QUICK = "splitting", "coupling", "LeapfrogMidpoint"
+SOME = with_slow(
+    (ALF4, *(FAMILIES[name] for name in QUICK)),
+    [(case,) for name, case in FAMILIES.items() if name not in QUICK],
+)
 
 
 def scaled(t, y, args):
@@ -84,7 +90,9 @@ def test_t0_t1_ts():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
-@pytest.mark.parametrize("saveat", (dfx.SaveAt(ts=TS), dfx.SaveAt(t0=True, t1=True)))
+@pytest.mark.parametrize(
+    "saveat", with_slow((dfx.SaveAt(ts=TS),), (dfx.SaveAt(t0=True, t1=True),))
+)
 def test_alone(saveat):
     """Without others, whether they interpolate or not."""
     assert_same(saveat, ALF4, weighted)
@@ -98,14 +106,14 @@ def test_steps():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
-@pytest.mark.parametrize("case", (ALF4, ALF6))
+@pytest.mark.parametrize("case", with_slow((ALF6,), ((ALF4,),)))
 def test_fn(case):
     """With a function to save, of which the output is not all real, `ts` included."""
     saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, steps=2, fn=scaled)
     assert_same(saveat, case, weighted)
 
 
-@pytest.mark.parametrize("case", (ALF4, *FAMILIES.values()))
+@pytest.mark.parametrize("case", SOME)
 def test_subs(case):
     saveat = dfx.SaveAt(
         subs={
@@ -122,7 +130,7 @@ def test_subs(case):
     )
 
 
-@pytest.mark.parametrize("case", (ALF4, ALF6, *FAMILIES.values()))
+@pytest.mark.parametrize("case", [ALF6, *SOME])
 def test_dense(case):
     def read(sol):
         ts = jnp.array([0.0, 0.4, 1.7, 3.0])

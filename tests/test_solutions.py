@@ -13,7 +13,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import SOLVERS
+from .problems import SOLVERS, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -125,7 +125,11 @@ def test_entry_of_another_size(solver, size):
     assert np.all(errors(solver) < 30 * errors(dfx.Dopri5()))
 
 
-@with_restarts
+@pytest.mark.parametrize(
+    "solver",
+    with_slow((dr.ALF4(), WITH_RESTARTS[-1]), (dr.ALF6(), dr.ALF8())),
+    ids=repr,
+)
 def test_gradient_of_small_entry(solver):
     def gradient(adjoint):
         @jax.jit
@@ -173,12 +177,9 @@ def test_walk_back_is_measured_entry_by_entry(solver):
 
 @pytest.mark.parametrize(
     "solver",
-    (
-        *WITH_RESTARTS,
-        dr.ALF2(),
-        dr.BlanesMoan6(nystrom=True),
-        dfx.ReversibleHeun(),
-        dfx.LeapfrogMidpoint(),
+    with_slow(
+        (dr.ALF4(), dr.ALF8(), dr.BlanesMoan6(nystrom=True), dfx.LeapfrogMidpoint()),
+        (dr.ALF6(), WITH_RESTARTS[-1], dr.ALF2(), dfx.ReversibleHeun()),
     ),
     ids=repr,
 )

@@ -25,6 +25,7 @@ from .problems import (
     network_args,
     relative_error,
     sum_of_squares,
+    with_slow,
 )
 
 
@@ -84,10 +85,9 @@ def assert_same_gradient(loss, *args, tol=1e-10):
 @compile_quickly
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
-    (
-        (dr.ALF4(), None, 0.0, 3.0),
-        (dr.ALF6(), -0.07, 3.0, -1.0),
-        (BITWISE, None, 0.0, 3.0),
+    with_slow(
+        ((dr.ALF6(), -0.07, 3.0, -1.0),),
+        ((dr.ALF4(), None, 0.0, 3.0), (BITWISE, None, 0.0, 3.0)),
     ),
 )
 def test_gradients(solver, dt0, t0, t1):
@@ -175,7 +175,6 @@ def test_memory_is_flat():
 
     few = temporary_bytes(1.0, 1_000_000)
     assert few == temporary_bytes(1e4, 10_000_000)
-    assert few > temporary_bytes(1.0, 100)
     # One without a bound is another program, of a few bytes less.
     assert few - 256 <= temporary_bytes(1e4, None) <= few
 
@@ -211,7 +210,7 @@ def test_time_scale():
 
     def at(field, t, y, start, longest=1e3):
         squared = squared_time_scale(field, jnp.array(0.0), start, longest)
-        return np.sqrt(squared(jnp.array(t), y))
+        return np.sqrt(squared(field, jnp.array(t), y))
 
     rotation = lambda t, y: 5 * jnp.array([-y[1], y[0]])
     y = jnp.array([1.0, 2.0])
@@ -234,7 +233,8 @@ def test_time_scale():
 
         start = perihelion(0.8) * length + origin
         y = jnp.array([0.3, 0.9, -0.7, 0.2]) * length + origin
-        return squared_time_scale(field, jnp.array(0.0), start, 1e3)(jnp.array(0.0), y)
+        squared = squared_time_scale(field, jnp.array(0.0), start, 1e3)
+        return squared(field, jnp.array(0.0), y)
 
     np.testing.assert_allclose(of_kepler(5.0, 1.0, 3.0), of_kepler(1.0, 1.0, 0.0))
     np.testing.assert_allclose(

@@ -9,7 +9,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID, relative_error, sum_of_squares
+from .problems import PID, relative_error, sum_of_squares, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -118,7 +118,10 @@ def gradients(loss, *args, transform=lambda f: f):
     return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.parametrize("name", TERMS)
+QUICK = "ODETerm", "a term of one's own", "MultiTerm with ControlTerm", "ControlTerm.to_ode"
+
+
+@pytest.mark.parametrize("name", with_slow(QUICK, [n for n in TERMS if n not in QUICK]))
 def test_closures(name):
     """Under `jit`, backwards in time, with a `SaveAt(fn=...)` that closes over as well."""
     make, any_term = TERMS[name]
@@ -142,7 +145,7 @@ def test_closures(name):
         assert relative_error(g, e) < 1e-10
 
 
-@pytest.mark.parametrize("name", ("MultiTerm", "MultiTerm with ControlTerm"))
+@pytest.mark.parametrize("name", with_slow(("MultiTerm with ControlTerm",), ("MultiTerm",)))
 def test_closures_vmap(name):
     """Over a batch of closed-over values."""
     make, any_term = TERMS[name]

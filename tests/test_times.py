@@ -18,6 +18,7 @@ from .problems import (
     network_args,
     relative_error,
     sum_of_squares,
+    with_slow,
     Y0,
 )
 
@@ -85,11 +86,8 @@ def gradients(controller, saveat, solver, argnums, **kwargs):
     return gradient(dr.ReversibleAdjoint()), gradient(dfx.RecursiveCheckpointAdjoint())
 
 
-CASES = (
-    *((PID, saveat) for saveat in ("ts", "dense")),
-    (FIXED, "subs"),
-    (STEP_TO, "subs"),
-    (JUMPS, "fn"),
+CASES = with_slow(
+    ((PID, "dense"), (FIXED, "subs"), (JUMPS, "fn")), ((PID, "ts"), (STEP_TO, "subs"))
 )
 
 
@@ -108,7 +106,7 @@ def test_against_default(controller, saveat):
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
 
 
-@pytest.mark.parametrize("controller", (FIXED, PID))
+@pytest.mark.parametrize("controller", with_slow((PID,), (FIXED,)))
 def test_against_true_solution(controller):
     """To hold step locations fixed does not make the gradient worse than that of the
     default adjoint, which moves them."""
@@ -135,7 +133,7 @@ def test_against_true_solution(controller):
     assert ours < 5e-6
 
 
-@pytest.mark.parametrize("solver", (dr.ALF6(), BITWISE), ids=repr)
+@pytest.mark.parametrize("solver", with_slow((dr.ALF6(),), (BITWISE,)), ids=repr)
 def test_solvers(solver):
     ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
     assert relative_error(ours, default) < 1e-10
@@ -149,13 +147,15 @@ def test_families(family):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.parametrize("argnums", ((0,), (1,)))
+@pytest.mark.parametrize("argnums", with_slow(((0,),), (((1,),),)))
 def test_one_at_a_time(argnums):
     ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.parametrize("controller, argnums", ((PID, (1, 2)), (STEP_TO, (0, 1, 2))))
+@pytest.mark.parametrize(
+    "controller, argnums", with_slow(((STEP_TO, (0, 1, 2)),), ((PID, (1, 2)),))
+)
 def test_ends_of_steps_that_do_not_move(controller, argnums):
     ours, default = gradients(controller, "steps", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10

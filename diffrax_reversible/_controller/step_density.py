@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
-from .._total_derivative import total_derivative
 from .base import AbstractReversibleStepSizeController
 from .time_scale import Field, squared_time_scale
 
@@ -82,30 +81,29 @@ class StepDensityState(eqx.Module):
 
     def start(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
         """From `(t, y)` to the step after it."""
-        wished, rate = self._evaluate(t, y, args)
+        wished, rate, _ = self._evaluate(t, y, args)
         start = self._sum()
         return self._at(_soften(_limit(start.plus(rate / 2), start), wished))
 
-    def cross(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
-        """From the step before `(t, y)` to the step after it."""
-        wished, rate = self._evaluate(t, y, args)
+    def cross(
+        self, t: RealScalarLike, y: Y, args: Args
+    ) -> tuple["StepDensityState", BoolScalarLike]:
+        """From the step before `(t, y)` to the step after it, and whether there is one, as
+        the wished step size is a positive number."""
+        wished, rate, can_go_on = self._evaluate(t, y, args)
         old = self._sum()
-        return self._at(_soften(_limit(old.plus(rate), old), wished))
+        return self._at(_soften(_limit(old.plus(rate), old), wished)), can_go_on
 
     def cross_back(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
         """The inverse of `cross`."""
-        wished, rate = self._evaluate(t, y, args)
+        wished, rate, _ = self._evaluate(t, y, args)
         new = _harden(self._sum(), wished)
         return self._at(_limit(new.minus(rate), new))
 
-    def can_go_on(self, t: RealScalarLike, y: Y, args: Args) -> BoolScalarLike:
-        """Whether the wished step size is a positive number."""
-        wished, _ = self.wish.evaluate(t, y, args)
-        return jnp.isfinite(wished)
-
-    def _evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Float[Array, ""]]:
-        values = self.wish.evaluate(t, y, args)
-        return [jnp.where(jnp.isfinite(value), value, 0) for value in values]
+    def _evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Array]:
+        wished, rate = self.wish.evaluate(t, y, args)
+        finite = (jnp.where(jnp.isfinite(x), x, 0) for x in (wished, rate))
+        return [*finite, jnp.isfinite(wished)]
 
     def _sum(self) -> Sum:
         return LowPart.join(self.density, self.low)
@@ -190,18 +188,21 @@ class StepDensityController(
         del error_order
         t0, t1, dt0, y0 = lax.stop_gradient((t0, t1, dt0, y0))
         t0 = jnp.asarray(t0)
-        step_size = self._wished(terms, t0, t1, y0, args, func)[1]
-        first = lax.stop_gradient(step_size(t0, y0)) if dt0 is None else dt0
-        first = jnp.asarray(first, t0.dtype)
+        make_step_size = self._make_step_size(terms, t0, t1, y0, args, func)
+        wished = make_step_size(self._field(terms, args, func, y0), args)(t0, y0)
+        wished = jnp.asarray(lax.stop_gradient(wished), t0.dtype)
+        first = wished if dt0 is None else jnp.asarray(dt0, t0.dtype)
         first = eqx.error_if(first, ~((first > 0) & jnp.isfinite(first)), _no_first_step)
         # Of a step size just the ratios matter, if `dt0` is given.
-        unit = first / jnp.asarray(lax.stop_gradient(step_size(t0, y0)), t0.dtype)
+        unit = first / wished
 
         def wish(t, y, args):
-            field, step_size = self._wished(terms, t0, t1, y0, args, func)
+            field = self._field(terms, args, func, y0)
+            step_size = make_step_size(field, args)
             log_step_size = lambda t, y: jnp.log(jnp.asarray(step_size(t, y), t.dtype))
-            rate = -total_derivative(log_step_size, field)(t, y)
-            return jnp.exp(-log_step_size(t, y)) / unit, rate
+            along = jnp.ones_like(t), field(t, y)
+            value, slope = jax.jvp(log_step_size, (t, y), along)
+            return jnp.exp(-value) / unit, -slope
 
         largest = jnp.maximum(abs(t0), jnp.where(jnp.isfinite(t1), abs(t1), first))
         time_unit = _unit(jnp.maximum(largest, first))
@@ -229,12 +230,8 @@ class StepDensityController(
         RESULTS,
     ]:
         del t0, y0, y_error, error_order
-        state = controller_state.cross(t1, y1_candidate, args)
-        result = RESULTS.where(
-            controller_state.can_go_on(t1, y1_candidate, args),
-            RESULTS.successful,
-            RESULTS.dt_min_reached,
-        )
+        state, can_go_on = controller_state.cross(t1, y1_candidate, args)
+        result = RESULTS.where(can_go_on, RESULTS.successful, RESULTS.dt_min_reached)
         return True, t1, t1 + state.step(), False, state, result
 
     def inverse(
@@ -246,13 +243,6 @@ class StepDensityController(
     ) -> tuple[RealScalarLike, StepDensityState]:
         state = controller_state.cross_back(t1, y1, args)
         return t1 - state.step(), state
-
-    def _wished(
-        self, terms: PyTree[AbstractTerm], t0, t1, y0: Y, args: Args, func
-    ) -> tuple[Field, Callable]:
-        """The vector field, and the wished step size."""
-        field = self._field(terms, args, func, y0)
-        return field, self._step_size(field, t0, t1, y0, args)
 
     def _field(self, terms: PyTree[AbstractTerm], args: Args, func, y0: Y) -> Field:
         """The vector field, in the direction that the solve runs in."""
@@ -273,11 +263,20 @@ class StepDensityController(
             )
         return field
 
-    def _step_size(self, field: Field, t0, t1, y0: Y, args: Args) -> Callable:
-        """The wished step size, as a function of the time and the state."""
+    def _make_step_size(
+        self, terms: PyTree[AbstractTerm], t0, t1, y0: Y, args: Args, func
+    ) -> Callable[[Field, Args], Callable]:
+        """The wished step size as a function of the time and the state, for a vector field
+        and arguments."""
         if self.step_size is None:
+            field = self._field(terms, args, func, y0)
             squared = squared_time_scale(field, t0, y0, abs(t1 - t0))
-            return lambda t, y: self.fraction * jnp.sqrt(squared(t, y))
+
+            def step_size(field, args):
+                del args
+                return lambda t, y: self.fraction * jnp.sqrt(squared(field, t, y))
+
+            return step_size
         fn = self.step_size
         struct = jax.eval_shape(lambda: fn(t0, y0, args))
         if getattr(struct, "shape", None) != ():
@@ -285,7 +284,7 @@ class StepDensityController(
                 "`StepDensityController(step_size=...)` has to return a scalar, the wished "
                 f"step size at `(t, y, args)`, and returned {struct}."
             )
-        return lambda t, y: fn(self._direction * t, y, args)
+        return lambda field, args: lambda t, y: fn(self._direction * t, y, args)
 
 
 def _unit(largest: Float[Array, ""]) -> Float[Array, ""]:

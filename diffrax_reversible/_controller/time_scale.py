@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import RealScalarLike, VF, Y
-from .._total_derivative import total_derivative
+from .._total_derivative import total_derivatives
 
 
 # Of the time and the state.
@@ -16,7 +16,7 @@ Field = Callable[[RealScalarLike, Y], VF]
 
 def squared_time_scale(
     field: Field, t0: RealScalarLike, y0: Y, longest: RealScalarLike
-) -> Callable[[RealScalarLike, Y], Float[Array, ""]]:
+) -> Callable[[Field, RealScalarLike, Y], Float[Array, ""]]:
     """`T² = N / (D + N / longest²)`, with
 
         N = |f|² + τ² |f'|²,    D = |f'|² + τ² |f''|²,
@@ -31,24 +31,24 @@ def squared_time_scale(
     on `f = cos t` it varies between one and `√2`. Where the field is constant it is
     `longest`.
 
+    Returned is a function of the vector field, of which the parameters may have changed by
+    then, the time and the state. It does not evaluate `τ` again.
+
     Quotients of such products are how the steps of the N-body problem are commonly chosen,
     with the force for `f` and one derivative less, see Aarseth, *Gravitational N-Body
     Simulations* (2003), doi:10.1017/CBO9780511535246, eq. 2.13.
     """
     tiny = jnp.finfo(jnp.result_type(t0)).tiny
-    derivatives = [field]
-    for _ in range(4):
-        derivatives.append(total_derivative(derivatives[-1], field))
 
     def bounded(numerator, denominator):
         numerator = numerator + tiny
         return numerator / (denominator + numerator / longest**2 + tiny)
 
-    norms = [jnp.sqrt(_square(derivative(t0, y0), t0)) for derivative in derivatives]
+    norms = [jnp.sqrt(_square(f, t0)) for f in total_derivatives(field, 4)(t0, y0)]
     start = bounded(*(sum(norms[i] * norms[m - i] for i in range(m + 1)) for m in (2, 4)))
 
-    def time_scale(t, y):
-        f0, f1, f2 = (_square(derivative(t, y), t) for derivative in derivatives[:3])
+    def time_scale(field, t, y):
+        f0, f1, f2 = (_square(f, t) for f in total_derivatives(field, 2)(t, y))
         return bounded(f0 + start * f1, f1 + start * f2)
 
     return time_scale
