@@ -159,7 +159,117 @@ def neural_sde(solver):
     return loss, (mlp(jr.key(4), 2, 16, 2), mlp(jr.key(5), 2, 16, 2))
 
 
-TRAININGS = neural_ode, neural_cde, normalising_flow, neural_sde
+def latent_ode(solver):
+    """From a code of a series, decoded, with a prior on the code."""
+    ts = single(np.linspace(0, 3, 12))
+    ys = single(np.stack([np.sin(np.linspace(0, 3, 12)), np.linspace(0, 1, 12)], axis=1))
+
+    def field(t, y, layers):
+        return apply(layers, y, jnp.tanh)
+
+    def loss(params, adjoint):
+        encoder, scale, hidden, decoder = params
+        mean, log_std = jnp.split(apply(encoder, ys.reshape(-1)), 2)
+        code = mean + jnp.exp(log_std) * single([0.3, -0.5, 0.1, 0.8])
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: scale * field(t, y, args)),
+            solver,
+            *(ts[0], ts[-1], single(0.4), code, hidden),
+            saveat=dfx.SaveAt(ts=ts),
+            adjoint=adjoint,
+        )
+        rebuilt = jax.vmap(lambda y: apply(decoder, y))(sol.ys)
+        prior = jnp.sum(mean**2 + jnp.exp(2 * log_std) - 2 * log_std)
+        return jnp.mean((rebuilt - ys) ** 2) + 0.01 * prior
+
+    sizes = (24, 16, 8), (4, 16, 4), (4, 8, 2)
+    encoder, hidden, decoder = (mlp(jr.key(i), *n) for i, n in enumerate(sizes))
+    return loss, (encoder, single(1.0), hidden, decoder)
+
+
+def kalman_filter(solver):
+    """The filter's covariance obeys a Riccati equation, which contracts, the more so the
+    better its parameters become."""
+    ts = single(np.linspace(0, 6, 61))
+    noise = np.random.default_rng(4).normal(size=61) / 3
+    observed = dfx.LinearInterpolation(
+        ts, single(np.sin(2 * np.linspace(0, 6, 61)) + noise)
+    )
+
+    def field(t, state, params):
+        x, p = state
+        transition, log_q, log_r = params
+        gain = p[:, 0] / jnp.exp(log_r)
+        dx = transition @ x + gain * (observed.evaluate(t) - x[0])
+        noise = jnp.exp(log_q) * jnp.eye(2, dtype=p.dtype)
+        dp = transition @ p + p @ transition.T + noise - jnp.outer(gain, p[0])
+        return dx, dp
+
+    def loss(params, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            *(ts[0], ts[-1], single(0.02)),
+            (jnp.zeros(2, jnp.float32), jnp.eye(2, dtype=jnp.float32)),
+            params,
+            saveat=dfx.SaveAt(ts=ts),
+            adjoint=adjoint,
+        )
+        x, _ = sol.ys
+        return jnp.mean((x[:, 0] - jnp.sin(2 * ts)) ** 2)
+
+    return loss, (single([[0.1, 1.0], [-2.0, -0.3]]), single(0.0), single(-2.5))
+
+
+def forcing(solver):
+    """An oscillator under a force that is interpolated, and learned at its nodes."""
+    ts = single(np.linspace(0, 4, 9))
+
+    def field(t, y, force):
+        q, p = y
+        return p, -q - 0.1 * p + dfx.LinearInterpolation(ts, force).evaluate(t)
+
+    def loss(force, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            *(ts[0], ts[-1], single(0.1), (single(1.0), single(0.0)), force),
+            saveat=dfx.SaveAt(ts=ts[1:]),
+            stepsize_controller=pid(1e-4, 1e-6),
+            adjoint=adjoint,
+        )
+        return jnp.mean((sol.ys[0] - 1) ** 2)
+
+    return loss, single(np.linspace(0, 1, 9))
+
+
+def steady_state(solver):
+    """Where a system comes to rest, which is for an event to tell."""
+    target = single([0.7, 0.2])
+
+    def field(t, y, params):
+        weight, bias = params
+        return jnp.tanh(weight @ y + bias) - y
+
+    def loss(params, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            *(0.0, jnp.inf, None, jnp.zeros(2, jnp.float32), params),
+            max_steps=None if isinstance(adjoint, dr.ReversibleAdjoint) else MAX_STEPS,
+            stepsize_controller=pid(1e-3, 1e-6),
+            event=dfx.Event(dfx.steady_state_event()),
+            adjoint=adjoint,
+        )
+        return jnp.sum((sol.ys[0] - target) ** 2)
+
+    return loss, (single([[0.3, -0.2], [0.4, 0.1]]), single([0.2, 0.1]))
+
+
+TRAININGS = (
+    *(neural_ode, neural_cde, normalising_flow, neural_sde),
+    *(latent_ode, kalman_filter, forcing, steady_state),
+)
 
 
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda f: f.__name__)
@@ -177,3 +287,30 @@ def test_training(training):
         assert np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want))
         rate = 0.5 / np.max(np.abs(want))
         params = jax.tree.map(lambda p, g, r=rate: p - single(r) * g, params, grad)
+
+
+def test_hessian():
+    """Of coupled species, as in a fit by Newton's method."""
+    ts = single(np.linspace(0, 4, 9))
+
+    def loss(rates, adjoint):
+        def field(t, y, rates):
+            prey, predators = y
+            a, b, c, d = rates
+            return prey * (a - b * predators), predators * (c * prey - d)
+
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            *(ts[0], ts[-1], single(0.05), (single(1.0), single(0.5)), rates),
+            saveat=dfx.SaveAt(ts=ts),
+            adjoint=adjoint,
+        )
+        return sum(jnp.mean((y - 1) ** 2) for y in sol.ys)
+
+    rates = single([1.1, 0.4, 0.3, 0.5])
+    ours, theirs = (
+        jax.jit(jax.hessian(lambda rates, adjoint=adjoint: loss(rates, adjoint)))(rates)
+        for adjoint in (dr.ReversibleAdjoint(), dfx.DirectAdjoint())
+    )
+    assert np.max(np.abs(ours - theirs)) < 1e-4 * np.max(np.abs(theirs))

@@ -21,7 +21,7 @@ from .._solver.base import (
     Cotangent,
 )
 from .._tree import tree_add, tree_replace, tree_zeros_like
-from .forward import Kept
+from .kept import Kept
 from .known import Known
 from .walk import longest_reach, Position, Walk
 

@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .._diffrax import State
 from .._tree import tree_replace
-from .forward import Advancing, Kept, Stepper
+from .forward import Advancing, Stepper
+from .kept import Kept
 from .known import Known
 from .problem import Inputs, Problem
 from .steps import Ends

@@ -72,17 +72,26 @@ class ReversibleAdjoint(AbstractAdjoint):
     held, the solve is replayed from the known state before, and states are held on the way
     in the room there is by then, as in recursive checkpointing. Jumps can be undone.
 
+    Where the walk comes to a known state, and where it ends, every entry is compared with
+    what was there in the forward pass, whether the solver watches it or not. If any differs
+    by more than `drift_tol`, then the walk goes back to the state that was known before,
+    the solve is replayed from the one that was missed, with states held on the way, and the
+    steps are undone once more. How many there may be from one known state to the next is
+    found as step sizes are: a quarter where one is missed, twice as many where all is well.
+    So contraction costs evaluations, and is no error, unless there are no `checkpoints`.
+
     Solvers that do not restart lose the solution itself where the flow contracts, as the
     second approximation that they carry along grows apart from the first, and nothing in
     the solution tells. Those are [`diffrax_reversible.ALF2`][],
     [`diffrax.ReversibleHeun`][] and [`diffrax.LeapfrogMidpoint`][]: on
-    `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is then an
-    error, or that of what was computed, if states that are known are close enough.
+    `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is that of
+    what was computed.
 
     An event that ends the solve is located as ever, and its time and state are
     differentiated by Diffrax itself, through the last step.
 
-    Memory: a few states, some two to four more for each of `checkpoints`, and a record of
+    Memory: a few states, some two to four more for each of `checkpoints`, with those a
+    second sum of the cotangent of what is differentiated but the state, and a record of
     the last steps, of 9 bytes each in float64 (17 if there may be jumps). It has room for
     256 steps at least, for more if [`diffrax.RecursiveCheckpointAdjoint`][] takes as much
     memory for `max_steps`, and for 16,384 at the most; what a longer solve has forgotten is
@@ -108,10 +117,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     1e-10. Here it is an error, with the solvers that restart: no entry must have grown
     in steps in which the vector field contracts what grew.
 
-    Where the walk back comes to a known state, and where it ends, every entry is compared
-    with what was there in the forward pass, whether the solver watches it or not. If any
-    differs too much, then the gradient is an error, or with `diffeqsolve(..., throw=False)`
-    it is NaN.
+    If the walk misses a state for good, then the gradient is an error, or with
+    `diffeqsolve(..., throw=False)` it is NaN.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
@@ -233,10 +240,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     restarts, of which `sol.stats["num_restarts"]` tells the number. Defaults to 8, but to
     none for symplectic solvers, of which rounding errors do not grow.
 - `drift_tol`: the largest error of the reconstructed state that is accepted, where the
-    solve began and at every restart. Entry by entry, as a fraction of what it is there, of
-    what it is where the walk back began (at the next restart or the end), or of what a step
-    adds to it, whichever is the most; but no entry counts as less than `eps^(3/4)` of the
-    largest of its array.
+    solve began and at every known state. Entry by entry, as a fraction of what it is there,
+    of what it is at the known state before, or of what a step adds to it, whichever is the
+    most; but no entry counts as less than `eps^(3/4)` of the largest of its array.
     Defaults to 1e-6, or to the square root of the machine epsilon of the coarsest array of
     the state, if that is more: 3.5e-4 in float32. Gradients may be off by up to about 400
     times as much, where the problem is as sensitive to its state: the most that

@@ -136,15 +136,17 @@ rounding = """\
     when it is evaluated again. For single precision, long solves, and chaotic ones.
     Costs the memory of up to five more states, seven where steps are rejected, and about
     thirty operations for each entry of the state in a sub-step.
-- `bitwise`: as `compensated`, and whether the vector field is compiled by itself, so that
-    the walk back gives every state to the last bit. Costs one more evaluation a sub-step
-    in the backward pass. Entries that are smaller than `2^(-3p/4)` of the largest of their
-    array where the solve began, with `p` bits of precision, may differ by `2^(-7p/4)` of
-    it; and states must not outgrow it by `2^(p/4 - 2)` (by 2,000 in float64, by 16 in
-    float32), as then sums round after all. Under `jax.jvp` of a gradient, as in
-    `jax.hessian`, the vector field is compiled together with its derivative, and the walk
-    back is as `compensated`: in float32 it may miss a sensitive solution by more than
-    `drift_tol`, which is an error.
+- `bitwise`: as `compensated`, and whether the vector field is compiled by itself, so
+    that the walk back gives every state to the last bit. Costs one more evaluation a
+    sub-step in the backward pass. Entries that are smaller than `2^(-3p/4)` of the
+    largest of their array where the solve began, with `p` bits of precision, may differ
+    by `2^(-7p/4)` of it; and states must not outgrow it by `2^(p/4 - 2)` (by 2,000 in
+    float64, by 16 in float32), as then sums round after all. Times of steps that are
+    replayed, because the record of a long solve had no room for them, may round
+    differently. Under `jax.jvp` of a gradient, as in `jax.hessian`, the vector field is
+    compiled together with its derivative, and the walk back is as `compensated`: in
+    float32 it may miss a sensitive solution by more than `drift_tol`, which is an
+    error.
 """
 
 for _cls in (ALF2, ALF4, ALF6, ALF8):

@@ -1,9 +1,10 @@
 """What becomes of a gradient: right, or refused, but never wrong.
 
 Problems that are conservative, contracting, chaotic or unstable, with steps from far too
-long to very short, in single and double precision, are differentiated by every solver
-under `ReversibleAdjoint`. A gradient that is returned has to agree with that of the same
-solver with the same steps under `RecursiveCheckpointAdjoint`, made to store the trajectory:
+long to very short, in single and double precision, are differentiated by solvers of all
+families under `ReversibleAdjoint` as it is by default. A gradient that is returned has to
+agree with that of the same solver with the same steps under `RecursiveCheckpointAdjoint`,
+made to store the trajectory:
 
 - either within 400 times the drift that `ReversibleAdjoint` allows by default: within 4e-4
   in float64, and 0.14 in float32;
@@ -13,7 +14,9 @@ solver with the same steps under `RecursiveCheckpointAdjoint`, made to store the
 The table has the smaller of the distances from the two, relative to the Euclidean norm, or
 why there is none:
 
-- `drift`: the walk back missed the initial state or a stored one, or met infinite values;
+- `refused`: the walk back missed the initial state or one that was held, or met infinite
+  values, or the gradient grew where the solution contracts;
+- `false alarm`: the same, of a gradient that is within 1e-3 of the stored one;
 - `other`: the two forward passes, which are compiled apart and round differently, did not
   come to the same end, within ten times the square root of the machine epsilon, so that
   their gradients cannot be compared. That is what chaos does, above all in float32.
@@ -23,6 +26,7 @@ why there is none:
 """
 
 import argparse
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,7 +42,8 @@ import diffrax_reversible as dr
 
 jax.config.update("jax_enable_x64", True)
 
-CHECKPOINTS = 64
+# Gradients that are refused must not be as accurate as this.
+FALSE_ALARM = 1e-3
 
 
 class Problem(NamedTuple):
@@ -122,6 +127,9 @@ SOLVERS = {
     "ALF8": dr.ALF8(),
     "ALF4, compensated": dr.ALF4(compensated=True),
     "ALF4, bitwise": dr.ALF4(bitwise=True),
+    "McCallumFoster, Tsit5": dr.McCallumFoster(dfx.Tsit5()),
+    "ReversibleHeun": dfx.ReversibleHeun(),
+    "LeapfrogMidpoint": dfx.LeapfrogMidpoint(),
 }
 STEPS = (30, 100, 300, 1000, 3000, 10_000)
 DTYPES = (jnp.float64, jnp.float32)
@@ -130,7 +138,8 @@ MAX_STEPS = STEPS[-1] + 100
 # With every step stored. By default it makes steps again, which round in another way, and
 # where the problem is chaotic it returns gradients that are wrong by themselves.
 STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS)
-WALK_BACK = dr.ReversibleAdjoint(checkpoints=CHECKPOINTS)
+WALK_BACK = dr.ReversibleAdjoint()
+ANYWAY = dr.ReversibleAdjoint(drift_tol=float("inf"))
 
 
 def cast(tree, dtype):
@@ -184,6 +193,7 @@ class Outcome(NamedTuple):
     text: str
     returned: bool
     wrong: bool = False
+    false_alarm: bool = False
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -191,13 +201,25 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a / scale - b / scale) / np.linalg.norm(b / scale))
 
 
-def outcome(ours: Gradient, stored: Gradient, reference: Gradient, dtype) -> Outcome:
-    if np.any(np.isnan(ours.grad)):
-        return Outcome("drift", False)
+def outcome(
+    ours: Gradient,
+    anyway: Callable[[], Gradient],
+    stored: Gradient,
+    reference: Gradient,
+    dtype,
+) -> Outcome:
+    """`anyway` is what would be returned if nothing were refused."""
     precision = float(jnp.finfo(dtype).eps) ** 0.5
     allowed = max(precision, 1e-6)
     # Distances from what is not finite are NaN, and nothing is within them.
     with np.errstate(invalid="ignore"):
+        if np.any(np.isnan(ours.grad)):
+            refused = anyway()
+            same = distance(refused.y1, stored.y1) <= 10 * precision
+            error = distance(refused.grad, stored.grad)
+            if same and error <= FALSE_ALARM:
+                return Outcome(f"false alarm: {error:.0e}", False, false_alarm=True)
+            return Outcome("refused", False)
         if not distance(ours.y1, stored.y1) <= 10 * precision:
             return Outcome("other", True)
         error = distance(ours.grad, stored.grad)
@@ -215,9 +237,14 @@ def sweep(problems, solvers, steps) -> list[tuple[str, str, str, list[Outcome]]]
         problem, solver = PROBLEMS[name], SOLVERS[solver_name]
         exact = gradient(problem, solver, STORE, jnp.float64)
         for dtype in DTYPES:
-            ours = gradient(problem, solver, WALK_BACK, dtype)
-            stored = gradient(problem, solver, STORE, dtype)
-            row = [outcome(ours(n), stored(n), exact(n), dtype) for n in steps]
+            ours, anyway, stored = (
+                gradient(problem, solver, adjoint, dtype)
+                for adjoint in (WALK_BACK, ANYWAY, STORE)
+            )
+            row = [
+                outcome(ours(n), ft.partial(anyway, n), stored(n), exact(n), dtype)
+                for n in steps
+            ]
             rows.append((name, solver_name, jnp.dtype(dtype).name, row))
         jax.clear_caches()
     return rows
@@ -242,8 +269,12 @@ def main() -> None:
     print(table(rows, steps))
     outcomes = [o for *_, row in rows for o in row]
     returned, wrong = sum(o.returned for o in outcomes), sum(o.wrong for o in outcomes)
-    print(f"\n{len(outcomes)} gradients, of which {returned} returned and {wrong} wrong")
-    assert not any(o.wrong for o in outcomes)
+    alarms = sum(o.false_alarm for o in outcomes)
+    print(
+        f"\n{len(outcomes)} gradients, of which {returned} returned and {wrong} wrong, and "
+        f"{alarms} refused by a false alarm"
+    )
+    assert wrong == 0
     print("OK")
 
 

@@ -1,0 +1,130 @@
+"""What is kept of a solve while it runs, for the walk back."""
+
+from typing import Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+)
+from .._diffrax import State
+from .._solver.base import AbstractReversibleSolver
+from .._tree import tree_replace
+from .known import Checkpoints, Known
+from .steps import Record
+
+
+# In a solve of fewer steps no state is held but those before restarts.
+least_spacing = 64
+
+
+class Kept(eqx.Module):
+    """What is kept of the steps of a solve.
+
+    - `restarts`: how many there were.
+    - `record`, `checkpoints`: `None` where nothing is differentiated.
+    - `spacing`, `due`: after how many steps, with those that are rejected, another state is
+        to be held, and after how many the next one. So that it is due in all elements of a
+        batch at once, the spacing does not depend on what is held.
+    - `advanced`: whether the last step was accepted. A state that was tried from before may
+        have been restarted, and is not held.
+    - `varying`: which leaves of the controller state a known state has.
+    """
+
+    restarts: Int[Array, ""]
+    record: Record | None = None
+    checkpoints: Checkpoints | None = None
+    spacing: IntScalarLike = 0
+    due: IntScalarLike = 0
+    advanced: BoolScalarLike = False
+    varying: tuple[bool, ...] = eqx.field(static=True, default=())
+
+    def buffers(self) -> list:
+        """What `equinox.internal.while_loop` may update in place."""
+        return [] if self.record is None else self.record.buffers()
+
+    @property
+    def holds(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.capacity > 0
+
+    def append(
+        self, before: State, after: State, solver: AbstractReversibleSolver
+    ) -> tuple[Self, BoolScalarLike]:
+        """Record the step from `before` to `after`, if it was accepted.
+
+        Returns also whether the state after it is to be held.
+        """
+        if self.record is None:
+            return self, False
+        accepted = after.num_accepted_steps > before.num_accepted_steps
+        scalars = solver.to_record(before.solver_state)
+        record = self.record.append(before, scalars, accepted)
+        kept = tree_replace(lambda k: (k.record, k.advanced), self, (record, accepted))
+        if not self.holds:
+            return kept, False
+        return kept, accepted & (after.num_steps >= self.due)
+
+    def interrupt(
+        self,
+        state: State,
+        restarts: BoolScalarLike,
+        crossed: BoolScalarLike,
+        goes_on: BoolScalarLike,
+    ) -> Self:
+        """Before the solve is restarted at `state`, or a jump `crossed`; or neither, if the
+        state is only to be held, unless this element of a batch has ended."""
+        count = self.restarts + jnp.where(restarts, 1, 0)
+        kept = tree_replace(lambda k: k.restarts, self, count)
+        if self.record is None:
+            return kept
+        record = self.record.interrupt(restarts, crossed)
+        kept = tree_replace(lambda k: k.record, kept, record)
+        if not self.holds:
+            return kept
+        assert self.checkpoints is not None
+        spread = goes_on & self.advanced & (state.num_steps >= self.due)
+        known = Known.of(state, self.record.last_end, self.varying)
+        held = known, restarts, restarts | spread, self._end, self._prefers_restarts
+        spacing = jnp.where(spread, self._next_spacing(state), self.spacing)
+        due = jnp.where(spread, (state.num_steps // spacing + 1) * spacing, self.due)
+        return tree_replace(
+            lambda k: (k.checkpoints, k.spacing, k.due),
+            kept,
+            (self.checkpoints.hold(*held), spacing, due),
+        )
+
+    @property
+    def _end(self) -> IntScalarLike:
+        """The step before which states are held."""
+        assert self.record is not None
+        return self.record.count + 1
+
+    @property
+    def _prefers_restarts(self) -> BoolScalarLike:
+        """As long as nothing is forgotten of the record, only restarts are replayed."""
+        assert self.record is not None
+        return self.record.first == 0
+
+    def _next_spacing(self, state: State) -> IntScalarLike:
+        """Twice as much whenever about half of the states that were held are given up."""
+        assert self.checkpoints is not None
+        many = state.num_steps >= 2 * self.checkpoints.capacity * self.spacing
+        return jnp.where(many, 2 * self.spacing, self.spacing)
+
+    def interruptions(
+        self, state: State, restarts: BoolScalarLike, made_jump: BoolScalarLike
+    ) -> tuple[BoolScalarLike, BoolScalarLike]:
+        """Whether there is a restart, and whether a jump, before the next step."""
+        del state
+        return restarts, made_jump
+
+    def before_step(self, state: State) -> State:
+        """`state`, with what else a controller needs to know in its state."""
+        return state
+
+    def after_step(self, state: State) -> State:
+        """The inverse of `before_step`."""
+        return state

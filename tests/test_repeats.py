@@ -1,0 +1,185 @@
+"""Steps that are undone once more, as the walk back has missed a known state."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import diffrax_reversible as dr
+from diffrax_reversible._adjoint.walk import Walk
+
+from .problems import (
+    as_terms,
+    FAMILIES,
+    Network,
+    network_args,
+    PID,
+    relative_error,
+    sum_of_squares,
+    with_slow,
+    Y0,
+)
+from .test_replays import final_of, gradient, pid, relaxation, STORE
+from .test_work import Counter
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+TS = jnp.linspace(0.0, 3.0, 9)
+
+
+@pytest.fixture
+def misses(monkeypatch):
+    """As if the walk missed every state that is known more than three steps before."""
+    drift = Walk.drift
+
+    def drift_of_long_segments(self, position, true):
+        drifts = drift(self, position, true)
+        far = position.origin.step - position.step > 3
+        return [d + jnp.where(far, 1, 0).astype(d.dtype) for d in drifts]
+
+    monkeypatch.setattr(Walk, "drift", drift_of_long_segments)
+
+
+def loss_of(case, saveat, **kwargs):
+    def loss(adjoint, y0, field, args):
+        sol = dfx.diffeqsolve(
+            as_terms(field),
+            case.solver,
+            *(0.0, kwargs.get("t1", 3.0), jnp.array(0.02), y0, args),
+            saveat=saveat,
+            stepsize_controller=case.controller,
+            event=kwargs.get("event"),
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys) + sum_of_squares(sol.ts)
+
+    return loss
+
+
+def assert_same(loss, *args):
+    def run(adjoint):
+        argnums = tuple(range(len(args)))
+        fn = jax.value_and_grad(lambda *args: loss(adjoint, *args), argnums)
+        return jax.jit(fn)(*args)
+
+    for checkpoints in (1, 8):
+        value, grad = run(dr.ReversibleAdjoint(checkpoints))
+        expected_value, expected = run(STORE)
+        np.testing.assert_allclose(value, expected_value, rtol=1e-11)
+        assert relative_error(grad, expected) < 1e-10
+
+
+EVERYTHING = dfx.SaveAt(
+    subs=[
+        dfx.SubSaveAt(t0=True, t1=True, ts=TS),
+        dfx.SubSaveAt(steps=3, fn=lambda t, y, args: jax.tree.map(lambda y: t * y, y)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "family",
+    with_slow(
+        ("coupling", "LeapfrogMidpoint"),
+        ("splitting", "ReversibleHeun", "SemiImplicitEuler"),
+    ),
+)
+def test_families(family, misses):
+    """With all that is saved, the cotangents of which are to be read once more."""
+    case = FAMILIES[family]
+    assert_same(loss_of(case, EVERYTHING), case.y0, case.field, network_args())
+
+
+def test_event_and_jump(misses):
+    """Both within steps that are undone twice."""
+    controller = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.7, 1.3]))
+    event = dfx.Event(
+        lambda t, y, args, **kwargs: t - 2.1 + 0.01 * y[0], optx.Newton(1e-10, 1e-10)
+    )
+    case = FAMILIES["coupling"]._replace(solver=dr.ALF4(), controller=controller)
+    loss = loss_of(case, dfx.SaveAt(t1=True, ts=TS), event=event)
+    assert_same(loss, Y0, Network(), network_args())
+
+
+def test_times(misses):
+    """Those that are saved at, in a solve of which the end is differentiated as well."""
+
+    def loss(adjoint, ts, y0):
+        sol = dfx.diffeqsolve(
+            as_terms(Network()),
+            dr.ALF4(),
+            *(0.0, ts[-1], 0.02, y0, network_args()),
+            saveat=dfx.SaveAt(ts=ts, t1=True),
+            stepsize_controller=PID,
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same(loss, TS, Y0)
+
+
+def test_batch(misses):
+    """Of solves of different lengths, and with and without restarts."""
+    final = final_of(relaxation, 10.0, 0.05)
+    rates = jnp.array([0.0, 3.0, 17.0])
+    inputs = jnp.ones((3, 2)), rates
+    run = jax.jit(
+        jax.vmap(jax.grad(lambda y, r: final(y, r, dr.ReversibleAdjoint())[0], (0, 1)))
+    )
+    got = run(*inputs)
+    expected = jax.vmap(lambda y, r: gradient(final, STORE)(y, r)[0])(*inputs)
+    assert relative_error(got[1], expected[1]) < 1e-10
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-12)
+
+
+def test_steps_that_are_recomputed(misses):
+    """And not recorded."""
+
+    def loss(adjoint, y0):
+        sol = dfx.diffeqsolve(
+            as_terms(lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])])),
+            dr.ALF4(),
+            *(0.0, 6.0, None, y0),
+            stepsize_controller=dr.StepDensityController(),
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys)
+
+    assert_same(loss, jnp.array([1.0, 0.3]))
+
+
+@pytest.mark.parametrize("rate", (4.0, 40.0))
+def test_contraction_in_single_precision(rate):
+    """With default settings, on steps that lose the digits of the state between restarts:
+    no error, at the cost of some evaluations."""
+    field = Counter()
+
+    def counted(t, y, rate):
+        return relaxation(t, y, rate) + 0 * field(t, y, rate)
+
+    final = final_of(counted, jnp.float32(10.0), stepsize_controller=pid(1e-4))
+    inputs = jnp.ones(2, jnp.float32), jnp.float32(rate)
+
+    def run(drift_tol):
+        adjoint = dr.ReversibleAdjoint(drift_tol=drift_tol)
+        return field.during(gradient(final, adjoint), *inputs)
+
+    (repeated, (grad, _)), (once, (wrong, _)) = run(None), run(float("inf"))
+    expected, _ = gradient(final, STORE)(*inputs)
+    assert once < repeated < 2 * once
+    # Solves that are compiled apart choose other steps, and are off by so much.
+    assert (
+        relative_error(grad[1], expected[1]) < 1e-3 < relative_error(wrong[1], expected[1])
+    )
+
+
+def test_nothing_helps():
+    """An error as ever: without states, or where a step alone misses its start."""
+    final = final_of(relaxation, jnp.float32(10.0), stepsize_controller=pid(1e-4))
+    inputs = jnp.ones(2, jnp.float32), jnp.float32(40.0)
+    for adjoint in (dr.ReversibleAdjoint(0), dr.ReversibleAdjoint(drift_tol=1e-9)):
+        with pytest.raises(RuntimeError, match="missed a state"):
+            gradient(final, adjoint)(*inputs)
