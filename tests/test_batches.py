@@ -9,7 +9,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error
+from .problems import relative_error, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -61,7 +61,7 @@ def solve(solver, jumps, rate, b0, threshold, t1):
     return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2), out
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
+@pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)
 @pytest.mark.parametrize("jumps", (False, True))
 def test_every_member_as_alone(solver, jumps):
     run = jax.value_and_grad(
@@ -92,7 +92,7 @@ def test_every_member_as_alone(solver, jumps):
     assert codes == {name: result._value for name, result in expected.items()}
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6()), ids=repr)
+@pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)
 def test_event_beside_restart(solver):
     """What a member that has finished would do next does not stop the others."""
 

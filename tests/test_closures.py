@@ -15,7 +15,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID, relative_error, sum_of_squares
+from .problems import PID, relative_error, sum_of_squares, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -152,7 +152,9 @@ def gradients(make, saveat=None, **kwargs):
     return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.parametrize("make", IDIOMS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", with_slow(IDIOMS[:4], IDIOMS[4:]), ids=lambda make: make.__name__
+)
 def test_idioms(make):
     ours, theirs = gradients(make)
     assert ours != 0
@@ -223,7 +225,7 @@ class MassMatrix(dfx.AbstractTerm):
         return jnp.linalg.solve(self.matrix, vf) * control
 
 
-@pytest.mark.parametrize("t1", (1.0, -1.0))
+@pytest.mark.parametrize("t1", with_slow((-1.0,), (1.0,)))
 @pytest.mark.parametrize("solver", (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
 def test_product_of_a_term(solver, t1):
     """A term's own `prod` counts."""

@@ -143,13 +143,13 @@ def test_against_default(name):
     assert occurred == (name != "never") == bool(ts[0] < 6.0)
 
 
-@pytest.mark.parametrize("name", ("boolean", "real, root finder"))
+@pytest.mark.parametrize("name", with_slow(("real, root finder",), ("boolean",)))
 def test_everything_saved(name):
     """What was saved after the event is taken back."""
     both(lambda a: lambda y, w: loss(y, w, a, EVENTS[name], EVERYTHING), Y0, W)
 
 
-@pytest.mark.parametrize("solver", (dr.ALF6(bitwise=True), InverseOnly()))
+@pytest.mark.parametrize("solver", with_slow((InverseOnly(),), (dr.ALF6(bitwise=True),)))
 def test_solvers(solver):
     fixed = dict(solver=solver, stepsize_controller=dfx.ConstantStepSize())
     event = EVENTS["several"]

@@ -11,7 +11,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, BITWISE, PID, relative_error, sum_of_squares
+from .problems import as_terms, BITWISE, PID, relative_error, sum_of_squares, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -69,7 +69,9 @@ def gradients(loss, *args, checkpoints=0):
     return ours[1]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize(
+    "solver", with_slow(SOLVERS[1:3], (SOLVERS[0], SOLVERS[3])), ids=repr
+)
 def test_gradients(solver):
     """Without room for a single state, those of the default adjoint."""
 

@@ -18,6 +18,7 @@ from .problems import (
     network_args,
     relative_error,
     SOLVERS,
+    with_slow,
 )
 
 
@@ -45,7 +46,7 @@ def test_inverse_undoes_step(solver):
 
 
 @pytest.mark.parametrize("solver", (*SOLVERS, COMPENSATED, BITWISE), ids=repr)
-@pytest.mark.parametrize("interpolated", (False, True))
+@pytest.mark.parametrize("interpolated", with_slow((True,), (False,)))
 def test_fused_pullback_is_the_default_one(solver, interpolated):
     """With cotangents of the end of the step, of what it interpolates with, and of all
     the steps after it."""

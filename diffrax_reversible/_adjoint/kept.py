@@ -87,13 +87,14 @@ class Kept(eqx.Module):
         assert self.checkpoints is not None
         spread = goes_on & self.advanced & (state.num_steps >= self.due)
         known = Known.of(state, self.record.last_end, self.varying)
+        needed = spread & self._is_last(state)
         held = known, restarts, restarts | spread, self._end, self._prefers_restarts
         spacing = jnp.where(spread, self._next_spacing(state), self.spacing)
         due = jnp.where(spread, (state.num_steps // spacing + 1) * spacing, self.due)
         return tree_replace(
             lambda k: (k.checkpoints, k.spacing, k.due),
             kept,
-            (self.checkpoints.hold(*held), spacing, due),
+            (self.checkpoints.hold(*held, needed), spacing, due),
         )
 
     @property
@@ -107,6 +108,11 @@ class Kept(eqx.Module):
         """As long as nothing is forgotten of the record, only restarts are replayed."""
         assert self.record is not None
         return self.record.first == 0
+
+    def _is_last(self, state: State) -> BoolScalarLike:
+        """Whether no other state will be held before the end, for that."""
+        del state
+        return False
 
     def _next_spacing(self, state: State) -> IntScalarLike:
         """Twice as much whenever about half of the states that were held are given up."""

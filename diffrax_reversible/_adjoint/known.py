@@ -103,6 +103,7 @@ class Checkpoints(eqx.Module):
         wanted: BoolScalarLike,
         end: IntScalarLike,
         prefer_restarts: BoolScalarLike,
+        needed: BoolScalarLike = False,
     ) -> "Checkpoints":
         """Hold another state, if it is `wanted`, in place of what is missed the least.
 
@@ -120,6 +121,7 @@ class Checkpoints(eqx.Module):
 
         - `known`: not before any that is held and not done with.
         - `end`: where the walk back begins. States from there on are done with.
+        - `needed`: whether it is not to be missed itself.
         """
         if self.capacity == 0:
             return self
@@ -136,6 +138,7 @@ class Checkpoints(eqx.Module):
         missed = (follow * gap).astype(jnp.float32) / to_end.astype(jnp.float32)
         evenly = gap.astype(jnp.float32) * jnp.float32(1e-9)
         missed = jnp.where(prefer_restarts & spread, evenly, missed)
+        missed = jnp.where(needed & (order == self.capacity), jnp.inf, missed)
         i = order[jnp.argmin(jnp.where(live, missed, -jnp.inf))]
         # A replay begins at a state that is held.
         wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(known.step))

@@ -101,6 +101,9 @@ class _Replay(Kept):
     def _prefers_restarts(self) -> BoolScalarLike:
         return False
 
+    def _is_last(self, state: State) -> BoolScalarLike:
+        return state.num_accepted_steps + self.spacing >= self.target
+
     def _next_spacing(self, state: State) -> IntScalarLike:
         del state
         return self.spacing
