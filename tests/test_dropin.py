@@ -14,7 +14,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector
+from .problems import as_vector, with_slow
 
 
 pytestmark = [
@@ -266,9 +266,9 @@ def steady_state(solver):
     return loss, (single([[0.3, -0.2], [0.4, 0.1]]), single([0.2, 0.1]))
 
 
-TRAININGS = (
-    *(neural_ode, neural_cde, normalising_flow, neural_sde),
-    *(latent_ode, kalman_filter, forcing, steady_state),
+TRAININGS = with_slow(
+    (neural_ode, neural_cde, normalising_flow, neural_sde, kalman_filter),
+    (latent_ode, forcing, steady_state),
 )
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from .problems import with_slow
+
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -30,13 +32,9 @@ def test_example(path, tmp_path):
 # does not grow. `coefficients.py`: the search finds those of `ALF4`. `solutions.py`: no
 # error is more than 10 times that of `Dopri5`, at steps and between. `error_weights.py`:
 # error estimates of the package are nowhere less than a quarter of the error.
-BENCHMARKS = (
-    "outcomes.py",
-    "work_precision.py",
-    "speed.py",
-    "coefficients.py",
-    "error_weights.py",
-    "solutions.py",
+BENCHMARKS = with_slow(
+    ("outcomes.py", "coefficients.py", "error_weights.py"),
+    ("work_precision.py", "speed.py", "solutions.py"),
 )
 
 

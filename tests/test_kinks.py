@@ -8,7 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error
+from .problems import relative_error, with_slow
 
 
 def guarded(h):
@@ -56,7 +56,13 @@ def gradient(field, solver, y0, adjoint, **kwargs):
     ((False, True), (True, False)),
     ids=("moving, functions saved", "at rest"),
 )
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "name",
+    with_slow(
+        ("ALF4", "McCallumFoster", "LeapfrogMidpoint"),
+        ("ALF2", "ALF6", "ALF8", "ReversibleHeun"),
+    ),
+)
 def test_start(name, rest, save_fn):
     """Hidden and augmented states begin at zero; some of them at rest."""
 

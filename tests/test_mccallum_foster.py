@@ -8,7 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID, reference, relative_error
+from .problems import PID, reference, relative_error, with_slow
 from .test_work import Counter
 
 
@@ -89,7 +89,7 @@ def test_order(solver, order, between, steps):
     ),
     ids=repr,
 )
-@pytest.mark.parametrize("adaptive", (False, True))
+@pytest.mark.parametrize("adaptive", with_slow((True,), (False,)))
 def test_evaluations(solver, stages, needed, adaptive):
     counter = Counter()
 

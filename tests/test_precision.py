@@ -10,7 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, BITWISE, COMPENSATED, kepler, lorenz
+from .problems import as_vector, BITWISE, COMPENSATED, kepler, lorenz, with_slow
 
 
 def pendulum(t, y, args):
@@ -105,7 +105,7 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("dtype", with_slow((jnp.float32,), (jnp.float64,)))
 def test_no_drift_in_gradients(name, dtype):
     """Where the field is differentiated along, under step sizes that vary, and between
     restarts."""
@@ -225,7 +225,7 @@ def test_chaos():
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-@pytest.mark.parametrize("compensated", (False, True))
+@pytest.mark.parametrize("compensated", with_slow((False,), (True,)))
 def test_half_precision(dtype, compensated):
     """Of the state; time is in single precision."""
 

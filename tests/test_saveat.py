@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
-QUICK = "splitting", "coupling", "LeapfrogMidpoint"
+QUICK = "splitting", "coupling"
 SOME = with_slow(
     (ALF4, *(FAMILIES[name] for name in QUICK)),
     [(case,) for name, case in FAMILIES.items() if name not in QUICK],
@@ -130,7 +130,9 @@ def test_subs(case):
     )
 
 
-@pytest.mark.parametrize("case", [ALF6, *SOME])
+@pytest.mark.parametrize(
+    "case", with_slow((ALF6,), [(case,) for case in (ALF4, *FAMILIES.values())])
+)
 def test_dense(case):
     def read(sol):
         ts = jnp.array([0.0, 0.4, 1.7, 3.0])

@@ -19,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import diffrax_reversible as dr
 
+from .problems import with_slow
+
 
 DEVICES = 8
 SAVEAT = dfx.SaveAt(t1=True, ts=jnp.linspace(0, 1, 5))
@@ -126,7 +128,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", with_slow(("batch", "shard_map"), ("state",)))
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     root = pathlib.Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from diffrax_reversible._coefficients.splitting import (
     stormer_verlet,
 )
 
-from .problems import as_terms, NYSTROM, SPLITTINGS
+from .problems import as_terms, NYSTROM, SPLITTINGS, with_slow
 from .test_work import Counter
 
 
@@ -220,7 +220,7 @@ def test_order_of_the_class(solver):
 @pytest.mark.parametrize(
     "solver, stages", ((SPLITTINGS[0], 1), (SPLITTINGS[1], 6), (SPLITTINGS[3], 17))
 )
-@pytest.mark.parametrize("adaptive", (False, True))
+@pytest.mark.parametrize("adaptive", with_slow((True,), (False,)))
 def test_evaluations(solver, stages, adaptive):
     """Of the force, and of the drift, of which an error estimate takes one more."""
     drift, force = Counter(), Counter()
@@ -252,7 +252,9 @@ def test_evaluations(solver, stages, adaptive):
     assert forces < both <= forces + (stages + 1) * steps + 1
 
 
-@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+@pytest.mark.parametrize(
+    "solver", with_slow(SPLITTINGS[1:2], (SPLITTINGS[0], *SPLITTINGS[2:])), ids=repr
+)
 def test_bitwise(solver):
     """Every state comes back to the last bit, at steps that are those of a controller."""
     solver = type(solver)(bitwise=True)

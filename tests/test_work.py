@@ -8,7 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID
+from .problems import PID, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -42,7 +42,7 @@ class Counter:
     ((dr.ALF2(), 1, 0), (dr.ALF4(), 5, 2), (dr.ALF6(), 20, 3), (dr.ALF8(), 34, 2)),
 )
 @pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
-@pytest.mark.parametrize("ts", (None, jnp.linspace(0, 3, 7)))
+@pytest.mark.parametrize("ts", with_slow((jnp.linspace(0, 3, 7),), (None,)))
 def test_evaluations(solver, stages, extra, controller, ts):
     field = Counter()
 
