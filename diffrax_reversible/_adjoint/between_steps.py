@@ -26,6 +26,12 @@ from .known import Known
 from .walk import longest_reach, Position, Walk
 
 
+# Of the tolerance. By more than the former a known state must not be missed if that can be
+# helped, so that gradients are more accurate than what is refused. By less than the latter
+# the walk may go on for longer.
+_repeated, _well = 1 / 32, 1 / 256
+
+
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     """Where the step before cannot be undone: go on from a known state, after a look at
     where the walk has come to. If it is not held, or what was before is not recorded,
@@ -91,6 +97,10 @@ def _come_to(
             lambda: (state, ct),
         )
     walked = walk.drift(position, (known.y, state))
+    # Beside the state a solver carries rounding errors that grow, up to a restart, and are
+    # not the same when a step is made again.
+    of_y = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
+    walked[of_y:] = [jnp.where(position.known, 0, w) for w in walked[of_y:]]
     clock = position.clock
     controller_state = clock.controller_state
     if walk.trace.record.outermost is not None:
@@ -133,9 +143,9 @@ def _go_back(
         so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
         so_far = so_far & (position.clock.drift <= walk.drift_tol)
         length = origin.step - position.step
-        missed = here & so_far & jnp.logical_not(off <= walk.drift_tol)
+        missed = here & so_far & jnp.logical_not(off <= _repeated * walk.drift_tol)
         missed = missed & (length > 1) & (reach > 1)
-        well = here & (off <= walk.drift_tol / 16) & (2 * length >= reach)
+        well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
         fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
         reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
         reach = jnp.minimum(reach, longest_reach)
