@@ -259,7 +259,7 @@ def test_density_comes_back(bound, wished):
     before, after = [], []
     for rate in rates:
         before.append(float(state.density))
-        state = at(state, rate).cross(0.0, None, None)
+        state, _ = at(state, rate).cross(0.0, None, None)
     for rate in rates[::-1]:
         state = at(state, rate).cross_back(0.0, None, None)
         after.append(float(state.density))
