@@ -27,8 +27,8 @@ from .walk import longest_reach, Position, Walk
 
 
 # Of the tolerance. By more than the former a known state must not be missed if that can be
-# helped, so that gradients are more accurate than what is refused. By less than the latter
-# the walk may go on for longer.
+# helped and every step is recorded, so that gradients are more accurate than what is
+# refused. By less than the latter the walk may go on for longer.
 _repeated, _well = 1 / 32, 1 / 256
 
 
@@ -143,7 +143,10 @@ def _go_back(
         so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
         so_far = so_far & (position.clock.drift <= walk.drift_tol)
         length = origin.step - position.step
-        missed = here & so_far & jnp.logical_not(off <= _repeated * walk.drift_tol)
+        rows = walk.trace.record.rows
+        recorded = rows is None or walk.trace.count <= rows
+        allowed = walk.drift_tol * jnp.where(recorded, jnp.float32(_repeated), 1)
+        missed = here & so_far & jnp.logical_not(off <= allowed)
         missed = missed & (length > 1) & (reach > 1)
         well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
         fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)

@@ -82,14 +82,14 @@ class _Replay(Kept):
         spacing = jnp.array(rows) if spacing is None else jnp.minimum(spacing, rows)
         return _Replay(
             kept.restarts,
-            kept.record.rewind(known.step, known.last_end),
+            kept.record.rewind(known.step, known.last_end, last[0]),
             kept.checkpoints,
             spacing,
             spacing,
             jnp.array(False),
             kept.varying,
             target,
-            kept.record.covers(known.step),
+            kept.record.covers(known.step, target, last[0]),
             last,
         )
 

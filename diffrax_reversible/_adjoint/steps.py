@@ -181,13 +181,23 @@ class Record(eqx.Module):
         rows = self.starts, self.previous_ends, self.flags, self.scalars
         return jtu.tree_leaves(rows, is_leaf=_is_buffer)
 
-    def rewind(self, step: IntScalarLike, last_end: RealScalarLike) -> "Record":
-        """To record what comes after a `step` once more."""
+    def rewind(
+        self, step: IntScalarLike, last_end: RealScalarLike, last: IntScalarLike
+    ) -> "Record":
+        """To record what comes after a `step` once more.
+
+        What is between the end of the record and a later step may have been written over,
+        unless there are rows for all steps up to the `last` of the solve.
+        """
         no = jnp.array(False)
+        first = jnp.minimum(self.first, step)
+        if self.rows is not None:
+            written_over = (step > self.count) & (last >= self.rows)
+            first = jnp.where(written_over, step, first)
         return eqx.tree_at(
             lambda r: (r.first, r.count, r.restarted, r.crossed, r.last_end),
             self,
-            (jnp.minimum(self.first, step), step, no, no, last_end),
+            (first, step, no, no, last_end),
         )
 
     def where(self, pred: BoolScalarLike, other: "Record") -> "Record":
@@ -250,9 +260,17 @@ class Record(eqx.Module):
             outermost,
         )
 
-    def covers(self, step: IntScalarLike) -> BoolScalarLike:
-        """Whether all that was recorded from a `step` on is still there."""
-        return (self.first <= step) & jnp.array(self.starts is not None)
+    def covers(
+        self, step: IntScalarLike, target: IntScalarLike, last: IntScalarLike
+    ) -> BoolScalarLike:
+        """Whether all that was recorded from a `step` on to the `target` is still there.
+
+        A replay to an earlier one may have been written over the rest, unless there are
+        rows for all steps up to the `last` of the solve.
+        """
+        if self.starts is None or self.rows is None:
+            return jnp.array(False)
+        return (self.first <= step) & ((target <= self.count) | (last < self.rows))
 
     def ends(
         self, step: IntScalarLike, last: IntScalarLike, last_end: RealScalarLike
