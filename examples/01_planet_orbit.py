@@ -47,7 +47,7 @@ MERCURY = 1
 DAYS_PER_UNIT = 365.25 / (2 * np.pi)
 TOLERANCE = 1e-10
 # With the number of training steps.
-LAWS = (("Newton", 40), ("network", 150))
+LAWS = (("Newton", 70), ("network", 150))
 
 Vector = Float[Array, "3"]
 Times = Float[Array, " times"]
@@ -263,7 +263,7 @@ def plot(ts: Times, positions: Positions, train_count: int, predictions, path) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="leaves the network out")
-    laws = (("Newton", 40),) if parser.parse_args().quick else LAWS
+    laws = (("Newton", 70),) if parser.parse_args().quick else LAWS
     ts, positions = observations()
     n = 3 * len(ts) // 4
     ellipse = kepler_ellipse(two_body_fit(ts[:n], positions[:n]), ts)
