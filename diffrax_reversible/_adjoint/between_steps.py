@@ -7,6 +7,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from diffrax import AbstractBrownianPath
 from jaxtyping import Array, Float
 
 from .._custom_types import (
@@ -16,19 +17,15 @@ from .._custom_types import (
     SolverState,
     Y,
 )
-from .._solver.base import (
-    before_jump,
-    Cotangent,
-)
+from .._solver.base import before_jump, Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .kept import Kept
 from .known import Known
 from .walk import longest_reach, Position, Walk
 
 
-# Of the tolerance. By more than the former a known state must not be missed if that can be
-# helped and every step is recorded, so that gradients are more accurate than what is
-# refused. By less than the latter the walk may go on for longer.
+# Fractions of the tolerance. The walk repeats a segment that misses a known state by more
+# than the first, and goes further at once after a miss by less than the second.
 _repeated, _well = 1 / 32, 1 / 256
 
 
@@ -58,8 +55,10 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     replayed, step = replays & (position.step == step), position.step
     stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
     if walk.repeats:
-        # Else states are to be held in between first.
-        stop = jnp.where(replayed | (step - stop <= position.reach), stop, step)
+        # Else the steps are to be made again first, with states held in between.
+        goes_on = step - stop <= position.reach
+        goes_on &= kept.record.reaches(step, walk.trace.count - 1)
+        stop = jnp.where(replayed | goes_on, stop, step)
     stop = jnp.where(here, stop, position.stop)
     return eqx.tree_at(lambda p: p.stop, position, stop), kept
 
@@ -70,7 +69,7 @@ def _replay(
     kept: Kept,
     step: IntScalarLike,
     replays: BoolScalarLike,
-    reach: IntScalarLike | None,
+    reach: IntScalarLike,
 ) -> tuple[Known, Kept]:
     last = walk.trace.count - 1, walk.trace.record.last_end
     most = walk.trace.end.num_steps
@@ -138,15 +137,15 @@ def _go_back(
     missed = jnp.array(False)
     if walk.repeats:
         # NaN if the walk has overflowed.
-        off = [w.astype(jnp.float32) for w in (*walked, arrived.clock.drift)]
+        off = [w.astype(jnp.float32) for w in walked]
+        if walk.trace.record.outermost is not None:
+            # Recorded times are off only where the solve was replayed.
+            off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
         off = jnp.max(jnp.stack(off))
         so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
         so_far = so_far & (position.clock.drift <= walk.drift_tol)
         length = origin.step - position.step
-        rows = walk.trace.record.rows
-        recorded = rows is None or walk.trace.count <= rows
-        allowed = walk.drift_tol * jnp.where(recorded, jnp.float32(_repeated), 1)
-        missed = here & so_far & jnp.logical_not(off <= allowed)
+        missed = here & so_far & jnp.logical_not(off <= _allowed(walk))
         missed = missed & (length > 1) & (reach > 1)
         well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
         fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
@@ -178,6 +177,23 @@ def _go_back(
         ],
         params_cotangent=params_cotangent,
     )
+
+
+def _allowed(walk: Walk) -> Float[Array, ""]:
+    """By how much the walk may miss a known state before it repeats the segment.
+
+    This is a fraction of the tolerance, so that gradients are more accurate than what is
+    refused. It is the whole tolerance where a replay may differ from the solve by as much:
+    where the controller chooses its steps again, and where it evaluates a Brownian path,
+    which turns an ulp of time into the square root of an ulp.
+    """
+    rows = walk.trace.record.rows
+    recorded = rows is None or walk.trace.count <= rows
+    terms, _ = walk.bind(walk.params)
+    is_path = lambda x: isinstance(x, AbstractBrownianPath)
+    random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
+    alike = jnp.logical_and(recorded, not random)
+    return walk.drift_tol * jnp.where(alike, jnp.float32(_repeated), 1)
 
 
 def _undo_restart(

@@ -17,9 +17,8 @@ from .steps import Ends
 
 
 class _Next(eqx.Module):
-    """A step, if it is `known`, and whether the one before it is accepted for sure."""
+    """A step, if it is `known`: then the one before it is accepted."""
 
-    accepted: BoolScalarLike
     known: BoolScalarLike
     ends: Ends
 
@@ -47,10 +46,10 @@ class _Replaying(eqx.Module):
             return adapt(*step, state)
         accepts, next_t0, next_t1, made_jump, new_state, result = adapt(*step, state.state)
         after = state.next_step
-        accepts = after.accepted | accepts
+        accepts = after.known | accepts
         next_t0 = jnp.where(after.known, after.ends.start, next_t0)
         next_t1 = jnp.where(after.known, after.ends.end, next_t1)
-        result = RESULTS.where(after.accepted, RESULTS.successful, result)
+        result = RESULTS.where(after.known, RESULTS.successful, result)
         new_state = _ReplayedState(new_state, after)
         return accepts, next_t0, next_t1, made_jump, new_state, result
 
@@ -60,7 +59,7 @@ class _Replay(Kept):
 
     - `target`: to how many steps.
     - `recorded`: whether every step to there, and what was between them, is recorded.
-    - `last`: the last step of the solve, and its end.
+    - `last`: the last step that is recorded, and its end.
     """
 
     target: IntScalarLike = 0
@@ -73,13 +72,18 @@ class _Replay(Kept):
         known: Known,
         target: IntScalarLike,
         last: tuple[IntScalarLike, RealScalarLike],
-        spacing: IntScalarLike | None,
+        spacing: IntScalarLike,
     ) -> "_Replay":
         """From what is `known`, where no step was made again so far."""
         assert kept.record is not None
+        count, last_end = kept.record.count, kept.record.last_end
+        # Of the step before the target the end is not another's start, if it was the last
+        # that was made again.
+        within, end = target <= count, (count - 1, last_end)
+        to = tuple(jnp.where(within, e, l) for e, l in zip(end, last, strict=True))
         # Each with a record of the steps before it.
         rows = kept.record.rows or jnp.iinfo(jnp.int32).max
-        spacing = jnp.array(rows) if spacing is None else jnp.minimum(spacing, rows)
+        spacing = jnp.minimum(spacing, rows)
         return _Replay(
             kept.restarts,
             kept.record.rewind(known.step, known.last_end, last[0]),
@@ -90,7 +94,7 @@ class _Replay(Kept):
             kept.varying,
             target,
             kept.record.covers(known.step, target, last[0]),
-            last,
+            (to[0], to[1]),
         )
 
     @property
@@ -149,8 +153,7 @@ class _Replay(Kept):
         assert self.record is not None
         if self.record.starts is None:
             return None
-        known = self.recorded & (step <= self.last[0])
-        return _Next(self.recorded, known, self.record.ends(step, *self.last))
+        return _Next(self.recorded, self.record.ends(step, *self.last))
 
 
 class Replayer:
@@ -185,7 +188,7 @@ class Replayer:
         last: tuple[IntScalarLike, RealScalarLike],
         most: IntScalarLike,
         replays: BoolScalarLike,
-        spacing: IntScalarLike | None,
+        spacing: IntScalarLike,
     ) -> tuple[Known, Kept]:
         """To a number of steps, if this element of a batch `replays`.
 

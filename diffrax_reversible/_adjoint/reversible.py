@@ -108,8 +108,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     interpolates, or if times are differentiated, then half as much again; for `ALF6` also
     in steps in which anything is interpolated. And for a look at the known states, one
     evaluation or one step for each, but none for `ALF4` and its like. A replay takes the
-    evaluations of a solve: with 76 restarts of `ALF4` in 400 steps and 8 checkpoints two
-    thirds more in all, with 4 checkpoints 1.6 times more, with 1 checkpoint 5 times more.
+    evaluations of a solve: with 76 restarts of `ALF4` in 400 steps, 8 checkpoints cost 1.6
+    times the evaluations of room for all, 4 checkpoints twice, and 1 checkpoint 6 times.
 
     Second derivatives by forward mode over reverse mode, as in `jax.hessian`.
 

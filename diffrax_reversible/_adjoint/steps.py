@@ -60,16 +60,19 @@ class Clock(eqx.Module):
     ) -> "Clock":
         """Go on from what is true in place of `start` and what is to come before it, if it
         is `known`."""
-        step = jnp.abs(self.end - self.start)
-        # Sums that are compiled apart may round differently.
-        ulps = 4 * jnp.finfo(jnp.result_type(t)).eps * jnp.abs(t)
-        off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
-        off = jnp.where(known & (off != 0), off / jnp.where(step == 0, 1, step), 0)
-        drift = jnp.maximum(self.drift, off)
+        drift = jnp.maximum(self.drift, jnp.where(known, self.off(t), 0))
         new = t, previous_end, controller_state
         old = self.start, self.previous_end, self.controller_state
         start, before, state = jtu.tree_map(lambda n, o: jnp.where(known, n, o), new, old)
         return Clock(start, self.end, before, state, drift)
+
+    def off(self, t: RealScalarLike) -> Float[Array, ""]:
+        """How far `start` is from what is true, as a fraction of the step."""
+        step = jnp.abs(self.end - self.start)
+        # Sums that are compiled apart may round differently.
+        ulps = 4 * jnp.finfo(jnp.result_type(t)).eps * jnp.abs(t)
+        off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
+        return jnp.where(off != 0, off / jnp.where(step == 0, 1, step), 0)
 
 
 class Ends(eqx.Module):
@@ -184,16 +187,11 @@ class Record(eqx.Module):
     def rewind(
         self, step: IntScalarLike, last_end: RealScalarLike, last: IntScalarLike
     ) -> "Record":
-        """To record what comes after a `step` once more.
-
-        What is between the end of the record and a later step may have been written over,
-        unless there are rows for all steps up to the `last` of the solve.
-        """
+        """To record what comes after a `step` once more, up to the `last` of the solve at
+        the most."""
         no = jnp.array(False)
-        first = jnp.minimum(self.first, step)
-        if self.rows is not None:
-            written_over = (step > self.count) & (last >= self.rows)
-            first = jnp.where(written_over, step, first)
+        reaches = self.reaches(step, last)
+        first = jnp.where(reaches, jnp.minimum(self.first, step), step)
         return eqx.tree_at(
             lambda r: (r.first, r.count, r.restarted, r.crossed, r.last_end),
             self,
@@ -260,27 +258,35 @@ class Record(eqx.Module):
             outermost,
         )
 
+    def reaches(self, step: IntScalarLike, last: IntScalarLike) -> BoolScalarLike:
+        """Whether what was recorded just before a `step` is still there.
+
+        A replay to an earlier one may have been written over it, unless there are rows for
+        all steps up to the `last` of the solve.
+        """
+        if self.rows is None:
+            return jnp.array(True)
+        return (step <= self.count) | (last < self.rows)
+
     def covers(
         self, step: IntScalarLike, target: IntScalarLike, last: IntScalarLike
     ) -> BoolScalarLike:
-        """Whether all that was recorded from a `step` on to the `target` is still there.
-
-        A replay to an earlier one may have been written over the rest, unless there are
-        rows for all steps up to the `last` of the solve.
-        """
-        if self.starts is None or self.rows is None:
+        """Whether all that was recorded from a `step` on to the `target` is still there."""
+        if self.starts is None:
             return jnp.array(False)
-        return (self.first <= step) & ((target <= self.count) | (last < self.rows))
+        return (self.first <= step) & self.reaches(target, last)
 
     def ends(
         self, step: IntScalarLike, last: IntScalarLike, last_end: RealScalarLike
     ) -> Ends:
-        """Of a step that is recorded. Where the `last` one ended is not."""
+        """Of a step that is recorded. Where the `last` one ended is told; what comes after
+        starts there."""
         starts = self.starts if self.previous_ends is None else self.previous_ends
         assert self.starts is not None and starts is not None and self.rows is not None
         end = starts[(step + 1) % self.rows]
         end = jnp.where(step < last, end, last_end)
-        return Ends(self.starts[step % self.rows], end)
+        start = jnp.where(step <= last, self.starts[step % self.rows], last_end)
+        return Ends(start, end)
 
     def before(self, step: IntScalarLike) -> tuple[BoolScalarLike, BoolScalarLike]:
         """Whether there was a restart, and whether a jump was crossed, before a step.

@@ -19,9 +19,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._solver.base import (
-    Cotangent,
-)
+from .._solver.base import Cotangent
 from .._tree import tree_replace, tree_zeros_like
 from .drift import drift
 from .forward import Trace
