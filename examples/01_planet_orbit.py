@@ -188,13 +188,19 @@ def train(orbit: Orbit, ts: Times, positions: Positions, method: Method, steps: 
         )
         return optax.apply_updates(params, updates), state, value
 
-    state, value = optimiser.init(params), jnp.nan
+    # JAX would compile `update` again after every change of a weak type.
+    params = strongly_typed(params)
+    state, value = strongly_typed(optimiser.init(params)), jnp.nan
     law = "Newton" if orbit.network is None else "network"
     progress = tqdm.trange(steps, desc=f"{law}, {method.name}")
     for _ in progress:
         params, state, value = update(params, state)
         progress.set_postfix_str(f"rms {1e-5 * float(value) ** 0.5:.3e} au")
     return eqx.combine(params, static), float(loss(params))
+
+
+def strongly_typed(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), tree)
 
 
 def compiled_gradient(orbit: Orbit, ts: Times, positions: Positions, method: Method):
