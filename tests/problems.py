@@ -88,8 +88,8 @@ def with_slow(quick, slow):
 families = pytest.mark.parametrize(
     "family",
     with_slow(
-        ("splitting", "coupling"),
-        ("ReversibleHeun", "LeapfrogMidpoint", "SemiImplicitEuler"),
+        ("coupling",),
+        ("splitting", "ReversibleHeun", "LeapfrogMidpoint", "SemiImplicitEuler"),
     ),
 )
 

@@ -103,8 +103,8 @@ SAVEATS = {
 @pytest.mark.parametrize(
     "name, saveat",
     with_slow(
-        (*((name, "ts") for name in QUICK), ("ALF4", "t1"), ("BlanesMoan4", "fn")),
-        [(name, "ts") for name in CASES if name not in QUICK],
+        (*((name, "ts") for name in QUICK), ("BlanesMoan4", "fn")),
+        [("ALF4", "t1"), *((name, "ts") for name in CASES if name not in QUICK)],
     ),
 )
 def test_against_default(name, saveat):

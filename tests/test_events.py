@@ -130,7 +130,7 @@ def both(of, *args):
     return out, grad
 
 
-QUICK = ("boolean", "real, root finder", "several", "never")
+QUICK = ("real, root finder", "several")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_dead_modes(solver, saveat):
     assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
 
 
-@pytest.mark.parametrize("tol", (1e-10, 1e-4))
+@pytest.mark.parametrize("tol", with_slow((1e-10,), (1e-4,)))
 @pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)))
 def test_never_garbage(solver, tol):
     want = implicit(heat, GRID**2, 1.0)
@@ -138,7 +138,7 @@ def test_message():
 
 
 @pytest.mark.parametrize("tol", with_slow((1e-5,), (1e-3, 1e-8)))
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", with_slow(SOLVERS[:2], SOLVERS[2:]))
 def test_gradients_may_grow_as_the_flow_demands(solver, tol):
     """To a hundred times as much in Kepler's problem, to ten thousand in Lorenz'."""
     q0 = jnp.array([0.4, 0.0, 0.0, 2.0])

@@ -53,14 +53,14 @@ def gradient(field, solver, y0, adjoint, **kwargs):
 
 @pytest.mark.parametrize(
     "rest, save_fn",
-    ((False, True), (True, False)),
+    with_slow(((False, True),), ((True, False),)),
     ids=("moving, functions saved", "at rest"),
 )
 @pytest.mark.parametrize(
     "name",
     with_slow(
-        ("ALF4", "McCallumFoster", "LeapfrogMidpoint"),
-        ("ALF2", "ALF6", "ALF8", "ReversibleHeun"),
+        ("ALF4", "McCallumFoster"),
+        ("LeapfrogMidpoint", "ALF2", "ALF6", "ALF8", "ReversibleHeun"),
     ),
 )
 def test_start(name, rest, save_fn):

@@ -65,7 +65,7 @@ STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
 
 @pytest.mark.parametrize(
     "solver",
-    with_slow((dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())), (dr.ALF6(),)),
+    with_slow((dr.ALF4(),), (dr.McCallumFoster(dfx.Tsit5()), dr.ALF6())),
     ids=("ALF4", "coupling", "ALF6"),
 )
 def test_any_number_of_checkpoints(solver):
@@ -125,9 +125,9 @@ ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
 
 @pytest.mark.parametrize(
     "field, y0, args, t1, tol",
-    (
-        (scaled(kepler), ORBIT, jnp.array(1.0), 30.0, 1e-8),
-        (scaled(lorenz), jnp.ones(3), jnp.array(1.0), 6.0, 1e-8),
+    with_slow(
+        ((scaled(kepler), ORBIT, jnp.array(1.0), 30.0, 1e-8),),
+        ((scaled(lorenz), jnp.ones(3), jnp.array(1.0), 6.0, 1e-8),),
     ),
     ids=("kepler", "lorenz"),
 )
@@ -200,7 +200,9 @@ class Torn(dfx.AbstractStepSizeController):
         return True, t1 + 1e-6, t1 + state, False, state, dfx.RESULTS.successful
 
 
-@pytest.mark.parametrize("solver", (dr.ALF4(), dfx.ReversibleHeun()), ids=(0, 1))
+@pytest.mark.parametrize(
+    "solver", with_slow((dr.ALF4(),), (dfx.ReversibleHeun(),)), ids=(0, 1)
+)
 def test_many_steps_in_single_precision(solver):
     """With default settings: a gradient is returned, of the precision's own accuracy."""
     count = 10_000

@@ -118,7 +118,7 @@ def gradients(loss, *args, transform=lambda f: f):
     return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
 
 
-QUICK = "ODETerm", "a term of one's own", "MultiTerm with ControlTerm", "ControlTerm.to_ode"
+QUICK = "ODETerm", "a term of one's own", "ControlTerm.to_ode"
 
 
 @pytest.mark.parametrize("name", with_slow(QUICK, [n for n in TERMS if n not in QUICK]))

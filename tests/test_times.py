@@ -87,7 +87,7 @@ def gradients(controller, saveat, solver, argnums, **kwargs):
 
 
 CASES = with_slow(
-    ((PID, "dense"), (FIXED, "subs"), (JUMPS, "fn")), ((PID, "ts"), (STEP_TO, "subs"))
+    ((PID, "dense"), (JUMPS, "fn")), ((FIXED, "subs"), (PID, "ts"), (STEP_TO, "subs"))
 )
 
 

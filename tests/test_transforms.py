@@ -101,8 +101,11 @@ def test_vmap_over_times():
 @pytest.mark.parametrize(
     "solver, controller",
     with_slow(
-        ((SOLVERS[2], PID), (SOLVERS[1], CONTROLLERS[0][0])),
-        [(solver, PID) for solver in (*SOLVERS[:2], SOLVERS[3])],
+        ((SOLVERS[2], PID),),
+        [
+            (SOLVERS[1], CONTROLLERS[0][0]),
+            *((solver, PID) for solver in (*SOLVERS[:2], SOLVERS[3])),
+        ],
     ),
 )
 def test_other_adjoints(solver, controller):
@@ -192,7 +195,7 @@ HESSIANS = {
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(("save times", "jump", "event"), ("compensated", "inverse only"))
+    "name", with_slow(("event",), ("save times", "jump", "compensated", "inverse only"))
 )
 def test_forward_over_reverse(name):
     """Hessian-vector products, against those of the adjoint that stores everything."""
@@ -302,7 +305,7 @@ def nested(y0, w, adjoint):
     return jnp.sum(sol.ys**2)
 
 
-@pytest.mark.parametrize("function", (in_scan, nested))
+@pytest.mark.parametrize("function", with_slow((in_scan,), (nested,)))
 def test_within_other_transforms(function):
     gradient = jax.jit(jax.grad(function, argnums=(0, 1)), static_argnums=2)
     ours = gradient(BATCH[0], W, dr.ReversibleAdjoint())

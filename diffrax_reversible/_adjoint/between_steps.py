@@ -25,8 +25,9 @@ from .walk import longest_reach, Position, Walk
 
 
 # Fractions of the tolerance. The walk repeats a segment that misses a known state by more
-# than the first, and goes further at once after a miss by less than the second.
-_repeated, _well = 1 / 32, 1 / 256
+# than the first, which was tuned on `examples/benchmarks/outcomes.py`, and goes further at
+# once after a miss by less than the second.
+_repeated, _well = 1 / 64, 1 / 512
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -134,7 +135,7 @@ def _go_back(
     """
     origin, drifts, reach = position.origin, position.drifts, position.reach
     assert origin is not None and drifts is not None
-    missed = jnp.array(False)
+    missed, parted = jnp.array(False), position.parted
     if walk.repeats:
         # NaN if the walk has overflowed.
         off = [w.astype(jnp.float32) for w in walked]
@@ -142,10 +143,11 @@ def _go_back(
             # Recorded times are off only where the solve was replayed.
             off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
         off = jnp.max(jnp.stack(off))
+        parted = jnp.maximum(parted, jnp.where(here & position.known, off, 0))
         so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
         so_far = so_far & (position.clock.drift <= walk.drift_tol)
         length = origin.step - position.step
-        missed = here & so_far & jnp.logical_not(off <= _allowed(walk))
+        missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted))
         missed = missed & (length > 1) & (reach > 1)
         well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
         fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
@@ -171,6 +173,7 @@ def _go_back(
         arrived,
         origin=choose(counts, new, origin),
         reach=reach,
+        parted=parted,
         drifts=[
             jnp.maximum(d, jnp.where(counts, w, 0))
             for d, w in zip(drifts, walked, strict=True)
@@ -179,21 +182,19 @@ def _go_back(
     )
 
 
-def _allowed(walk: Walk) -> Float[Array, ""]:
+def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:
     """By how much the walk may miss a known state before it repeats the segment.
 
     This is a fraction of the tolerance, so that gradients are more accurate than what is
-    refused. It is the whole tolerance where a replay may differ from the solve by as much:
-    where the controller chooses its steps again, and where it evaluates a Brownian path,
-    which turns an ulp of time into the square root of an ulp.
+    refused. It is more, up to the tolerance, where a replay differs from the solve by
+    more: by how much they have `parted` already, and where the replay evaluates a Brownian
+    path, which turns an ulp of time into the square root of an ulp.
     """
-    rows = walk.trace.record.rows
-    recorded = rows is None or walk.trace.count <= rows
     terms, _ = walk.bind(walk.params)
     is_path = lambda x: isinstance(x, AbstractBrownianPath)
     random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
-    alike = jnp.logical_and(recorded, not random)
-    return walk.drift_tol * jnp.where(alike, jnp.float32(_repeated), 1)
+    least = 1 if random else _repeated
+    return jnp.clip(parted, least * walk.drift_tol, walk.drift_tol)
 
 
 def _undo_restart(

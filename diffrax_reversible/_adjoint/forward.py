@@ -28,6 +28,9 @@ from .problem import Inputs, Problem, save_states
 from .steps import Record, room_for_steps
 
 
+_traced_once = eqx.filter_jit(advance_densely)
+
+
 class _AdvancingState(eqx.Module):
     """The solver state, and whether the next step will be interpolated in."""
 
@@ -52,8 +55,8 @@ class Advancing(eqx.Module):
         del made_jump
         step = self.solver, terms, t0, t1, y0, args
         if not isinstance(solver_state, _AdvancingState):
-            # Nothing but shapes is asked for.
-            return advance_densely(*step, solver_state)
+            # Nothing but shapes is asked for, in every loop the same.
+            return _traced_once(*step, solver_state)
         y1, y_error, dense_info, after, result = advance_densely(
             *step, solver_state.solver_state, solver_state.interpolates
         )

@@ -15,6 +15,7 @@ from .._custom_types import (
     DenseInfo,
     IntScalarLike,
     Params,
+    RealScalarLike,
     SolverState,
     Terms,
     Y,
@@ -46,6 +47,7 @@ class Position(eqx.Module):
     - `origin`: this, where the state was known last; only the state, and what is
         differentiated of the solver state, if steps are not undone a second time.
     - `reach`: over how many steps the walk may go without a known state.
+    - `parted`: how far a replay has been off a state that was known before.
     - `drifts`: how far the walk has been off so far.
     - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
         second time.
@@ -63,6 +65,7 @@ class Position(eqx.Module):
     growth: Growth | None
     origin: "Position | None" = None
     reach: IntScalarLike = longest_reach
+    parted: RealScalarLike = 0.0
     drifts: list[Float[Array, ""]] | None = None
     params_cotangent: Params | None = None
 
@@ -143,6 +146,7 @@ class Walk(eqx.Module):
             position,
             origin=position.as_origin(self.repeats),
             reach=jnp.array(longest_reach),
+            parted=jnp.array(0, jnp.float32),
         )
         if self.repeats:
             params_bar = tree_zeros_like(position.cotangent.params)
