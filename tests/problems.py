@@ -88,8 +88,14 @@ def with_slow(quick, slow):
 families = pytest.mark.parametrize(
     "family",
     with_slow(
-        ("coupling",),
-        ("splitting", "ReversibleHeun", "LeapfrogMidpoint", "SemiImplicitEuler"),
+        (),
+        (
+            "coupling",
+            "splitting",
+            "ReversibleHeun",
+            "LeapfrogMidpoint",
+            "SemiImplicitEuler",
+        ),
     ),
 )
 

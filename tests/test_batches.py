@@ -62,7 +62,7 @@ def solve(solver, jumps, rate, b0, threshold, t1):
 
 
 @pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)
-@pytest.mark.parametrize("jumps", (False, True))
+@pytest.mark.parametrize("jumps", with_slow((True,), (False,)))
 def test_every_member_as_alone(solver, jumps):
     run = jax.value_and_grad(
         lambda *member: solve(solver, jumps, *member), argnums=(0, 1), has_aux=True

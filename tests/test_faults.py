@@ -147,7 +147,7 @@ def test_steps_run_out_raises():
         eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
 
 
-@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+@pytest.mark.parametrize("solver", with_slow((), SOLVERS[1:]), ids=repr)
 def test_step_size_underflows(solver):
     """Where the field has a pole, in the last of three elements of a batch."""
     controller = dfx.PIDController(rtol=1e-6, atol=1e-6, dtmin=1e-4, force_dtmin=False)

@@ -96,11 +96,9 @@ def value_and_grad(problem, solver, controller, steps, adjoint):
 
 # problem, solver, controller, steps, bounds on the error and on the restarts
 HARD = with_slow(
+    ((LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),),
     (
         (FAST_RELAXATION, dr.ALF6(), FIXED, 1600, 1e-10, 80),
-        (LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),
-    ),
-    (
         (FAST_RELAXATION, dr.ALF6(), pid(1e-4), 1600, 1e-4, 80),
         (VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, 1e-4, 40),
         (RELAXATION, dr.ALF6(), FIXED, 400, 1e-9, 25),

@@ -31,8 +31,8 @@ TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
 SOME = with_slow(
-    (ALF4, FAMILIES["coupling"]),
-    [(case,) for name, case in FAMILIES.items() if name != "coupling"],
+    (FAMILIES["coupling"],),
+    [(ALF4,), *((case,) for name, case in FAMILIES.items() if name != "coupling")],
 )
 
 
@@ -89,6 +89,7 @@ def test_t0_t1_ts():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "saveat", with_slow((dfx.SaveAt(ts=TS),), (dfx.SaveAt(t0=True, t1=True),))
 )

@@ -167,7 +167,8 @@ def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
     "solver, drift, backwards, more",
     [
         *((solver, nonlinear, False, 2) for solver in SPLITTINGS),
-        *((solver, affine, True, 1) for solver in (*SPLITTINGS, *NYSTROM)),
+        *((solver, affine, True, 1) for solver in NYSTROM),
+        *with_slow((), [(solver, affine, True, 1) for solver in SPLITTINGS]),
     ],
     ids=lambda x: x.__name__ if callable(x) and hasattr(x, "__name__") else repr(x),
 )

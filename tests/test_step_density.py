@@ -82,6 +82,7 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     assert relative_error(grad, expected) < tol
 
 
+@pytest.mark.slow
 @compile_quickly
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
@@ -347,7 +348,9 @@ def test_energy_does_not_drift():
 
 
 @pytest.mark.parametrize(
-    "solver", (dfx.Tsit5(), dfx.Heun(), dr.ALF8()), ids=lambda s: type(s).__name__
+    "solver",
+    with_slow((dfx.Tsit5(),), (dfx.Heun(), dr.ALF8())),
+    ids=lambda s: type(s).__name__,
 )
 @pytest.mark.parametrize(
     "field, y0, t1",

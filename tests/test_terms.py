@@ -145,7 +145,7 @@ def test_closures(name):
         assert relative_error(g, e) < 1e-10
 
 
-@pytest.mark.parametrize("name", with_slow(("MultiTerm with ControlTerm",), ("MultiTerm",)))
+@pytest.mark.parametrize("name", with_slow((), ("MultiTerm with ControlTerm", "MultiTerm")))
 def test_closures_vmap(name):
     """Over a batch of closed-over values."""
     make, any_term = TERMS[name]
@@ -229,6 +229,7 @@ def test_controlled_equation():
     assert relative_error(as_ode, directly) < 1e-2
 
 
+@pytest.mark.slow
 def test_stochastic_equation():
     """By `ReversibleHeun`, along a path that is the same backwards."""
     path = dfx.VirtualBrownianTree(0.0, 2.0, tol=1e-3, shape=(2,), key=jax.random.key(1))

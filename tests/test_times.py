@@ -133,7 +133,7 @@ def test_against_true_solution(controller):
     assert ours < 5e-6
 
 
-@pytest.mark.parametrize("solver", with_slow((dr.ALF6(),), (BITWISE,)), ids=repr)
+@pytest.mark.parametrize("solver", with_slow((), (dr.ALF6(), BITWISE)), ids=repr)
 def test_solvers(solver):
     ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
     assert relative_error(ours, default) < 1e-10
@@ -202,6 +202,7 @@ def test_batch():
     assert relative_error(batched, alone) < 1e-12
 
 
+@pytest.mark.slow
 def test_no_steps():
     """If `t0 == t1`, then only what is saved depends on times."""
 
