@@ -144,7 +144,7 @@ STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS)
 WALK_BACK = dr.ReversibleAdjoint()
 ANYWAY = dr.ReversibleAdjoint(drift_tol=float("inf"))
 
-FIXED = dfx.ConstantStepSize()
+FIXED: dfx.AbstractStepSizeController = dfx.ConstantStepSize()
 ACCURATE = dfx.PIDController(rtol=1e-11, atol=1e-11)
 
 
@@ -161,7 +161,11 @@ class Gradient(NamedTuple):
 
 
 def gradient(
-    problem: Problem, solver, adjoint, dtype, controller=FIXED
+    problem: Problem,
+    solver,
+    adjoint,
+    dtype,
+    controller: dfx.AbstractStepSizeController = FIXED,
 ) -> Callable[[int], Gradient]:
     """As a function of the number of steps; compiled once."""
     y0 = jnp.asarray(problem.y0, dtype)
