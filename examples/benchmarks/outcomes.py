@@ -23,7 +23,7 @@ why there is none:
   come to the same end, within ten times the square root of the machine epsilon, so that
   their gradients cannot be compared. That is what chaos does, above all in float32.
 
-    python outcomes.py          # about ten minutes on two cores
+    python outcomes.py          # more than an hour on two cores
     python outcomes.py --quick  # a part of it
 """
 
