@@ -71,6 +71,7 @@ def rejecting(field, y0, *solvers):
 
 
 SLOW_FAMILIES = ("splitting", "LeapfrogMidpoint")
+
 # Every solver with a controller that rejects steps, and some with every controller.
 CASES = with_slow(
     (
@@ -281,7 +282,6 @@ def test_continued_solve():
     assert_same_gradient(loss, Y0)
 
 
-@pytest.mark.slow
 def test_two_halves():
     """Have the gradient of the whole, of which they have the steps."""
 

@@ -229,7 +229,7 @@ def test_chaos():
     assert compensated < 1e-2 * error(dr.ALF6()) < 1e-8
 
 
-@pytest.mark.parametrize("dtype", with_slow((), (jnp.float16, jnp.bfloat16)))
+@pytest.mark.parametrize("dtype", with_slow((jnp.float16,), (jnp.bfloat16,)))
 @pytest.mark.parametrize("compensated", with_slow((False,), (True,)))
 def test_half_precision(dtype, compensated):
     """Of the state; time is in single precision."""

@@ -164,6 +164,40 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
     assert_same(loss, Y0, Network(), network_args())
 
 
+@pytest.mark.parametrize("noisy", (False, True))
+def test_misses_below_the_tolerance(noisy, monkeypatch):
+    """Are undone once more, but not along a Brownian path, which a replay may evaluate to
+    something that is as far from what the solve had."""
+    drift = Walk.drift
+
+    def half_the_tolerance(self, position, true):
+        return [jnp.maximum(d, self.drift_tol / 2) for d in drift(self, position, true)]
+
+    monkeypatch.setattr(Walk, "drift", half_the_tolerance)
+    field, path = Counter(), None
+    if noisy:
+        path = dfx.VirtualBrownianTree(0, 2, 1e-3, (2,), key=jax.random.key(0))
+
+    def run(adjoint):
+        @jax.jit
+        @jax.grad
+        def final(y0):
+            terms = dfx.ODETerm(lambda t, y, args: field(t, y, 1.0) - y)
+            if path is not None:
+                noise = dfx.ControlTerm(lambda t, y, args: 0.1 * jnp.eye(2), path)
+                terms = dfx.MultiTerm(terms, noise)
+            sol = dfx.diffeqsolve(
+                terms, dfx.ReversibleHeun(), 0.0, 2.0, 0.1, y0, adjoint=adjoint
+            )
+            return jnp.sum(sol.ys**2)
+
+        count, _ = field.during(final, jnp.ones(2))
+        return count
+
+    once = run(dr.ReversibleAdjoint(drift_tol=float("inf")))
+    assert (run(dr.ReversibleAdjoint()) == once) == noisy
+
+
 def test_orbits_that_are_forgotten(monkeypatch):
     """In single precision. A gradient is off by some per cent if every miss that is no
     error is let through."""

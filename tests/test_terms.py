@@ -229,7 +229,6 @@ def test_controlled_equation():
     assert relative_error(as_ode, directly) < 1e-2
 
 
-@pytest.mark.slow
 def test_stochastic_equation():
     """By `ReversibleHeun`, along a path that is the same backwards."""
     path = dfx.VirtualBrownianTree(0.0, 2.0, tol=1e-3, shape=(2,), key=jax.random.key(1))

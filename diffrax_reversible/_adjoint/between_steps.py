@@ -187,7 +187,7 @@ def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:
 
     This is a fraction of the tolerance, so that gradients are more accurate than what is
     refused. It is more, up to the tolerance, where a replay differs from the solve by
-    more: by how much they have `parted` already, and where the replay evaluates a Brownian
+    more: by how much it has `parted` already, and where the replay evaluates a Brownian
     path, which turns an ulp of time into the square root of an ulp.
     """
     terms, _ = walk.bind(walk.params)

@@ -79,8 +79,8 @@ class _Replay(Kept):
         count, last_end = kept.record.count, kept.record.last_end
         # Of the step before the target the end is not another's start, if it was the last
         # that was made again.
-        within, end = target <= count, (count - 1, last_end)
-        to = tuple(jnp.where(within, e, l) for e, l in zip(end, last, strict=True))
+        within = target <= count
+        to = jnp.where(within, count - 1, last[0]), jnp.where(within, last_end, last[1])
         # Each with a record of the steps before it.
         rows = kept.record.rows or jnp.iinfo(jnp.int32).max
         spacing = jnp.minimum(spacing, rows)
@@ -94,7 +94,7 @@ class _Replay(Kept):
             kept.varying,
             target,
             kept.record.covers(known.step, target, last[0]),
-            (to[0], to[1]),
+            to,
         )
 
     @property

@@ -75,8 +75,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     Where the walk comes to a known state, and where it ends, every entry is compared with
     what was there in the forward pass, whether the solver watches it or not. If any differs
     by more than a 64th of `drift_tol` (by more than a replay differs from the solve, if
-    that is more), then the walk goes back to the state that was known
-    before, the solve is replayed from the one that was missed, with states held on the way,
+    that is more, and with a Brownian path by more than `drift_tol`), then the walk goes
+    back to the state that was known before, the solve is replayed from the one that was
+    missed, with states held on the way,
     and the steps are undone once more. How many there may be from one known state to the
     next is found as step sizes are: a quarter where one is missed, twice as many where all
     is well. So contraction costs evaluations, and is no error, unless there are no
