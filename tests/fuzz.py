@@ -1,6 +1,7 @@
 """Random solves, of which gradients are compared with those of Diffrax's default adjoint.
 
-By hand, for cases `FIRST` to `LAST`: `python -m tests.fuzz FIRST LAST`.
+By hand, for cases from `FIRST` to before `LAST`:
+`JAX_ENABLE_X64=1 python -m tests.fuzz FIRST LAST`.
 """
 
 import collections
@@ -297,6 +298,8 @@ def main(first: int, last: int) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
+    if not jax.config.read("jax_enable_x64"):
+        # What is above has been made in single precision.
+        raise RuntimeError("Set `JAX_ENABLE_X64=1`.")
     jax.config.update("jax_disable_most_optimizations", True)
     main(*map(int, sys.argv[1:]))

@@ -204,6 +204,8 @@ class Replayer:
 
         replay = _Replay.of(kept, known, target, last, spacing)
         state = replay.start(known.resume(self._init_state))
+        # A constant, as before JAX 0.7 Equinox cannot compare one that is traced outside.
+        state = tree_replace(lambda s: s.result, state, RESULTS.successful)
         state, replay = self._stepper.run(state, replay, on_the_way)
         assert replay.record is not None
         return Known.of(state, replay.record.last_end, replay.varying), replay
