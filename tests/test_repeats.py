@@ -199,25 +199,33 @@ def test_misses_below_the_tolerance(noisy, monkeypatch):
 
 
 def test_orbits_that_are_forgotten(monkeypatch):
-    """In single precision. A gradient is off by some per cent if every miss that is no
-    error is let through."""
+    """In single precision, where a gradient can be off by some per cent if every miss that
+    is no error is let through."""
     monkeypatch.setattr(steps, "_most_rows", 0)
-    pair = lambda t, y, mass: jnp.concatenate(kepler(t, (y[:2], y[2:]), None)) * mass
+    field = Counter()
+
+    def pair(t, y, mass):
+        return jnp.concatenate(kepler(t, (y[:2], y[2:]), None)) * mass + 0 * field(
+            t, y, mass
+        )
+
     final = final_of(pair, 30.0, jnp.float32(0.03), solver=dr.McCallumFoster(dfx.Tsit5()))
     inputs = jnp.array([0.4, 0.0, 0.0, 2.0], jnp.float32), jnp.float32(1.0)
     careless = dr.ReversibleAdjoint(drift_tol=float("inf"))
-    grads = (
-        gradient(final, a)(*inputs)[0] for a in (STORE, dr.ReversibleAdjoint(), careless)
-    )
-    stored, right, off = grads
-    assert relative_error(right, stored) < 5e-3
-    assert relative_error(off, stored) > 2e-2
+
+    def run(adjoint):
+        return field.during(gradient(final, adjoint), *inputs)
+
+    once, _ = run(careless)
+    repeated, (grad, _) = run(dr.ReversibleAdjoint())
+    _, (stored, _) = run(STORE)
+    assert relative_error(grad, stored) < 5e-3
+    # None of the misses is an error.
+    assert repeated > once
 
 
-@pytest.mark.parametrize(
-    "rate, dt0, once_is_right", ((10.0, 0.1, True), (20.0, 0.05, False))
-)
-def test_contraction_in_single_precision(rate, dt0, once_is_right):
+@pytest.mark.parametrize("rate, dt0", ((10.0, 0.1), (20.0, 0.05)))
+def test_contraction_in_single_precision(rate, dt0):
     """With default settings, on steps that lose the digits of the state between restarts:
     no error, at the cost of some evaluations. With equal steps, as solves that are compiled
     apart choose others."""
@@ -234,11 +242,10 @@ def test_contraction_in_single_precision(rate, dt0, once_is_right):
         adjoint = dr.ReversibleAdjoint(drift_tol=drift_tol)
         return field.during(gradient(final, adjoint), *inputs)
 
-    (repeated, (grad, _)), (once, (careless, _)) = run(None), run(float("inf"))
+    (repeated, (grad, _)), (once, _) = run(None), run(float("inf"))
     expected, _ = gradient(final, STORE)(*inputs)
     assert once < repeated < 2 * once
     assert relative_error(grad[1], expected[1]) < 1e-5
-    assert (relative_error(careless[1], expected[1]) < 1e-3) == once_is_right
 
 
 def test_nothing_helps():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._precision import eps
 from .._solver.entry_scales import units
 from .._tree import largest
 from .growth import least_share
@@ -65,8 +66,8 @@ def tolerance(drift_tol: float | None, state: PyTree) -> float:
     if drift_tol is not None:
         return drift_tol
     # Arrays of the finer dtypes depend on those of the coarsest.
-    eps = [float(jnp.finfo(x.dtype).eps) for x in _inexact_leaves(state)]
-    return max([*eps, _default_tol**2]) ** 0.5
+    coarseness = [eps(x) for x in _inexact_leaves(state)]
+    return max([*coarseness, _default_tol**2]) ** 0.5
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:

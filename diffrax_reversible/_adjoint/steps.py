@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from .._diffrax import State
+from .._precision import eps
 
 
 # Its annotations are narrower than what it accepts.
@@ -70,7 +71,7 @@ class Clock(eqx.Module):
         """How far `start` is from what is true, as a fraction of the step."""
         step = jnp.abs(self.end - self.start)
         # Sums that are compiled apart may round differently.
-        ulps = 4 * jnp.finfo(jnp.result_type(t)).eps * jnp.abs(t)
+        ulps = 4 * eps(t) * jnp.abs(t)
         off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
         return jnp.where(off != 0, off / jnp.where(step == 0, 1, step), 0)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
+from .._precision import eps, tiny
 from .base import AbstractReversibleStepSizeController
 from .time_scale import Field, squared_time_scale
 
@@ -289,9 +290,10 @@ class StepDensityController(
 
 def _unit(largest: Float[Array, ""]) -> Float[Array, ""]:
     """The spacing of floats as large as `largest`, rounded up to a power of two."""
-    info = jnp.finfo(largest.dtype)
     _, exponent = jnp.frexp(largest)
-    return jnp.maximum(jnp.ldexp(info.eps, exponent), info.tiny).astype(largest.dtype)
+    return jnp.maximum(
+        jnp.ldexp(jnp.asarray(eps(largest), largest.dtype), exponent), tiny(largest)
+    )
 
 
 def _to_unit(t: RealScalarLike, unit: Float[Array, ""]) -> Float[Array, ""]:
@@ -326,7 +328,7 @@ def _harden(total: Sum, wished: Float[Array, ""]) -> Sum:
     """The inverse of `_soften`."""
     x = total.high / (wished / 2)
     # Just above a half, what it is the image of is beyond all bounds, and limited.
-    excess = jnp.maximum(2 * x - 1, jnp.finfo(x.dtype).eps)
+    excess = jnp.maximum(2 * x - 1, eps(x))
     return _where(x < 1, _rounded((3 - 1 / excess) / 2 * (wished / 2), total), total)
 
 

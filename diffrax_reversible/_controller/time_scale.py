@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import RealScalarLike, VF, Y
+from .._precision import tiny
 from .._total_derivative import total_derivatives
 
 
@@ -38,11 +39,11 @@ def squared_time_scale(
     with the force for `f` and one derivative less, see Aarseth, *Gravitational N-Body
     Simulations* (2003), doi:10.1017/CBO9780511535246, eq. 2.13.
     """
-    tiny = jnp.finfo(jnp.result_type(t0)).tiny
+    least = tiny(t0)
 
     def bounded(numerator, denominator):
-        numerator = numerator + tiny
-        return numerator / (denominator + numerator / longest**2 + tiny)
+        numerator = numerator + least
+        return numerator / (denominator + numerator / longest**2 + least)
 
     norms = [jnp.sqrt(_square(f, t0)) for f in total_derivatives(field, 4)(t0, y0)]
     start = bounded(*(sum(norms[i] * norms[m - i] for i in range(m + 1)) for m in (2, 4)))

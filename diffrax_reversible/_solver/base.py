@@ -25,6 +25,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._precision import eps, tiny
 from .._tree import larger, tree_add, tree_zeros_like
 
 
@@ -439,8 +440,7 @@ def before_jump(t: RealScalarLike) -> RealScalarLike:
     to zero.
     """
     t = jnp.asarray(t)
-    info = jnp.finfo(t.dtype)
-    ulps = jnp.maximum(info.eps * jnp.abs(t), info.tiny)
+    ulps = jnp.maximum(eps(t) * jnp.abs(t), tiny(t))
     return t - lax.stop_gradient(4 * ulps)
 
 

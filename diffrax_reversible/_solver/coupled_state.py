@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import BoolScalarLike, Y
+from .._precision import eps
 from .._tree import from_bits, real_like, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample
 
@@ -72,17 +73,16 @@ def _judge(
     seed: Float[Array, ""],
     scales: Float[Array, " sample"],
 ) -> tuple[BoolScalarLike, Float[Array, ""], Float[Array, " sample"]]:
-    eps = jnp.finfo(y.dtype).eps
     scales, unit = largest_so_far(scales, y)
     distances = jnp.abs(sample(y) - sample(z))
     errors = jnp.abs(sample(error))
     # An error estimate may be small by chance, but not beside those of all other entries.
     usual = unit * (largest_entry(errors) / largest_entry(unit))
     allowed = _ratio * jnp.maximum(errors, usual)
-    allowed = jnp.clip(allowed, unit * eps**_floor, unit * _most)
+    allowed = jnp.clip(allowed, unit * eps(y) ** _floor, unit * _most)
     inaccurate = jnp.any(distances > allowed)
     distance = largest_entry(distances / unit)
-    seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps), seed)
+    seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps(y)), seed)
     return has_grown(distance, seed) | inaccurate, seed, scales
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
+from .._precision import eps
 from .._tree import from_bits, real_like, to_bits, tree_add, tree_outer
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
 from .error_estimate import Excess
@@ -111,9 +112,9 @@ class Deviation(eqx.Module):
 
         def restart(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
-            rounding = _noise(tableau) * jnp.finfo(v.dtype).eps
+            rounding = _noise(tableau) * eps(v)
             relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
-            return known._replace(seed=relative * float(rounding)).pack()
+            return known._replace(seed=relative * rounding).pack()
 
         return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
 
@@ -193,7 +194,7 @@ def _judge(
 ) -> tuple[BoolScalarLike, Known, Excess | None]:
     """Of one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
-    eps = jnp.finfo(y.dtype).eps
+    floor = eps(y) ** _floor
     deviation, error = jnp.abs(sums)
     scales, unit = largest_so_far(before.scales, y)
     # One by one, which under `vmap` is faster on a CPU than together.
@@ -203,12 +204,12 @@ def _judge(
     seed = jnp.where(fresh, jnp.maximum(before.seed, relative), before.seed)
     recent_error = jnp.maximum(relative_error, _recent * before.error)
     taylor_term = h * recent_error / tableau.error_scale
-    inaccurate = h * relative > jnp.clip(_ratio * taylor_term, eps**_floor, _most)
+    inaccurate = h * relative > jnp.clip(_ratio * taylor_term, floor, _most)
     # What the deviation adds to the solution grows with its own growth.
     background = jnp.maximum(before.size, _made * relative_error)
     growth = jnp.maximum(relative / jnp.where(background == 0, 1, background) - 1, 0)
     effect = tableau.deviation_effect * growth**2 * relative
-    harmful = h * effect > jnp.maximum(h * _harm * relative_error, eps**_floor)
+    harmful = h * effect > jnp.maximum(h * _harm * relative_error, floor)
     restart = has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(fresh))
 
     if not _keeps_sizes(tableau):

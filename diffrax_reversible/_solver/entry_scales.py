@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._precision import eps
+
 
 # Restart where a deviation has grown by this power of the machine epsilon since the last
 # restart, as by so much rounding errors grow in the walk back: to about a hundredth of the
@@ -38,7 +40,7 @@ def largest_so_far(
 
 def units(scales: Float[Array, " sample"]) -> Float[Array, " sample"]:
     """Scales to divide by."""
-    least = jnp.finfo(scales.dtype).eps ** _least_scale * largest_entry(scales)
+    least = eps(scales) ** _least_scale * largest_entry(scales)
     scales = jnp.maximum(scales, least)
     return jnp.where(scales == 0, 1, scales)
 
@@ -50,4 +52,4 @@ def largest_entry(x: Array) -> Float[Array, ""]:
 def has_grown(relative: Float[Array, ""], seed: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether a deviation has grown as much since it was the `seed` as may be walked
     back."""
-    return relative > jnp.finfo(relative.dtype).eps ** _growth * seed
+    return relative > eps(relative) ** _growth * seed

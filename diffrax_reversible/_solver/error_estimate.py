@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._coefficients.coarse_error import power, threshold
+from .._precision import tiny
 from .entry_scales import sample
 
 
@@ -16,7 +17,7 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     """
     size = jnp.abs(coarse)
     slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
-    limit = jnp.maximum(jnp.maximum(slopes, size), jnp.finfo(size.dtype).tiny)
+    limit = jnp.maximum(jnp.maximum(slopes, size), tiny(size))
     coarse = coarse * ((size / limit) ** power).astype(coarse.dtype)
     return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
