@@ -20,6 +20,7 @@ from .problems import PID, relative_error, sum_of_squares, with_slow
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+
 Y0 = jnp.array([1.0, 2.0])
 W = jnp.array(1.3)
 
@@ -208,6 +209,69 @@ def test_norm(detach):
         return jax.jit(jax.grad(lambda w, scale: loss(w, scale, adjoint)))(W, W)
 
     assert relative_error(of(dr.ReversibleAdjoint()), of(dfx.DirectAdjoint())) < 1e-10
+
+
+class Scaled(dfx.AbstractStepSizeController):
+    """By a function that is no leaf."""
+
+    inner: dfx.PIDController
+    scale: Callable = eqx.field(static=True)
+
+    def wrap(self, direction):
+        return Scaled(self.inner.wrap(direction), self.scale)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return self.inner.init(terms, t0, t1, y0, dt0, args, func, error_order)
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, controller_state):
+        y_error = jax.tree.map(self.scale, y_error)
+        return self.inner.adapt_step_size(
+            t0, t1, y0, y1, args, y_error, error_order, controller_state
+        )
+
+
+def test_static_field_of_a_controller():
+    def loss(w, scale, adjoint):
+        controller = Scaled(PID, lambda x: x * jax.lax.stop_gradient(scale))
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, w: jnp.sin(w * y)),
+            *(dr.ALF4(), 0.0, 1.0, 0.1, Y0, w),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+        )
+        return sum_of_squares(sol.ys), sol.stats["num_steps"]
+
+    def of(adjoint, scale=100.0):
+        gradient = jax.grad(lambda w, scale: loss(w, scale, adjoint), has_aux=True)
+        return jax.jit(gradient)(W, scale)
+
+    ours, count = of(dr.ReversibleAdjoint())
+    assert relative_error(ours, of(dfx.RecursiveCheckpointAdjoint())[0]) < 1e-10
+    assert count > of(dr.ReversibleAdjoint(), 1.0)[1]
+
+
+def test_function_that_cannot_be_seen():
+    """In a step-size function that is not called through a leaf."""
+
+    class Hidden(dr.StepDensityController):
+        scale: Callable = eqx.field(static=True, default=None)
+
+        def adapt_step_size(self, *args):
+            accepts, t0, t1, *rest = super().adapt_step_size(*args)
+            return accepts, t0, self.scale(t1), *rest
+
+    def loss(w):
+        controller = Hidden(lambda t, y, args: 0.1, scale=lambda t: t * w)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y),
+            *(dr.ALF4(), 0.0, 1.0, None, Y0),
+            stepsize_controller=controller,
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sum_of_squares(sol.ys)
+
+    with pytest.raises(NotImplementedError, match="closes over traced values"):
+        jax.jit(jax.grad(loss))(W)
 
 
 class MassMatrix(dfx.AbstractTerm):

@@ -1,6 +1,7 @@
 """Making what functions close over visible to differentiation."""
 
 import copy
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffrax import AbstractStepSizeController, ControlTerm, ODETerm
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
+from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver, advance_densely
 from .validate import hidden_closure
 
@@ -62,21 +65,41 @@ def close_terms(
 
 def close_controller(
     controller: AbstractStepSizeController,
-    error_order: RealScalarLike | None,
+    solver: AbstractReversibleSolver,
+    terms: Terms,
     t: RealScalarLike,
-    y: Y,
     args: Args,
-    controller_state: PyTree,
+    init_state: State,
 ) -> AbstractStepSizeController:
-    """The same of a controller, as of the norm of a `PIDController`."""
+    """The same of a controller, as of the norm of a `PIDController`. One of your own is
+    replaced as a whole if there are traced values left."""
+    y, state = init_state.y, init_state.controller_state
+    error_order = solver.error_order(terms)
 
-    def adapt(controller, t=t, y=y, args=args, state=controller_state):
-        adapt = controller.adapt_step_size
-        return adapt(t, t, y, y, args, y, error_order, state)[:3]
+    def adapt(controller, t0, t1, y0, y1, args, y_error, error_order, state):
+        step = t0, t1, y0, y1, args, y_error, error_order
+        return controller.adapt_step_size(*step, state)
 
-    if not _captures(adapt, controller, t, y, args, controller_state):
+    def captures(controller):
+        return _captures(adapt, controller, t, t, y, y, args, y, error_order, state)
+
+    if not captures(controller):
         return controller
-    return _close_leaves(controller, adapt)
+    controller = _close_leaves(
+        controller, lambda c: adapt(c, t, t, y, y, args, y, error_order, state)[:3]
+    )
+    if not captures(controller):
+        return controller
+    if isinstance(controller, AbstractReversibleStepSizeController):
+        raise NotImplementedError(hidden_closure)
+    _, y_error, *_ = eqx.filter_eval_shape(
+        advance_densely, solver, terms, t, t, y, args, init_state.solver_state
+    )
+    step = t, t, y, y, args, y_error, error_order
+    # Python scalars, as the first state may have, are arrays in a loop.
+    states = state, _arrays(state)
+    bound = ft.partial(adapt, controller)
+    return _ClosedController(_Closed([close(bound, *step, state) for state in states]))
 
 
 def _map_fields(fn: Callable, terms: Terms) -> Terms:
@@ -100,6 +123,25 @@ def _copy(args: Args) -> Args:
     """Not the very objects: there are some that can be used only once, as the state of
     layers in Equinox."""
     return jtu.tree_map(lambda x: x, args)
+
+
+class _ClosedController(AbstractStepSizeController[PyTree, RealScalarLike | None]):
+    """A controller with all that its steps depend on as leaves."""
+
+    adapt: Callable
+
+    def wrap(self, direction):
+        # Done, and so is `init`.
+        raise AssertionError
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        raise AssertionError
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        step = t0, t1, y0, y1_candidate, args, y_error, error_order
+        return self.adapt(*step, controller_state)
 
 
 class _FieldSpy:

@@ -170,9 +170,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
         closed = jtu.tree_structure(terms) != jtu.tree_structure(given_terms)
         stepsize_controller = close_controller(
-            stepsize_controller,
-            solver.error_order(terms),
-            *(t0, y0, args, init_state.controller_state),
+            stepsize_controller, solver, terms, t0, args, init_state
         )
         event_kwargs = dict(
             solver=solver,

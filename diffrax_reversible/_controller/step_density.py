@@ -1,5 +1,6 @@
 """Steps from a density that is evolved along with the solution."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -173,7 +174,8 @@ class StepDensityController(
             )
 
     def wrap(self, direction: IntScalarLike) -> "StepDensityController":
-        return StepDensityController(self.step_size, self.fraction, direction)
+        # Of its own class, should that be one which was derived from this.
+        return dataclasses.replace(self, _direction=direction)
 
     def init(
         self,
