@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._custom_types import RealScalarLike
+from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 
 
 def tree_scale(a: RealScalarLike, x: PyTree[Array]) -> PyTree[Array]:
@@ -42,6 +42,26 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
 def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
     """`equinox.tree_at`, also of what is `None`."""
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
+
+
+def read_row(rows: PyTree[Array], i: IntScalarLike) -> PyTree[Array]:
+    """Of every array the `i`-th row, where `i` is not negative."""
+    # Unsigned, for no instructions to be spent on indices that count from the end.
+    i = jnp.asarray(i).astype(jnp.uint32)
+    return jtu.tree_map(
+        lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), rows
+    )
+
+
+def write_row(
+    rows: PyTree[Array], i: IntScalarLike, row: PyTree[Array], pred: BoolScalarLike
+) -> PyTree[Array]:
+    """With another `i`-th row, where `i` is not negative, if `pred`."""
+    i = jnp.asarray(i).astype(jnp.uint32)
+    row = jtu.tree_map(lambda n, o: jnp.where(pred, n, o), row, read_row(rows, i))
+    return jtu.tree_map(
+        lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), rows, row
+    )
 
 
 def tree_zeros_like(x: PyTree[Any]) -> PyTree[Any]:

@@ -365,10 +365,11 @@ def test_errors_are_smaller(solver):
 def test_how_the_drift_is_written(solver):
     """It does not change the method."""
     force = lambda t, q, _: -q
-    exponents = (2,) if solver in NYSTROM else (2, 2.0)
+    squares = [lambda p: p * p, lambda p: p**2, lambda p: p**2.0]
     drifts = [lambda t, p, _: p]
-    for n in exponents:
-        drifts.append(lambda t, p, _, n=n: jax.grad(lambda p: jnp.sum(p**n) / 2)(p))
+    # Before JAX 0.7, the derivative of a power of 2 is not seen to be constant.
+    for square in squares[:1] if solver in NYSTROM else squares:
+        drifts.append(lambda t, p, _, f=square: jax.grad(lambda p: jnp.sum(f(p)) / 2)(p))
     first, *others = (
         dfx.diffeqsolve(as_terms((drift, force)), solver, 0.0, 1.0, 0.1, (Q0, P0)).ys[0]
         for drift in drifts

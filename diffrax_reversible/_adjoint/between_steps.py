@@ -129,30 +129,17 @@ def _go_back(
 ) -> Position:
     """Where the walk has `arrived` at a known state, if this element is `here`; or
     where it was known before, if it has missed this one by too much, for those steps
-    to be undone once more, with known states in between.
-
-    How many steps there may be from one to the next is found as step sizes are.
-    """
-    origin, drifts, reach = position.origin, position.drifts, position.reach
+    to be undone once more, with known states in between."""
+    origin, drifts = position.origin, position.drifts
     assert origin is not None and drifts is not None
-    missed, parted = jnp.array(False), position.parted
+    missed, parted, reach = jnp.array(False), position.parted, position.reach
     if walk.repeats:
-        # NaN if the walk has overflowed.
-        off = [w.astype(jnp.float32) for w in walked]
-        if walk.trace.record.outermost is not None:
-            # Recorded times are off only where the solve was replayed.
-            off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
-        off = jnp.max(jnp.stack(off))
-        parted = jnp.maximum(parted, jnp.where(here & position.known, off, 0))
-        so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
-        so_far = so_far & (position.clock.drift <= walk.drift_tol)
-        length = origin.step - position.step
-        missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted))
-        missed = missed & (length > 1) & (reach > 1)
-        well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
-        fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
-        reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
-        reach = jnp.minimum(reach, longest_reach)
+        # In a conditional, for XLA not to repeat all this for every array that is chosen.
+        missed, parted, reach = lax.cond(
+            eqxi.unvmap_any(here),
+            lambda: _judge(walk, position, arrived, walked, here),
+            lambda: (missed, parted, reach),
+        )
     new = arrived.as_origin(walk.repeats)
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
@@ -180,6 +167,35 @@ def _go_back(
         ],
         params_cotangent=params_cotangent,
     )
+
+
+def _judge(
+    walk: Walk,
+    position: Position,
+    arrived: Position,
+    walked: list[Float[Array, ""]],
+    here: BoolScalarLike,
+) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
+    """Whether the walk has missed a known state, how far a replay has been off so far, and
+    over how many steps the walk may go from now on, which is found as step sizes are."""
+    origin, drifts, reach = position.origin, position.drifts, position.reach
+    assert origin is not None and drifts is not None
+    # NaN if the walk has overflowed.
+    off = [w.astype(jnp.float32) for w in walked]
+    if walk.trace.record.outermost is not None:
+        # Recorded times are off only where the solve was replayed.
+        off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
+    off = jnp.max(jnp.stack(off))
+    parted = jnp.maximum(position.parted, jnp.where(here & position.known, off, 0))
+    so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
+    so_far = so_far & (position.clock.drift <= walk.drift_tol)
+    length = origin.step - position.step
+    missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted))
+    missed = missed & (length > 1) & (reach > 1)
+    well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
+    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
+    reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
+    return missed, parted, jnp.minimum(reach, longest_reach)
 
 
 def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:

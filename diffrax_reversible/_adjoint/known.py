@@ -1,6 +1,8 @@
 """States of a solve that are held, for the walk back to go on from."""
 
 import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
@@ -13,7 +15,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._tree import tree_replace
+from .._tree import read_row, tree_replace, write_row
 
 
 class Known(eqx.Module):
@@ -125,13 +127,32 @@ class Checkpoints(eqx.Module):
         """
         if self.capacity == 0:
             return self
-        steps = jnp.append(self.rows.step, known.step)
-        restarts = jnp.append(self.restarts, restarts)
+        # In a conditional, for XLA not to repeat all this for every array that is written.
+        i, wanted = lax.cond(
+            eqxi.unvmap_any(wanted),
+            lambda: self._place(known.step, restarts, wanted, end, prefer_restarts, needed),
+            lambda: (jnp.array(0), jnp.array(False)),
+        )
+        new = Checkpoints(known, jnp.asarray(restarts))
+        return write_row(self, i, new, wanted)
+
+    def _place(
+        self,
+        step: IntScalarLike,
+        restarts: BoolScalarLike,
+        wanted: BoolScalarLike,
+        end: IntScalarLike,
+        prefer_restarts: BoolScalarLike,
+        needed: BoolScalarLike,
+    ) -> tuple[IntScalarLike, BoolScalarLike]:
+        """The row to hold another state in, and whether it is held at all."""
+        steps = jnp.append(self.rows.step, step)
+        spread = jnp.logical_not(jnp.append(self.restarts, restarts))
         live = (steps >= 0) & (steps < end)
         # Those that are live first, in order.
         steps = jnp.where(live, steps, end)
         order = jnp.argsort(steps)
-        steps, live, spread = steps[order], live[order], jnp.logical_not(restarts)[order]
+        steps, live, spread = steps[order], live[order], spread[order]
         before, after = jnp.roll(steps, 1).at[0].set(0), jnp.roll(steps, -1).at[-1].set(end)
         gap, to_end = after - before, jnp.maximum(end - steps, 1)
         follow = jnp.sum(live) - jnp.arange(len(steps))
@@ -141,14 +162,8 @@ class Checkpoints(eqx.Module):
         missed = jnp.where(needed & (order == self.capacity), jnp.inf, missed)
         i = order[jnp.argmin(jnp.where(live, missed, -jnp.inf))]
         # A replay begins at a state that is held.
-        wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(known.step))
-        i = jnp.minimum(i, self.capacity - 1)
-
-        def write(rows, value):
-            return rows.at[i].set(jnp.where(wanted, value, rows[i]))
-
-        rows = jtu.tree_map(write, self.rows, known)
-        return Checkpoints(rows, write(self.restarts, restarts[-1]))
+        wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(step))
+        return jnp.minimum(i, self.capacity - 1), wanted
 
     def before(self, step: IntScalarLike, start: Known) -> Known:
         """The last state that is known before a `step`, which may be the `start`."""
@@ -156,8 +171,7 @@ class Checkpoints(eqx.Module):
             return start
         steps = jnp.where(self.rows.step < step, self.rows.step, -1)
         i = jnp.argmax(steps)
-        row = jtu.tree_map(lambda rows: rows[i], self.rows)
-        return row.where(steps[i] >= 0, start)
+        return read_row(self.rows, i).where(steps[i] >= 0, start)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
         """After how many steps that is known."""

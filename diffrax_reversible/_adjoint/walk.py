@@ -144,10 +144,11 @@ class Walk(eqx.Module):
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
-            origin=position.as_origin(self.repeats),
             reach=jnp.array(longest_reach),
             parted=jnp.array(0, jnp.float32),
         )
+        origin = position.as_origin(self.repeats)
+        position = dataclasses.replace(position, origin=origin)
         if self.repeats:
             params_bar = tree_zeros_like(position.cotangent.params)
             position = dataclasses.replace(position, params_cotangent=params_bar)
