@@ -366,6 +366,12 @@ REFUSALS = (
         ("`ReversibleAdjoint(drift_tol=small)`", "non-negative number"),
     ),
     (
+        "settings: a report that is no function",
+        lambda: dr.ReversibleAdjoint(report=True),
+        ValueError,
+        ("`ReversibleAdjoint(report=True)`", "must be a function"),
+    ),
+    (
         "settings: a traced coupling",
         lambda: traced(lambda x: dict(solver=dr.McCallumFoster(dfx.Tsit5(), 0.9 * x))),
         ValueError,

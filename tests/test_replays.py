@@ -93,15 +93,24 @@ def test_evaluations(checkpoints, most):
     final = final_of(counted, 10.0, 0.025)
     inputs = jnp.array(1.0), jnp.array(40.0)
 
+    reports = []
+
     def evaluations(checkpoints):
-        fn = gradient(final, dr.ReversibleAdjoint(checkpoints))
-        count, (grad, (restarts, _)) = field.during(fn, *inputs)
+        adjoint = dr.ReversibleAdjoint(checkpoints, report=reports.append)
+        count, (grad, (restarts, _)) = field.during(gradient(final, adjoint), *inputs)
         assert restarts == 76
         return count, grad[1]
 
     (few, grad), (enough, expected) = evaluations(checkpoints), evaluations(128)
     assert few < most * enough
     assert relative_error(grad, expected) < 1e-12
+    jax.effects_barrier()
+    replaying, not_replaying = reports
+    assert replaying["undone_steps"] == not_replaying["undone_steps"] == 400
+    assert not_replaying["replayed_steps"] == 0
+    # Five evaluations a step, and one for each restart that is made again.
+    replayed = 5 * replaying["replayed_steps"]
+    assert 0 < replayed <= few - enough < 1.25 * replayed
 
 
 def test_batch():
@@ -109,10 +118,14 @@ def test_batch():
     final = final_of(relaxation, 10.0, 0.025)
     rates = jnp.linspace(0.0, 40.0, 5)
     inputs = jnp.ones((5, 2)), rates
+    reports = []
     ours, theirs = (
         jax.vmap(gradient(final, adjoint))(*inputs)
-        for adjoint in (dr.ReversibleAdjoint(checkpoints=3), STORE)
+        for adjoint in (dr.ReversibleAdjoint(checkpoints=3, report=reports.append), STORE)
     )
+    jax.effects_barrier()
+    counts = sorted(report["replayed_steps"] for report in reports)
+    assert len(counts) == 5 and counts[0] == 0 and counts[-1] > 400
     restarts, _ = ours[1]
     assert restarts[0] == 0 and restarts[-1] > 30
     for grad, expected in zip(ours[0][1], theirs[0][1], strict=True):

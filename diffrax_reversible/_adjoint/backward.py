@@ -1,6 +1,7 @@
 """The walk back along the steps of a solve, pulling cotangents along."""
 
 import dataclasses
+from typing import NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -10,9 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import (
-    DenseInfo,
-)
+from .._custom_types import DenseInfo, IntScalarLike
 from .._diffrax import State
 from .._solver.base import (
     advance_densely,
@@ -23,7 +22,7 @@ from .._solver.base import (
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
 from .drift import tolerance
-from .finish import pull_finish
+from .finish import pull_finish, PulledFinish
 from .forward import Trace
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
@@ -142,7 +141,7 @@ def _dense_struct(walk: Walk, t0, t1, y, solver_state) -> DenseInfo:
 
 
 # Of a position, while steps are undone.
-_stays = ("origin", "reach", "drifts", "params_cotangent")
+_stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
 
 # In a batch, elements that can undo steps make so many of them while others wait for a
 # known state.
@@ -183,6 +182,22 @@ def _undo_all(walk: Walk, position: Position) -> Position:
     return lax.while_loop(on_the_way, segment, (position, kept))[0]
 
 
+class Walked(NamedTuple):
+    """What has come of a walk back.
+
+    - `gradient`: the cotangent of what was solved.
+    - `drifts`: how far the walk was off where it could be checked.
+    - `shares`: which part of the cotangent has grown where the solution contracts.
+    - `undone`, `replayed`: how many steps were.
+    """
+
+    gradient: Inputs
+    drifts: list[Float[Array, ""]]
+    shares: list[Float[Array, ""]]
+    undone: IntScalarLike
+    replayed: IntScalarLike
+
+
 def walk_back(
     inputs: Inputs,
     perturbed: Inputs,
@@ -190,7 +205,7 @@ def walk_back(
     trace: Trace,
     cotangent: State,
     drift_tol: float | None,
-) -> tuple[Inputs, list[Float[Array, ""]], list[Float[Array, ""]]]:
+) -> Walked:
     """Undo every step of a solve, and pull the cotangent of its outputs back.
 
     **Arguments:**
@@ -201,15 +216,9 @@ def walk_back(
     - `cotangent`: as the final state of the solve, with `None` for zero.
     - `drift_tol`: by how much known states may be missed. Where there is room for others in
         between, the steps are undone once more, before it is told that they were.
-
-    **Returns:**
-
-    The cotangent of `inputs`, how far the walk was off where it could be checked, and which
-    part of the cotangent has grown where the solution contracts.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
-    end = trace.end
     pulled = pull_finish(inputs, params, nondiff, problem, trace, cotangent, with_times)
     dense_rows = None
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
@@ -227,10 +236,21 @@ def walk_back(
         with_times,
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
     )
-    record, checkpoints = trace.record, trace.kept.checkpoints
+    position = _at_the_end(trace, cotangent, pulled)
+    position = pull_dense_times(walk, position, cotangent)
+    position = walk.start(position)
+    position = _undo_all(walk, position)
+    position = pull_start(walk, position)
+    position = _pull_init(walk, position)
+    return _walked(position, perturbed)
+
+
+def _at_the_end(trace: Trace, cotangent: State, pulled: PulledFinish) -> Position:
+    """Where the walk begins."""
+    record, checkpoints, end = trace.record, trace.kept.checkpoints, trace.end
     assert checkpoints is not None
     saved = [save_states(end)[output.index] for output in pulled.outputs]
-    position = Position(
+    return Position(
         trace.count,
         record.clock(end),
         end.y,
@@ -246,23 +266,21 @@ def walk_back(
         jnp.maximum(checkpoints.step_before(trace.count), record.first),
         None,
     )
-    position = pull_dense_times(walk, position, cotangent)
-    position = walk.start(position)
-    position = _undo_all(walk, position)
-    position = pull_start(walk, position)
-    position = _pull_init(walk, position)
-    ct = position.cotangent
+
+
+def _walked(position: Position, perturbed: Inputs) -> Walked:
+    """Where the walk has ended."""
+    ct, drifts = position.cotangent, position.drifts
+    assert drifts is not None
     if position.params_cotangent is not None:
         params_bar = tree_add(position.params_cotangent, ct.params)
         ct = dataclasses.replace(ct, params=params_bar)
-    gradient = Inputs(ct.y, ct.solver_state, ct.params)
-    drifts = position.drifts
-    assert drifts is not None
     if len(drifts) > 0:
         # Judged by the tolerance for the state.
-        drifts.append(position.clock.drift.astype(drifts[0].dtype))
+        drifts = [*drifts, position.clock.drift.astype(drifts[0].dtype)]
     shares = []
     if position.growth is not None:
         differentiates_y = any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state)))
         shares = position.growth.shares(ct.y, beside_all=not differentiates_y)
-    return gradient, drifts, shares
+    gradient = Inputs(ct.y, ct.solver_state, ct.params)
+    return Walked(gradient, drifts, shares, position.undone, position.replayed)

@@ -46,11 +46,14 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     limit = step + jnp.where(held, 1, 0)
     known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays:
+        before = known.step
         known, kept = lax.cond(
             eqxi.unvmap_any(replays),
             lambda: _replay(walk, known, kept, step, replays, position.reach),
             lambda: (known, kept),
         )
+        count = position.replayed + jnp.where(replays, known.step - before, 0)
+        position = dataclasses.replace(position, replayed=count)
     position = _come_to(walk, position, known, here)
     assert kept.record is not None and kept.checkpoints is not None
     replayed, step = replays & (position.step == step), position.step
@@ -143,6 +146,7 @@ def _go_back(
     new = arrived.as_origin(walk.repeats)
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
+    undone = position.undone + jnp.where(here, origin.step - position.step, 0)
     params_cotangent = None
     if walk.repeats:
         params_bar = arrived.cotangent.params
@@ -161,6 +165,8 @@ def _go_back(
         origin=choose(counts, new, origin),
         reach=reach,
         parted=parted,
+        undone=undone,
+        replayed=position.replayed,
         drifts=[
             jnp.maximum(d, jnp.where(counts, w, 0))
             for d, w in zip(drifts, walked, strict=True)

@@ -1,5 +1,6 @@
 """The adjoint that walks a solve back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractAdjoint, is_okay
 
+from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.adapter import as_reversible
 from .._tree import tree_replace
@@ -127,6 +129,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
     drift_tol: float | None = eqx.field(default=None, converter=_as_python)
+    report: Callable[[dict[str, int]], None] | None = None
 
     def __check_init__(self):
         count, tol = self.checkpoints, self.drift_tol
@@ -141,6 +144,11 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f"`ReversibleAdjoint(drift_tol={tol})` must be a non-negative number, "
                 "known when the solve is compiled, or `None` for the square root of the "
                 "machine epsilon."
+            )
+        if not (self.report is None or callable(self.report)):
+            raise ValueError(
+                f"`ReversibleAdjoint(report={self.report})` must be a function, as `print` "
+                "is, or `None`."
             )
 
     def loop(
@@ -226,12 +234,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             steps_follow_state=follows_state(*controlled),
             varying=varying_leaves(*controlled),
         )
-        checkpoints = self.checkpoints
-        if checkpoints is None:
-            checkpoints = solver.default_checkpoints
-        final_state, aux_stats = _reversible_loop(
-            inputs, problem, checkpoints, self.drift_tol, throw
-        )
+        final_state, aux_stats = _reversible_loop(inputs, problem, self, throw)
         return _differentiate_outputs_only(final_state), aux_stats
 
 
@@ -250,6 +253,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     times as much, where the problem is as sensitive to its state: the most that
     `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic and
     unstable problems.
+- `report`: a function, as `print`, that every gradient calls with a dictionary of how
+    many steps it has undone (`undone_steps`: more than the solve has, if some were undone
+    once more), and how many it has replayed (`replayed_steps`). Of a batch under `vmap` it
+    is called for each member. With more `checkpoints` fewer steps are replayed.
 
 **Raises:**
 
@@ -267,6 +274,17 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     of a jump, or if the gradient grows where the solution contracts (not with a `drift_tol`
     that lets everything through).
 """
+
+
+def _report(adjoint: ReversibleAdjoint, undone: IntScalarLike, replayed: IntScalarLike):
+    report = adjoint.report
+    if report is None:
+        return
+
+    def tell(undone, replayed):
+        report(dict(undone_steps=int(undone), replayed_steps=int(replayed)))
+
+    jax.debug.callback(tell, undone, replayed)
 
 
 def _differentiate_outputs_only(final_state: State) -> State:
@@ -299,16 +317,16 @@ def _detach_integers(x: Any) -> Any:
 
 
 @eqx.filter_custom_vjp
-def _reversible_loop(inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw):
-    del checkpoints, drift_tol, throw
+def _reversible_loop(inputs: Inputs, problem: Problem, adjoint: ReversibleAdjoint, throw):
+    del adjoint, throw
     return solve_plainly(inputs, problem)
 
 
 @_reversible_loop.def_fwd
 def _reversible_loop_fwd(
-    perturbed, inputs: Inputs, problem: Problem, checkpoints, drift_tol, throw
+    perturbed, inputs: Inputs, problem: Problem, adjoint: ReversibleAdjoint, throw
 ):
-    del drift_tol
+    del throw
     times = perturbed.context.times
     with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
     moving = (with_t0 and times.t0) or (with_t1 and times.t1)
@@ -318,6 +336,9 @@ def _reversible_loop_fwd(
     if problem.saves_ends_of_steps and problem.steps_follow_state:
         if any(jtu.tree_leaves(others)):
             raise NotImplementedError(steps_that_follow_the_state)
+    checkpoints = adjoint.checkpoints
+    if checkpoints is None:
+        checkpoints = problem.solver.default_checkpoints
     final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
     return (differentiate_once(final_state), aux_stats), trace
 
@@ -329,18 +350,16 @@ def _reversible_loop_bwd(
     perturbed,
     inputs: Inputs,
     problem: Problem,
-    checkpoints,
-    drift_tol,
+    adjoint: ReversibleAdjoint,
     throw,
 ):
     state_cotangent: State = cotangent[0]
-    del checkpoints
-    gradient, drifts, shares = walk_back(
-        inputs, perturbed, problem, trace, state_cotangent, drift_tol
-    )
+    tol = adjoint.drift_tol
+    walked = walk_back(inputs, perturbed, problem, trace, state_cotangent, tol)
     torn = trace.record.torn
     if throw:
         # As Diffrax raises it from the solution, which need not be used.
         torn = trace.result.error_if(torn, ~is_okay(trace.result))
-    gradient = refuse_wrong(gradient, drifts, shares, torn, drift_tol, throw)
+    _report(adjoint, walked.undone, walked.replayed)
+    gradient = refuse_wrong(walked.gradient, walked.drifts, walked.shares, torn, tol, throw)
     return differentiate_once(gradient)

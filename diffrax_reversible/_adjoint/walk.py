@@ -44,11 +44,12 @@ class Position(eqx.Module):
     - `stop`: the step at which there is a known state, or nothing is recorded of what was
         before.
     - `growth`: of the cotangent, if the solver can tell.
-    - `origin`: this, where the state was known last; only the state, and what is
+    - `origin`: this, where the state was known last; only the step, the state, and what is
         differentiated of the solver state, if steps are not undone a second time.
     - `reach`: over how many steps the walk may go without a known state.
     - `parted`: how far a replay has been off a state that was known before.
     - `drifts`: how far the walk has been off so far.
+    - `undone`, `replayed`: how many steps were, so far.
     - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
         second time.
     """
@@ -67,19 +68,28 @@ class Position(eqx.Module):
     reach: IntScalarLike = longest_reach
     parted: RealScalarLike = 0.0
     drifts: list[Float[Array, ""]] | None = None
+    undone: IntScalarLike = 0
+    replayed: IntScalarLike = 0
     params_cotangent: Params | None = None
 
     def as_origin(self, whole: bool) -> "Position":
         """What is to be known of it once the walk has gone on."""
         ct = dataclasses.replace(self.cotangent, params=None)
         here = dataclasses.replace(
-            self, cotangent=ct, origin=None, drifts=None, params_cotangent=None
+            self,
+            cotangent=ct,
+            origin=None,
+            drifts=None,
+            undone=None,
+            replayed=None,
+            params_cotangent=None,
         )
         if whole:
             return here
         nothing = jtu.tree_map(lambda _: None, here)
-        kept = here.y, eqx.filter(here.solver_state, eqx.is_inexact_array)
-        return tree_replace(lambda p: (p.y, p.solver_state), nothing, kept)
+        diff_state = eqx.filter(here.solver_state, eqx.is_inexact_array)
+        kept = here.step, here.y, diff_state
+        return tree_replace(lambda p: (p.step, p.y, p.solver_state), nothing, kept)
 
     @property
     def undoes_next(self) -> BoolScalarLike:
@@ -146,6 +156,8 @@ class Walk(eqx.Module):
             position,
             reach=jnp.array(longest_reach),
             parted=jnp.array(0, jnp.float32),
+            undone=jnp.array(0),
+            replayed=jnp.array(0),
         )
         origin = position.as_origin(self.repeats)
         position = dataclasses.replace(position, origin=origin)
