@@ -404,7 +404,11 @@ REFUSALS = (
 )
 
 
-@pytest.mark.parametrize("call, exception, parts", [row[1:] for row in REFUSALS])
+@pytest.mark.parametrize(
+    "call, exception, parts",
+    [row[1:] for row in REFUSALS],
+    ids=[row[0] for row in REFUSALS],
+)
 def test_refused(call, exception, parts):
     with warnings.catch_warnings():
         # Diffrax warns of complex states and of what is not marked as an SDE solver.
