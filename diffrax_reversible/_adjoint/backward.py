@@ -23,7 +23,7 @@ from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
 from .drift import tolerance
 from .finish import pull_finish, PulledFinish
-from .forward import Trace
+from .forward import Residuals
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
 from .pull_outputs import pull_dense, pull_dense_times, pull_start, pull_step_outputs
@@ -40,8 +40,8 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
         step,
         position.clock,
         walk.problem.stepsize_controller,
-        walk.trace.count - 1,
-        walk.trace.record.outermost,
+        walk.residuals.count - 1,
+        walk.residuals.record.outermost,
         position.y,
         args,
     )
@@ -171,7 +171,7 @@ def _undo_all(walk: Walk, position: Position) -> Position:
         position, kept = carry
         return go_on(walk, undo_steps(position, kept), kept)
 
-    kept = walk.trace.kept
+    kept = walk.residuals.kept
     if not walk.stops:
         # In memory for fewer states.
         return go_on(walk, undo_steps(position, kept), kept)[0]
@@ -202,7 +202,7 @@ def walk_back(
     inputs: Inputs,
     perturbed: Inputs,
     problem: Problem,
-    trace: Trace,
+    residuals: Residuals,
     cotangent: State,
     drift_tol: float | None,
 ) -> Walked:
@@ -212,21 +212,21 @@ def walk_back(
 
     - `inputs`, `problem`: what was solved.
     - `perturbed`: which leaves of `inputs` are differentiated.
-    - `trace`: what `solve_and_record` kept of it.
+    - `residuals`: what `solve_and_record` kept of it.
     - `cotangent`: as the final state of the solve, with `None` for zero.
     - `drift_tol`: by how much known states may be missed. Where there is room for others in
         between, the steps are undone once more, before it is told that they were.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
-    pulled = pull_finish(inputs, params, nondiff, problem, trace, cotangent, with_times)
+    pulled = pull_finish(inputs, params, nondiff, problem, residuals, cotangent, with_times)
     dense_rows = None
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
-        dense_rows = materialise(cotangent.dense_infos, trace.dense_structs)
+        dense_rows = materialise(cotangent.dense_infos, residuals.dense_structs)
     walk = Walk(
         inputs,
         problem,
-        trace,
+        residuals,
         Replayer(inputs, problem),
         pulled.outputs,
         dense_rows,
@@ -236,7 +236,7 @@ def walk_back(
         with_times,
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
     )
-    position = _at_the_end(trace, cotangent, pulled)
+    position = _at_the_end(residuals, cotangent, pulled)
     position = pull_dense_times(walk, position, cotangent)
     position = walk.start(position)
     position = _undo_all(walk, position)
@@ -245,13 +245,13 @@ def walk_back(
     return _walked(position, perturbed)
 
 
-def _at_the_end(trace: Trace, cotangent: State, pulled: PulledFinish) -> Position:
+def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:
     """Where the walk begins."""
-    record, checkpoints, end = trace.record, trace.kept.checkpoints, trace.end
+    record, checkpoints, end = residuals.record, residuals.kept.checkpoints, residuals.end
     assert checkpoints is not None
     saved = [save_states(end)[output.index] for output in pulled.outputs]
     return Position(
-        trace.count,
+        residuals.count,
         record.clock(end),
         end.y,
         end.solver_state,
@@ -263,7 +263,7 @@ def _at_the_end(trace: Trace, cotangent: State, pulled: PulledFinish) -> Positio
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
         jnp.logical_not(record.restarted),
         record.restarted,
-        jnp.maximum(checkpoints.step_before(trace.count), record.first),
+        jnp.maximum(checkpoints.step_before(residuals.count), record.first),
         None,
     )
 

@@ -61,7 +61,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     if walk.repeats:
         # Else the steps are to be made again first, with states held in between.
         goes_on = step - stop <= position.reach
-        goes_on &= kept.record.reaches(step, walk.trace.count - 1)
+        goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
         stop = jnp.where(replayed | goes_on, stop, step)
     stop = jnp.where(here, stop, position.stop)
     return eqx.tree_at(lambda p: p.stop, position, stop), kept
@@ -75,8 +75,8 @@ def _replay(
     replays: BoolScalarLike,
     reach: IntScalarLike,
 ) -> tuple[Known, Kept]:
-    last = walk.trace.count - 1, walk.trace.record.last_end
-    most = walk.trace.end.num_steps
+    last = walk.residuals.count - 1, walk.residuals.record.last_end
+    most = walk.residuals.end.num_steps
     new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
     assert replayed.record is not None and kept.record is not None
     # Of the others nothing was written, nor held.
@@ -93,7 +93,7 @@ def _come_to(
     """Go on from what is known where the walk is, if this element is `here`."""
     restarted = position.restarted & here
     ct, state = position.cotangent, known.solver_state
-    if walk.trace.restartable:
+    if walk.residuals.restartable:
         state, ct = lax.cond(
             eqxi.unvmap_any(restarted),
             lambda: _undo_restart(walk, known, ct, restarted),
@@ -106,7 +106,7 @@ def _come_to(
     walked[of_y:] = [jnp.where(position.known, 0, w) for w in walked[of_y:]]
     clock = position.clock
     controller_state = clock.controller_state
-    if walk.trace.record.outermost is not None:
+    if walk.residuals.record.outermost is not None:
         controller_state = eqx.combine(known.controller_state, controller_state)
     clock = clock.set(known.t, known.last_end, controller_state, here)
     new, old = (known.y, known.solver_state), (position.y, position.solver_state)
@@ -188,7 +188,7 @@ def _judge(
     assert origin is not None and drifts is not None
     # NaN if the walk has overflowed.
     off = [w.astype(jnp.float32) for w in walked]
-    if walk.trace.record.outermost is not None:
+    if walk.residuals.record.outermost is not None:
         # Recorded times are off only where the solve was replayed.
         off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
     off = jnp.max(jnp.stack(off))

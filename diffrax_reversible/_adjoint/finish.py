@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from .._custom_types import DenseInfo, Params, Y
 from .._diffrax import State
 from .._tree import tree_zeros_like
-from .forward import finish, Trace
+from .forward import finish, Residuals
 from .outputs import materialise, Output
 from .problem import Context, Inputs, Problem, save_states, sub_saveats
 
@@ -34,7 +34,7 @@ def pull_finish(
     params: Params,
     nondiff: Context,
     problem: Problem,
-    trace: Trace,
+    residuals: Residuals,
     cotangent: State,
     with_times: bool,
 ) -> PulledFinish:
@@ -44,12 +44,12 @@ def pull_finish(
     differentiates implicitly, takes back what was saved after it, and writes the outputs
     of `SaveAt(t1=True)`.
     """
-    end, with_event = trace.end, problem.finds_roots
+    end, with_event = residuals.end, problem.finds_roots
     # The time of an event depends on more than times.
     with_ts = with_times or with_event
     written = [
         (saved.ts if with_ts else None, tree_zeros_like(ys))
-        for saved, ys in zip(save_states(end), trace.zero_ys(), strict=True)
+        for saved, ys in zip(save_states(end), residuals.zero_ys(), strict=True)
     ]
     bars = {}
     for i, saved in enumerate(save_states(cotangent)):
@@ -71,7 +71,7 @@ def pull_finish(
                 state,
                 (times.of(end.event_tprev), times.of(end.event_tnext), dense_info),
             )
-        ys = trace.zero_ys()
+        ys = residuals.zero_ys()
         for i, (_, some_ys) in written.items():
             ys[i] = eqx.combine(some_ys, ys[i])
         if with_ts:
@@ -101,12 +101,12 @@ def pull_finish(
         saves_state = inputs.context.save_fns[i] is None
         outputs.append(Output(subs[i], rows, i, saves_state))
     if with_event:
-        y_bar = _poison_rejected(trace, dense_bar, y_bar)
+        y_bar = _poison_rejected(residuals, dense_bar, y_bar)
     return PulledFinish(outputs, y_bar, params_bar, dense_bar)
 
 
-def _poison_rejected(trace: Trace, dense_bar: DenseInfo, y_bar: Y) -> Y:
+def _poison_rejected(residuals: Residuals, dense_bar: DenseInfo, y_bar: Y) -> Y:
     """NaN if the step that was interpolated in was rejected: it cannot be walked back."""
     used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
-    wrong = (trace.end.event_tnext != trace.record.last_end) & used
+    wrong = (residuals.end.event_tnext != residuals.record.last_end) & used
     return jtu.tree_map(lambda y: jnp.where(wrong, jnp.nan, y), y_bar)

@@ -3,179 +3,26 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation, RESULTS
+from diffrax import RESULTS
 from jaxtyping import Array, PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import (
-    BoolScalarLike,
     IntScalarLike,
-    RealScalarLike,
-    SolverState,
-    Terms,
 )
 from .._diffrax import State
-from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
 from .._tree import tree_replace
 from .kept import Kept, least_spacing
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
+from .stepper import Advancing, Stepper
 from .steps import Record, room_for_steps
 
 
-_traced_once = eqx.filter_jit(advance_densely)
-
-
-class _AdvancingState(eqx.Module):
-    """The solver state, and whether the next step will be interpolated in."""
-
-    solver_state: SolverState
-    interpolates: BoolScalarLike
-
-
-class Advancing(eqx.Module):
-    """The solver as `loop` sees it here: restarts are not made by its steps, and what only
-    interpolation takes is evaluated only where there is any."""
-
-    solver: AbstractReversibleSolver
-
-    @property
-    def interpolation_cls(self) -> Callable[..., AbstractLocalInterpolation]:
-        return self.solver.interpolation_cls
-
-    def error_order(self, terms: Terms) -> RealScalarLike | None:
-        return self.solver.error_order(terms)
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del made_jump
-        step = self.solver, terms, t0, t1, y0, args
-        if not isinstance(solver_state, _AdvancingState):
-            # Nothing but shapes is asked for, in every loop the same.
-            return _traced_once(*step, solver_state)
-        y1, y_error, dense_info, after, result = advance_densely(
-            *step, solver_state.solver_state, solver_state.interpolates
-        )
-        after = _AdvancingState(after, solver_state.interpolates)
-        return y1, y_error, dense_info, after, result
-
-
-class Stepper:
-    """The steps of a solve, one by one, as Diffrax makes them."""
-
-    def __init__(self, inputs: Inputs, problem: Problem, cond_fun, body_fun, buffers):
-        self.inputs = inputs
-        self.problem = problem
-        self.cond_fun = cond_fun
-        self.body_fun = body_fun
-        self.buffers = buffers
-
-    def run(
-        self, state: State, kept: Kept, running: Callable[[State], BoolScalarLike]
-    ) -> tuple[State, Kept]:
-        """Make steps, as long as there are some to make, and the state is `running`.
-
-        The loop over them is left where a restart is due, a jump was made or a state is to
-        be held in any element of a batch, so that the steps between pay for nothing that
-        belongs to these, if there can be any.
-        """
-        solver = self.problem.solver
-
-        def goes_on(state):
-            return self.cond_fun(state) & running(state)
-
-        def interruptions(state, kept):
-            made_jump = self.problem.with_jumps and state.made_jump
-            restarts = solver.needs_restart(state.solver_state)
-            return kept.interruptions(state, restarts, made_jump)
-
-        def any_due(state, kept, on):
-            """Whether a restart is due, or a jump was made, in any element that is on."""
-            due = jnp.logical_or(*interruptions(state, kept)) & on
-            return eqxi.unvmap_any(due)
-
-        def step(carry):
-            before, kept, _ = carry
-            after = self._step(before, kept)
-            kept, holds = kept.append(before, after, solver)
-            # In a batch this is called for elements that have finished as well, and what it
-            # makes of them must not interrupt the others.
-            on = goes_on(before) & goes_on(after)
-            due = jnp.array(False)
-            if restartable:
-                due = any_due(after, kept, on)
-            if kept.holds:
-                due = due | eqxi.unvmap_any(holds & on)
-            return after, kept, due
-
-        def interrupt(carry):
-            state, kept, _ = carry
-            on = goes_on(state)
-            restarts, made_jump = (
-                d is not False and d & on for d in interruptions(state, kept)
-            )
-            interrupted = self._interrupt(state, kept, restarts, made_jump, on)
-            return *interrupted, jnp.array(False)
-
-        def steps_until_interruption(carry):
-            return eqxi.while_loop(
-                lambda c: goes_on(c[0]) & ~c[2],
-                step,
-                carry,
-                max_steps=None,
-                buffers=lambda c: [*self.buffers(c[0]), *c[1].buffers()],
-                kind="lax",
-            )
-
-        def segment(carry):
-            carry = lax.while_loop(lambda c: eqxi.unvmap_any(c[2]), interrupt, carry)
-            return steps_until_interruption(carry)
-
-        restartable = any(due is not False for due in interruptions(state, kept))
-        if restartable or kept.holds:
-            due = any_due(state, kept, goes_on(state)) if restartable else jnp.array(False)
-            carry = lax.while_loop(
-                lambda carry: eqxi.unvmap_any(goes_on(carry[0])),
-                segment,
-                (state, kept, due),
-            )
-        else:
-            carry = steps_until_interruption((state, kept, jnp.array(False)))
-        state, kept, _ = carry
-        return state, kept
-
-    def _step(self, before: State, kept: Kept) -> State:
-        interpolates = self.problem.interpolates(before)
-        advancing = _AdvancingState(before.solver_state, interpolates)
-        before = kept.before_step(tree_replace(_solver_state, before, [advancing]))
-        after = kept.after_step(self.body_fun(before))
-        return tree_replace(_solver_state, after, [after.solver_state.solver_state])
-
-    def _interrupt(self, state: State, kept: Kept, restarts, made_jump, on):
-        context = self.inputs.context
-        solver_state, restarted, crossed = interrupt(
-            self.problem.solver,
-            context.terms,
-            state.tprev,
-            state.y,
-            context.args,
-            state.solver_state,
-            restarts,
-            made_jump,
-        )
-        kept = kept.interrupt(state, restarted, crossed, on)
-        made_jump = jnp.where(made_jump, False, state.made_jump)
-        state = tree_replace(
-            lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
-        )
-        return state, kept
-
-
-class Trace(eqx.Module):
+class Residuals(eqx.Module):
     """What is kept of a solve: its end, where its last steps were, and known states.
 
     Nothing of it grows with the number of steps.
@@ -235,7 +82,7 @@ def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
 
 def solve_and_record(
     inputs: Inputs, problem: Problem, checkpoints: int
-) -> tuple[State, dict, Trace]:
+) -> tuple[State, dict, Residuals]:
     """As `solve_plainly`, and keep what the walk back needs."""
     controller, solver = problem.stepsize_controller, problem.solver
     restartable = solver.needs_restart(inputs.solver_state) is not False
@@ -260,7 +107,7 @@ def solve_and_record(
         return Kept(none, record, held, spacing, spacing, no, varying=problem.varying)
 
     final_state, aux_stats, end, kept = _solve(inputs, problem, make_kept)
-    trace = Trace(
+    residuals = Residuals(
         _without_saved(end),
         jax.eval_shape(lambda: [saved.ys for saved in save_states(end)]),
         jax.eval_shape(lambda: end.dense_infos),
@@ -268,11 +115,7 @@ def solve_and_record(
         final_state.result,
         restartable,
     )
-    return final_state, aux_stats, trace
-
-
-def _solver_state(state: State) -> list[SolverState]:
-    return [state.solver_state]
+    return final_state, aux_stats, residuals
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:

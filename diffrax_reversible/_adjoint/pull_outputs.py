@@ -90,9 +90,9 @@ def pull_dense_times(walk: Walk, position: Position, cotangent: State) -> Positi
     if not walk.differentiates_times or len(leaves) == 0:
         return position
     (ts_bar,) = leaves
-    ts = walk.trace.end.dense_ts
+    ts = walk.residuals.end.dense_ts
     assert ts is not None
-    written = jnp.arange(len(ts)) <= walk.trace.count
+    written = jnp.arange(len(ts)) <= walk.residuals.count
 
     def dense_ts(params):
         return jax.vmap(walk.context(params).times.of)(ts)
@@ -118,7 +118,7 @@ def pull_dense(
     else:
         dense_bar = jtu.tree_map(lambda rows: rows[step], walk.dense_rows)
     if walk.end_dense is not None:
-        last = position.step == walk.trace.count
+        last = position.step == walk.residuals.count
         end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
         dense_bar = tree_add(dense_bar, end_dense)
     cursors = list(position.cursors)

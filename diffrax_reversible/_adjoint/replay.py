@@ -9,11 +9,11 @@ from jaxtyping import PyTree
 from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .._diffrax import State
 from .._tree import tree_replace
-from .forward import Advancing, Stepper
+from .clock import Ends
 from .kept import Kept
 from .known import Known
 from .problem import Inputs, Problem
-from .steps import Ends
+from .stepper import Advancing, Stepper
 
 
 class _Next(eqx.Module):

@@ -4,44 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.lax as lax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from diffrax import AbstractAdjoint, is_okay
+from diffrax import AbstractAdjoint
 
-from .._custom_types import IntScalarLike
-from .._diffrax import State
 from .._solver.adapter import as_reversible
-from .._tree import tree_replace
-from .backward import walk_back
-from .closure import close, close_controller, close_terms
-from .drift import refuse_wrong
-from .forward import solve_and_record, solve_plainly
-from .problem import (
-    Context,
-    follows_state,
-    Inputs,
-    makes_jumps,
-    Problem,
-    save_states,
-    take_event_fns,
-    take_save_fns,
-    take_state,
-    take_times,
-    varying_leaves,
-)
-from .reverse_only import reverse_only
-from .validate import (
-    check_supported,
-    differentiate_once,
-    hold_fixed,
-    hold_times_fixed,
-    moving_steps,
-    steps_move_with,
-    steps_that_follow_the_state,
-)
+from .partition import make_visible, partition
+from .reversible_loop import reversible_loop, Settings
+from .validate import check_supported
 
 
 def _as_python(x: Any) -> Any:
@@ -173,14 +142,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         check_supported(terms)
         # Those of others are replaced by their reversible form.
         solver = as_reversible(solver)
-        y0, solver_state = init_state.y, init_state.solver_state
-        given_terms = terms
-        terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
-        closed = jtu.tree_structure(terms) != jtu.tree_structure(given_terms)
-        stepsize_controller = close_controller(
-            stepsize_controller, solver, terms, t0, args, init_state
-        )
-        event_kwargs = dict(
+        given = dict(
             solver=solver,
             t0=t0,
             t1=t1,
@@ -189,53 +151,16 @@ class ReversibleAdjoint(AbstractAdjoint):
             stepsize_controller=stepsize_controller,
             max_steps=max_steps,
         )
-        event, event_fns = take_event_fns(
-            event,
-            lambda fn: close(
-                # Closed vector fields are bound to `args`, and a condition may call them
-                # with others.
-                lambda t, y, args, terms: fn(
-                    t, y, args, terms=given_terms if closed else terms, **event_kwargs
-                ),
-                *(t0, y0, args, terms),
-            ),
-        )
-        saveat, save_fns = take_save_fns(saveat, lambda fn: close(fn, t0, y0, args))
-        times = take_times(t0, t1, saveat)
-        context = Context(terms, args, save_fns, event_fns, times)
-        # If it was not passed, the walk back differentiates `init` itself.
-        given, made = (solver_state, None) if passed_solver_state else (None, solver_state)
-        (y0, given, context), (made, *fixed) = reverse_only(
-            (y0, given, context), (made, t0, t1, saveat)
-        )
-        inputs = Inputs(y0, given if passed_solver_state else made, context)
-        t0, t1, saveat = jtu.tree_map(_detach_integers, hold_times_fixed(fixed))
-        if passed_controller_state:
-            init_state = tree_replace(
-                lambda s: s.controller_state,
-                init_state,
-                hold_fixed(init_state.controller_state, "`controller_state`"),
-            )
-        controlled = stepsize_controller, solver, terms, args, init_state
-        # In this order, as everything that comes later may depend on what comes first.
-        problem = Problem(
-            t0=t0,
-            t1=t1,
-            dt0=hold_fixed(dt0, "`dt0`"),
-            saveat=saveat,
-            event=hold_fixed(event, "`event`"),
-            solver=hold_fixed(solver, "`solver`"),
-            stepsize_controller=hold_fixed(stepsize_controller, "`stepsize_controller`"),
-            init_state=jtu.tree_map(_detach, take_state(init_state)),
-            progress_meter=progress_meter,
-            max_steps=max_steps,
+        context, visible = make_visible(terms, args, event, init_state, given)
+        inputs, problem = partition(
+            context,
+            init_state,
+            given | visible | dict(progress_meter=progress_meter),
             passed_solver_state=passed_solver_state,
-            with_jumps=makes_jumps(*controlled),
-            steps_follow_state=follows_state(*controlled),
-            varying=varying_leaves(*controlled),
+            passed_controller_state=passed_controller_state,
         )
-        final_state, aux_stats = _reversible_loop(inputs, problem, self, throw)
-        return _differentiate_outputs_only(final_state), aux_stats
+        settings = Settings(self.checkpoints, self.drift_tol, self.report, throw)
+        return reversible_loop(inputs, problem, settings)
 
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
@@ -274,92 +199,3 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     of a jump, or if the gradient grows where the solution contracts (not with a `drift_tol`
     that lets everything through).
 """
-
-
-def _report(adjoint: ReversibleAdjoint, undone: IntScalarLike, replayed: IntScalarLike):
-    report = adjoint.report
-    if report is None:
-        return
-
-    def tell(undone, replayed):
-        report(dict(undone_steps=int(undone), replayed_steps=int(replayed)))
-
-    jax.debug.callback(tell, undone, replayed)
-
-
-def _differentiate_outputs_only(final_state: State) -> State:
-    """Detach what the walk back holds fixed, and what is not real."""
-
-    def outputs(state):
-        saved = [(save_state.ts, save_state.ys) for save_state in save_states(state)]
-        outputs = [x for pair in saved for x in pair]
-        outputs += [state.dense_ts, state.dense_infos, state.y, state.solver_state]
-        return [output for output in outputs if output is not None]
-
-    detached = jtu.tree_map(_detach, final_state)
-    return eqx.tree_at(outputs, detached, outputs(final_state))
-
-
-def _detach(x: Any) -> Any:
-    if eqx.is_inexact_array(x):
-        return lax.stop_gradient(x)
-    return _detach_integers(x)
-
-
-def _detach_integers(x: Any) -> Any:
-    if eqx.is_inexact_array(x):
-        return x
-    if eqx.is_array(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        # JAX gives even the integer outputs of a custom gradient a tangent, which not
-        # every operation accepts. Bitwise operations have none.
-        return lax.bitwise_or(x, x)
-    return x
-
-
-@eqx.filter_custom_vjp
-def _reversible_loop(inputs: Inputs, problem: Problem, adjoint: ReversibleAdjoint, throw):
-    del adjoint, throw
-    return solve_plainly(inputs, problem)
-
-
-@_reversible_loop.def_fwd
-def _reversible_loop_fwd(
-    perturbed, inputs: Inputs, problem: Problem, adjoint: ReversibleAdjoint, throw
-):
-    del throw
-    times = perturbed.context.times
-    with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
-    moving = (with_t0 and times.t0) or (with_t1 and times.t1)
-    if moving and problem.saves_ends_of_steps:
-        raise NotImplementedError(moving_steps)
-    others = eqx.tree_at(lambda p: p.context.times, perturbed, None)
-    if problem.saves_ends_of_steps and problem.steps_follow_state:
-        if any(jtu.tree_leaves(others)):
-            raise NotImplementedError(steps_that_follow_the_state)
-    checkpoints = adjoint.checkpoints
-    if checkpoints is None:
-        checkpoints = problem.solver.default_checkpoints
-    final_state, aux_stats, trace = solve_and_record(inputs, problem, checkpoints)
-    return (differentiate_once(final_state), aux_stats), trace
-
-
-@_reversible_loop.def_bwd
-def _reversible_loop_bwd(
-    trace,
-    cotangent,
-    perturbed,
-    inputs: Inputs,
-    problem: Problem,
-    adjoint: ReversibleAdjoint,
-    throw,
-):
-    state_cotangent: State = cotangent[0]
-    tol = adjoint.drift_tol
-    walked = walk_back(inputs, perturbed, problem, trace, state_cotangent, tol)
-    torn = trace.record.torn
-    if throw:
-        # As Diffrax raises it from the solution, which need not be used.
-        torn = trace.result.error_if(torn, ~is_okay(trace.result))
-    _report(adjoint, walked.undone, walked.replayed)
-    gradient = refuse_wrong(walked.gradient, walked.drifts, walked.shares, torn, tol, throw)
-    return differentiate_once(gradient)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from .._diffrax import State
-from .._precision import eps
+from .clock import Clock, Ends
 
 
 # Its annotations are narrower than what it accepts.
@@ -34,56 +34,6 @@ _restarted, _crossed = 1, 2
 
 def _is_buffer(x: Any) -> bool:
     return hasattr(x, "shape")
-
-
-class Clock(eqx.Module):
-    """Where the walk is in time: at the start of the step that was undone last.
-
-    - `start`, `end`: of that step. They are the very floats that the solver was called
-        with, if recorded.
-    - `previous_end`: of the step before it.
-    - `controller_state`: at `start`, if that step was recomputed.
-    - `drift`: by how much recomputed times were off so far, as a fraction of the step.
-    """
-
-    start: RealScalarLike
-    end: RealScalarLike
-    previous_end: RealScalarLike
-    controller_state: PyTree
-    drift: Float[Array, ""]
-
-    def set(
-        self,
-        t: RealScalarLike,
-        previous_end: RealScalarLike,
-        controller_state: PyTree,
-        known: BoolScalarLike = True,
-    ) -> "Clock":
-        """Go on from what is true in place of `start` and what is to come before it, if it
-        is `known`."""
-        drift = jnp.maximum(self.drift, jnp.where(known, self.off(t), 0))
-        new = t, previous_end, controller_state
-        old = self.start, self.previous_end, self.controller_state
-        start, before, state = jtu.tree_map(lambda n, o: jnp.where(known, n, o), new, old)
-        return Clock(start, self.end, before, state, drift)
-
-    def off(self, t: RealScalarLike) -> Float[Array, ""]:
-        """How far `start` is from what is true, as a fraction of the step."""
-        step = jnp.abs(self.end - self.start)
-        # Sums that are compiled apart may round differently.
-        ulps = 4 * eps(t) * jnp.abs(t)
-        off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
-        return jnp.where(off != 0, off / jnp.where(step == 0, 1, step), 0)
-
-
-class Ends(eqx.Module):
-    """Both ends of a step."""
-
-    start: RealScalarLike
-    end: RealScalarLike
-
-    def where(self, pred: BoolScalarLike, other: "Ends") -> "Ends":
-        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)
 
 
 def room_for_steps(y: Y, t: RealScalarLike, max_steps: int | None, known: int) -> int:

@@ -22,13 +22,13 @@ from .._custom_types import (
 )
 from .._solver.base import Cotangent
 from .._tree import tree_replace, tree_zeros_like
+from .clock import Clock
 from .drift import drift
-from .forward import Trace
+from .forward import Residuals
 from .growth import Growth
 from .outputs import Cursor, Output
 from .problem import Context, Inputs, Problem
 from .replay import Replayer
-from .steps import Clock
 
 
 # More steps than there are between known states.
@@ -106,7 +106,7 @@ class Walk(eqx.Module):
 
     inputs: Inputs
     problem: Problem
-    trace: Trace
+    residuals: Residuals
     replayer: Replayer
     outputs: list[Output]
     dense_rows: DenseInfo | None
@@ -133,19 +133,19 @@ class Walk(eqx.Module):
     @property
     def replays(self) -> bool:
         """Whether the solve may have to be replayed."""
-        rows, max_steps = self.trace.record.rows, self.problem.max_steps
+        rows, max_steps = self.residuals.record.rows, self.problem.max_steps
         forgets = rows is not None and (max_steps is None or max_steps > rows)
-        return forgets or self.trace.restartable or self.repeats
+        return forgets or self.residuals.restartable or self.repeats
 
     @property
     def repeats(self) -> bool:
         """Whether steps are undone once more, where the walk has missed a known state."""
-        return self.trace.kept.holds and math.isfinite(self.drift_tol)
+        return self.residuals.kept.holds and math.isfinite(self.drift_tol)
 
     @property
     def stops(self) -> bool:
         """Whether the walk may come to a known state, or to a gap, before the start."""
-        return self.replays or self.trace.kept.holds
+        return self.replays or self.residuals.kept.holds
 
     def start(self, position: Position) -> Position:
         """With what is known where the walk begins."""
@@ -180,7 +180,7 @@ class Walk(eqx.Module):
         """How far the walk is off the true state and solver state."""
         terms, args = self.bind(self.params)
         # Events may end a solve long before `t1`.
-        length = jnp.abs(self.trace.end.tprev - self.problem.t0)
+        length = jnp.abs(self.residuals.end.tprev - self.problem.t0)
         length = jnp.where(length == 0, 1, length)
         step = position.clock.start, position.clock.end
         y, solver_state = true

@@ -1,0 +1,59 @@
+"""Where the walk back is in time."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import BoolScalarLike, RealScalarLike
+from .._precision import eps
+
+
+class Clock(eqx.Module):
+    """Where the walk is in time: at the start of the step that was undone last.
+
+    - `start`, `end`: of that step. They are the very floats that the solver was called
+        with, if recorded.
+    - `previous_end`: of the step before it.
+    - `controller_state`: at `start`, if that step was recomputed.
+    - `drift`: by how much recomputed times were off so far, as a fraction of the step.
+    """
+
+    start: RealScalarLike
+    end: RealScalarLike
+    previous_end: RealScalarLike
+    controller_state: PyTree
+    drift: Float[Array, ""]
+
+    def set(
+        self,
+        t: RealScalarLike,
+        previous_end: RealScalarLike,
+        controller_state: PyTree,
+        known: BoolScalarLike = True,
+    ) -> "Clock":
+        """Go on from what is true in place of `start` and what is to come before it, if it
+        is `known`."""
+        drift = jnp.maximum(self.drift, jnp.where(known, self.off(t), 0))
+        new = t, previous_end, controller_state
+        old = self.start, self.previous_end, self.controller_state
+        start, before, state = jtu.tree_map(lambda n, o: jnp.where(known, n, o), new, old)
+        return Clock(start, self.end, before, state, drift)
+
+    def off(self, t: RealScalarLike) -> Float[Array, ""]:
+        """How far `start` is from what is true, as a fraction of the step."""
+        step = jnp.abs(self.end - self.start)
+        # Sums that are compiled apart may round differently.
+        ulps = 4 * eps(t) * jnp.abs(t)
+        off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
+        return jnp.where(off != 0, off / jnp.where(step == 0, 1, step), 0)
+
+
+class Ends(eqx.Module):
+    """Both ends of a step."""
+
+    start: RealScalarLike
+    end: RealScalarLike
+
+    def where(self, pred: BoolScalarLike, other: "Ends") -> "Ends":
+        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)

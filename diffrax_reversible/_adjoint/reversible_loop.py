@@ -1,0 +1,100 @@
+"""A solve, and its gradient by walking it back, as JAX sees them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from diffrax import is_okay
+
+from .._diffrax import State
+from .backward import walk_back, Walked
+from .drift import refuse_wrong
+from .forward import solve_and_record, solve_plainly
+from .partition import detach
+from .problem import Inputs, Problem, save_states
+from .validate import (
+    differentiate_once,
+    moving_steps,
+    steps_move_with,
+    steps_that_follow_the_state,
+)
+
+
+class Settings(NamedTuple):
+    """Of [`diffrax_reversible.ReversibleAdjoint`][] and `diffeqsolve`."""
+
+    checkpoints: int | None
+    drift_tol: float | None
+    report: Callable[[dict[str, int]], None] | None
+    throw: bool
+
+
+def reversible_loop(
+    inputs: Inputs, problem: Problem, settings: Settings
+) -> tuple[State, dict]:
+    """The final state and statistics, of which the former can be differentiated."""
+    final_state, aux_stats = _solve(inputs, problem, settings)
+    return _differentiate_outputs_only(final_state), aux_stats
+
+
+def _differentiate_outputs_only(final_state: State) -> State:
+    """Detach what the walk back holds fixed, and what is not real."""
+
+    def outputs(state):
+        saved = [(save_state.ts, save_state.ys) for save_state in save_states(state)]
+        outputs = [x for pair in saved for x in pair]
+        outputs += [state.dense_ts, state.dense_infos, state.y, state.solver_state]
+        return [output for output in outputs if output is not None]
+
+    detached = jtu.tree_map(detach, final_state)
+    return eqx.tree_at(outputs, detached, outputs(final_state))
+
+
+@eqx.filter_custom_vjp
+def _solve(inputs: Inputs, problem: Problem, settings: Settings):
+    del settings
+    return solve_plainly(inputs, problem)
+
+
+@_solve.def_fwd
+def _solve_fwd(perturbed, inputs: Inputs, problem: Problem, settings: Settings):
+    times = perturbed.context.times
+    with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
+    moving = (with_t0 and times.t0) or (with_t1 and times.t1)
+    if moving and problem.saves_ends_of_steps:
+        raise NotImplementedError(moving_steps)
+    others = eqx.tree_at(lambda p: p.context.times, perturbed, None)
+    if problem.saves_ends_of_steps and problem.steps_follow_state:
+        if any(jtu.tree_leaves(others)):
+            raise NotImplementedError(steps_that_follow_the_state)
+    checkpoints = settings.checkpoints
+    if checkpoints is None:
+        checkpoints = problem.solver.default_checkpoints
+    final_state, aux_stats, residuals = solve_and_record(inputs, problem, checkpoints)
+    return (differentiate_once(final_state), aux_stats), residuals
+
+
+@_solve.def_bwd
+def _solve_bwd(
+    residuals, cotangent, perturbed, inputs: Inputs, problem: Problem, settings: Settings
+):
+    state_cotangent: State = cotangent[0]
+    tol, throw = settings.drift_tol, settings.throw
+    walked = walk_back(inputs, perturbed, problem, residuals, state_cotangent, tol)
+    torn = residuals.record.torn
+    if throw:
+        # As Diffrax raises it from the solution, which need not be used.
+        torn = residuals.result.error_if(torn, ~is_okay(residuals.result))
+    if settings.report is not None:
+        _report(settings.report, walked)
+    gradient = refuse_wrong(walked.gradient, walked.drifts, walked.shares, torn, tol, throw)
+    return differentiate_once(gradient)
+
+
+def _report(report: Callable[[dict[str, int]], None], walked: Walked) -> None:
+    def tell(undone, replayed):
+        report(dict(undone_steps=int(undone), replayed_steps=int(replayed)))
+
+    jax.debug.callback(tell, walked.undone, walked.replayed)
