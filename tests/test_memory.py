@@ -102,6 +102,9 @@ def test_states(solver, controller):
     assert used < most + (0.2 if recent else 2.2)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
+)
 @pytest.mark.parametrize(
     "controller, states", with_slow(((PID, 7),), ((dfx.ConstantStepSize(), 5),))
 )

@@ -225,8 +225,10 @@ def test_chaos():
         return np.max(np.abs(ours - expected)) / np.max(np.abs(expected))
 
     compensated = error(dr.ALF6(compensated=True))
-    assert compensated < 1e-11
-    assert compensated < 1e-2 * error(dr.ALF6()) < 1e-8
+    # Before, the vector field rounded differently in the two programs.
+    recent = jax.__version_info__ >= (0, 7)
+    assert compensated < (1e-11 if recent else 1e-10)
+    assert compensated < (1e-2 if recent else 0.1) * error(dr.ALF6()) < 1e-8
 
 
 @pytest.mark.parametrize("dtype", with_slow((jnp.float16,), (jnp.bfloat16,)))

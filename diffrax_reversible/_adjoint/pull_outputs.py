@@ -178,10 +178,11 @@ def _pull_ts(
             new_bar, more_bar = pull(y_bar)
             params_bar = tree_add(params_bar, more_bar)
         else:
-            transpose = jax.linear_transpose(
-                lambda info: evaluate(info, walk.params), dense_info
-            )
-            (new_bar,) = transpose(y_bar)
+            # Linear, so that it does not matter where. Not `jax.linear_transpose`: before
+            # JAX 0.7 that does not know of loops over what is linear, as in `jnp.polyval`.
+            anywhere = jtu.tree_map(jnp.zeros_like, dense_bar)
+            _, pull = jax.vjp(lambda info: evaluate(info, walk.params), anywhere)
+            (new_bar,) = pull(y_bar)
         return tree_add(dense_bar, new_bar), params_bar, cursor
 
     return lax.while_loop(more, pull, carry)
