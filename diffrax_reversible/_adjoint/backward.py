@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import DenseInfo, IntScalarLike
+from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.base import (
-    advance_densely,
     Cotangent,
-    linearise_step,
     Start,
 )
 from .._tree import tree_add, tree_replace, tree_zeros_like
@@ -26,7 +24,8 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
-from .pull_outputs import pull_dense, pull_dense_times, pull_start, pull_step_outputs
+from .pull_outputs import pull_dense_times, pull_start, pull_step_outputs
+from .pull_step import probe_step, pull_step
 from .replay import Replayer
 from .steps import Record
 from .walk import Position, Walk
@@ -47,66 +46,31 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     )
     position = eqx.tree_at(lambda p: p.clock, position, clock)
     restarted, crossed = record.before(step)
-    t0, t1 = clock.start, clock.end
-    position = pull_step_outputs(walk, position, t1)
+    position = pull_step_outputs(walk, position, clock.end)
     solver = walk.problem.solver
     # A start that was restarted from, or was before a jump, is another.
     is_known = (step == 0) & jnp.logical_not(jnp.logical_or(restarted, crossed))
     start = Start(is_known, walk.inputs.y0, walk.inputs.solver_state)
     solver_state = solver.recall(position.solver_state, record.recorded_before(step))
-    state = position.y, solver_state
-    ct = position.cotangent
-    interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
-    linear = all(walk.outputs[i].saves_state for i in interpolated)
-    if linear and not walk.differentiates_times:
-        dense_bar = None
-        if len(interpolated) > 0 or walk.with_dense:
-            # Nothing but its shapes is used: interpolations are linear.
-            dense_info = _dense_struct(walk, t0, t1, *state)
-            dense_bar, ct, cursors = pull_dense(
-                walk, position, interpolated, t0, t1, dense_info
-            )
-            position = eqx.tree_at(lambda p: p.cursors, position, cursors)
-        y0, state0, ct = solver.inverse_step_and_pullback(
-            walk.bind, walk.params, t0, t1, *state, ct, dense_bar, start
-        )
-        probe = ct.probe
-    else:
-
-        def step_times(params):
-            times = walk.context(params).times
-            return times.of(t0), times.of(t1)
-
-        y0, state0, dense_info, pull = linearise_step(
-            solver, walk.bind, walk.params, t0, t1, *state, start, step_times
-        )
-        dense_bar, ct, cursors = pull_dense(
-            walk, position, interpolated, t0, t1, dense_info
-        )
-        position = eqx.tree_at(lambda p: p.cursors, position, cursors)
-        ct, probe = pull(ct, dense_bar), None
-    growth = position.growth
+    pulled = pull_step(walk, position, solver_state, start)
+    state0, ct, growth = pulled.solver_state, pulled.cotangent, position.growth
     if growth is not None:
-        if probe is None:
-            bars = ct, dense_bar
-            probe = solver.probe(walk.bind, walk.params, t0, t1, y0, *bars)
-        assert probe is not None
-        growth = growth.update(probe)
+        growth = growth.update(probe_step(walk, clock, pulled))
     ct = Cotangent(ct.y, ct.solver_state, ct.params)
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),
-            lambda: undo_jump(walk, crossed, t0, y0, state0, ct),
+            lambda: undo_jump(walk, crossed, clock.start, pulled.y, state0, ct),
             lambda: (state0, ct),
         )
     no = jnp.array(False)
     return tree_replace(
         lambda p: (
-            *(p.step, p.y, p.solver_state, p.cotangent),
+            *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
             *(p.growth, p.known, p.restarted),
         ),
         position,
-        (step, y0, state0, ct, growth, no, no | restarted),
+        (step, pulled.y, state0, ct, pulled.cursors, growth, no, no | restarted),
     )
 
 
@@ -130,14 +94,6 @@ def _pull_init(walk: Walk, position: Position) -> Position:
     state_bar = tree_zeros_like(ct.solver_state)
     ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
     return eqx.tree_at(lambda p: p.cotangent, position, ct)
-
-
-def _dense_struct(walk: Walk, t0, t1, y, solver_state) -> DenseInfo:
-    terms, args = walk.bind(walk.params)
-    _, _, dense_info, _, _ = eqx.filter_eval_shape(
-        advance_densely, walk.problem.solver, terms, t0, t1, y, args, solver_state
-    )
-    return dense_info
 
 
 # Of a position, while steps are undone.

@@ -1,5 +1,7 @@
 """The gradient of what happens after the last step."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,8 @@ from .._custom_types import DenseInfo, Params, Y
 from .._diffrax import State
 from .._tree import tree_zeros_like
 from .forward import finish, Residuals
-from .outputs import materialise, Output
-from .problem import Context, Inputs, Problem, save_states, sub_saveats
+from .outputs import materialise, Output, Row
+from .problem import Context, Inputs, Problem, save_states, sub_saveats, Times
 
 
 class PulledFinish(eqx.Module):
@@ -60,39 +62,9 @@ def pull_finish(
     if len(bars) == 0:
         return PulledFinish([], *tree_zeros_like((end.y, params, dense_info)))
 
-    def finish_some(y, written, dense_info, params):
-        context: Context = eqx.combine(params, nondiff)
-        times = context.times
-        state = eqx.tree_at(lambda s: (s.y, s.tprev), end, (y, times.of(end.tprev)))
-        if with_event:
-            assert end.event_tprev is not None and end.event_tnext is not None
-            state = eqx.tree_at(
-                lambda s: (s.event_tprev, s.event_tnext, s.event_dense_info),
-                state,
-                (times.of(end.event_tprev), times.of(end.event_tnext), dense_info),
-            )
-        ys = residuals.zero_ys()
-        for i, (_, some_ys) in written.items():
-            ys[i] = eqx.combine(some_ys, ys[i])
-        if with_ts:
-            state = eqx.tree_at(
-                lambda s: [save_states(s)[i].ts for i in written],
-                state,
-                [ts for ts, _ in written.values()],
-            )
-        start = Inputs(y, inputs.solver_state, context)
-        final = finish(start, problem.at(times), state, ys)
-        return {
-            i: (
-                saved.ts if with_ts else None,
-                eqx.filter(saved.ys, eqx.is_inexact_array),
-            )
-            for i, saved in enumerate(save_states(final))
-            if i in bars
-        }
-
     written = {i: written[i] for i in bars}
-    _, pull = jax.vjp(finish_some, end.y, written, dense_info, params)
+    differentiable = _Finish(inputs, nondiff, problem, residuals, with_ts)
+    _, pull = jax.vjp(differentiable, end.y, written, dense_info, params)
     y_bar, rows, dense_bar, params_bar = pull(bars)
     subs = sub_saveats(problem.saveat)
     outputs = []
@@ -103,6 +75,61 @@ def pull_finish(
     if with_event:
         y_bar = _poison_rejected(residuals, dense_bar, y_bar)
     return PulledFinish(outputs, y_bar, params_bar, dense_bar)
+
+
+class _Finish(NamedTuple):
+    """What Diffrax does after the last step, as a function that can be differentiated."""
+
+    inputs: Inputs
+    nondiff: Context
+    problem: Problem
+    residuals: Residuals
+    with_ts: bool
+
+    def __call__(
+        self, y: Y, written: dict[int, Row], dense_info: DenseInfo | None, params: Params
+    ) -> dict[int, Row]:
+        """From what was `written` before, by the outputs that have a cotangent."""
+        context: Context = eqx.combine(params, self.nondiff)
+        state = self._end(y, written, dense_info, context.times)
+        ys = self.residuals.zero_ys()
+        for i, (_, some_ys) in written.items():
+            ys[i] = eqx.combine(some_ys, ys[i])
+        start = Inputs(y, self.inputs.solver_state, context)
+        final = finish(start, self.problem.at(context.times), state, ys)
+        return {
+            i: (
+                saved.ts if self.with_ts else None,
+                eqx.filter(saved.ys, eqx.is_inexact_array),
+            )
+            for i, saved in enumerate(save_states(final))
+            if i in written
+        }
+
+    def _end(
+        self,
+        y: Y,
+        written: dict[int, Row],
+        dense_info: DenseInfo | None,
+        times: Times,
+    ) -> State:
+        """The state after the last step, with what is differentiated of it."""
+        end = self.residuals.end
+        state = eqx.tree_at(lambda s: (s.y, s.tprev), end, (y, times.of(end.tprev)))
+        if self.problem.finds_roots:
+            assert end.event_tprev is not None and end.event_tnext is not None
+            state = eqx.tree_at(
+                lambda s: (s.event_tprev, s.event_tnext, s.event_dense_info),
+                state,
+                (times.of(end.event_tprev), times.of(end.event_tnext), dense_info),
+            )
+        if self.with_ts:
+            state = eqx.tree_at(
+                lambda s: [save_states(s)[i].ts for i in written],
+                state,
+                [ts for ts, _ in written.values()],
+            )
+        return state
 
 
 def _poison_rejected(residuals: Residuals, dense_bar: DenseInfo, y_bar: Y) -> Y:

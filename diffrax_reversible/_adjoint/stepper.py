@@ -71,43 +71,26 @@ class Stepper:
         be held in any element of a batch, so that the steps between pay for nothing that
         belongs to these, if there can be any.
         """
-        solver = self.problem.solver
+        restartable = any(due is not False for due in self._interruptions(state, kept))
 
         def goes_on(state):
             return self.cond_fun(state) & running(state)
 
-        def interruptions(state, kept):
-            made_jump = self.problem.with_jumps and state.made_jump
-            restarts = solver.needs_restart(state.solver_state)
-            return kept.interruptions(state, restarts, made_jump)
-
-        def any_due(state, kept, on):
-            """Whether a restart is due, or a jump was made, in any element that is on."""
-            due = jnp.logical_or(*interruptions(state, kept)) & on
-            return eqxi.unvmap_any(due)
-
         def step(carry):
             before, kept, _ = carry
             after = self._step(before, kept)
-            kept, holds = kept.append(before, after, solver)
+            kept, holds = kept.append(before, after, self.problem.solver)
             # In a batch this is called for elements that have finished as well, and what it
             # makes of them must not interrupt the others.
             on = goes_on(before) & goes_on(after)
-            due = jnp.array(False)
-            if restartable:
-                due = any_due(after, kept, on)
+            due = self._any_due(after, kept, on) if restartable else jnp.array(False)
             if kept.holds:
                 due = due | eqxi.unvmap_any(holds & on)
             return after, kept, due
 
         def interrupt(carry):
             state, kept, _ = carry
-            on = goes_on(state)
-            restarts, made_jump = (
-                d is not False and d & on for d in interruptions(state, kept)
-            )
-            interrupted = self._interrupt(state, kept, restarts, made_jump, on)
-            return *interrupted, jnp.array(False)
+            return *self._interrupt(state, kept, goes_on(state)), jnp.array(False)
 
         def steps_until_interruption(carry):
             return eqxi.while_loop(
@@ -123,18 +106,32 @@ class Stepper:
             carry = lax.while_loop(lambda c: eqxi.unvmap_any(c[2]), interrupt, carry)
             return steps_until_interruption(carry)
 
-        restartable = any(due is not False for due in interruptions(state, kept))
+        due = jnp.array(False)
+        if restartable:
+            due = self._any_due(state, kept, goes_on(state))
+        carry = state, kept, due
         if restartable or kept.holds:
-            due = any_due(state, kept, goes_on(state)) if restartable else jnp.array(False)
             carry = lax.while_loop(
-                lambda carry: eqxi.unvmap_any(goes_on(carry[0])),
-                segment,
-                (state, kept, due),
+                lambda carry: eqxi.unvmap_any(goes_on(carry[0])), segment, carry
             )
         else:
-            carry = steps_until_interruption((state, kept, jnp.array(False)))
+            carry = steps_until_interruption(carry)
         state, kept, _ = carry
         return state, kept
+
+    def _interruptions(
+        self, state: State, kept: Kept
+    ) -> tuple[BoolScalarLike, BoolScalarLike]:
+        """Whether a restart is due, and whether a jump was made; Python `False` if there
+        are none at all."""
+        made_jump = self.problem.with_jumps and state.made_jump
+        restarts = self.problem.solver.needs_restart(state.solver_state)
+        return kept.interruptions(state, restarts, made_jump)
+
+    def _any_due(self, state: State, kept: Kept, on: BoolScalarLike) -> BoolScalarLike:
+        """Whether there is either in any element that is on."""
+        due = jnp.logical_or(*self._interruptions(state, kept)) & on
+        return eqxi.unvmap_any(due)
 
     def _step(self, before: State, kept: Kept) -> State:
         interpolates = self.problem.interpolates(before)
@@ -143,7 +140,13 @@ class Stepper:
         after = kept.after_step(self.body_fun(before))
         return tree_replace(_solver_state, after, [after.solver_state.solver_state])
 
-    def _interrupt(self, state: State, kept: Kept, restarts, made_jump, on):
+    def _interrupt(
+        self, state: State, kept: Kept, on: BoolScalarLike
+    ) -> tuple[State, Kept]:
+        """Restart, cross a jump, or hold the state, if this element is on and has to."""
+        restarts, made_jump = (
+            due is not False and due & on for due in self._interruptions(state, kept)
+        )
         context = self.inputs.context
         solver_state, restarted, crossed = interrupt(
             self.problem.solver,
