@@ -9,7 +9,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error, with_slow
+from .problems import as_terms, relative_error, sum_of_squares, with_slow
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -112,3 +112,32 @@ def test_event_beside_restart(solver):
     thresholds = jnp.array([1e-3, 0.2, 2.0, 9.0, 5.0])
     alone = jnp.stack([solve(threshold) for threshold in thresholds])
     assert np.allclose(jax.vmap(solve)(thresholds), alone, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "controller", (dfx.PIDController(rtol=1e-3, atol=1e-3), dr.StepDensityController())
+)
+def test_no_states_are_held(controller):
+    """Members wait for others that have more steps to undo, also where there is no known
+    state to go on from but the start."""
+
+    def loss(p0, t1, adjoint):
+        sol = dfx.diffeqsolve(
+            as_terms((lambda t, p, _: p, lambda t, q, _: -jnp.sin(q))),
+            dr.StormerVerlet(),
+            *(0.0, t1, None, (jnp.array(1.0), p0)),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        return sum_of_squares(sol.ys), sol.stats["num_accepted_steps"]
+
+    def of(adjoint):
+        gradient = jax.grad(lambda p0, t1: loss(p0, t1, adjoint), has_aux=True)
+        return jax.jit(jax.vmap(gradient))(jnp.array([0.3, 1.5, 0.5]), ends)
+
+    ends = jnp.array([0.2, 6.0, 1.0])
+    ours, steps = of(dr.ReversibleAdjoint())
+    assert steps[0] < 16 < 32 < steps[1]
+    theirs, _ = of(dfx.RecursiveCheckpointAdjoint(checkpoints=256))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)

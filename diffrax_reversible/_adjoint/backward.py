@@ -110,6 +110,8 @@ def _undo_all(walk: Walk, position: Position) -> Position:
     def undo_steps(position, kept):
         def undoes(carry):
             position, count = carry
+            if not walk.stops:
+                return position.undoes_next
             waits = jnp.logical_not(position.undoes_next | position.done)
             waits = eqxi.unvmap_any(waits) & (count >= _at_once)
             return position.undoes_next & jnp.logical_not(waits)
@@ -232,8 +234,9 @@ def _walked(position: Position, perturbed: Inputs) -> Walked:
         params_bar = tree_add(position.params_cotangent, ct.params)
         ct = dataclasses.replace(ct, params=params_bar)
     if len(drifts) > 0:
-        # Judged by the tolerance for the state.
-        drifts = [*drifts, position.clock.drift.astype(drifts[0].dtype)]
+        # Judged by the tolerance for the state. A walk that stopped halfway is never right.
+        last = jnp.where(position.done, position.clock.drift, jnp.nan)
+        drifts = [*drifts, last.astype(drifts[0].dtype)]
     shares = []
     if position.growth is not None:
         differentiates_y = any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state)))
