@@ -10,8 +10,9 @@ from jax._src import compiler
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# For errors to be raised by the call that they are about.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
+if jax.__version_info__ < (0, 7):
+    # For errors to be raised by the call that they are about.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Tracing makes objects by the million, of which few are garbage: a third of its time went
 # into looking for them. What there is, is collected after each file.
