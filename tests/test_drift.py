@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._adjoint import backward
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -129,3 +130,13 @@ def test_start_next_to_zero():
 
     for size in (0.0, 1e-30, 1e-12):
         assert np.allclose(run(jnp.array([size, -size])), np.exp(0.5), rtol=1e-8)
+
+
+@pytest.mark.parametrize("drift_tol", (None, float("inf")))
+def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
+    """Is an error whatever the tolerance, should there ever be one."""
+    monkeypatch.setattr(backward, "_undo_all", lambda walk, position: position)
+    with pytest.raises(RuntimeError, match="there is no gradient"):
+        gradient(jnp.array(0.3), drift_tol=drift_tol)
+    grads = gradient(jnp.array(0.3), drift_tol=drift_tol, throw=False)
+    assert all(jnp.all(jnp.isnan(g)) for g in grads)

@@ -13,10 +13,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import IntScalarLike
 from .._diffrax import State
-from .._solver.base import (
-    Cotangent,
-    Start,
-)
+from .._solver.base import Cotangent, Start
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
 from .drift import tolerance
@@ -111,6 +108,7 @@ def _undo_all(walk: Walk, position: Position) -> Position:
         def undoes(carry):
             position, count = carry
             if not walk.stops:
+                # Those that are done wait for the others, and nothing else is to be done.
                 return position.undoes_next
             waits = jnp.logical_not(position.undoes_next | position.done)
             waits = eqxi.unvmap_any(waits) & (count >= _at_once)
