@@ -21,12 +21,9 @@ from ._solver.alf import (
     ALF6 as ALF6,
     ALF8 as ALF8,
 )
-from ._solver.base import (
-    AbstractReversibleSolver as AbstractReversibleSolver,
-    Cotangent as Cotangent,
-    Probe as Probe,
-    Start as Start,
-)
+from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
+from ._solver.coupling_solver import AbstractCouplingSolver as AbstractCouplingSolver
+from ._solver.couplings import Coupling as Coupling
 from ._solver.hamiltonian import (
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,

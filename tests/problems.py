@@ -177,12 +177,12 @@ class InverseOnly(dr.AbstractReversibleSolver):
         v = 2 * terms.vf(t0 + (t1 - t0) / 2, k, args) - v
         return k + h / 2 * v, v
 
-    def advance(self, terms, t0, t1, y0, args, solver_state):
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         v, count = solver_state
         y1, v = self._midpoint(terms, t0, t1, y0, v, args, 1)
         return y1, None, dict(y0=y0, y1=y1), (v, count + 1), dfx.RESULTS.successful
 
-    def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+    def backward_step(self, terms, t0, t1, y1, args, solver_state):
         v, count = solver_state
         y0, v = self._midpoint(terms, t0, t1, y1, v, args, -1)
         return y0, (v, count - 1)

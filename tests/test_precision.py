@@ -87,7 +87,7 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
     def backward(carry, at):
         state, wrong = carry
         h, expected = at
-        state = solver.inverse_step(term, zero, h, state[0], None, state[1])
+        state = solver.backward_step(term, zero, h, state[0], None, state[1])
         same = [
             jnp.array_equal(x, e)
             for x, e in zip(leaves(state), leaves(expected), strict=True)

@@ -99,7 +99,7 @@ def round_trip(solver):
         v0 = jax.tree.map(jnp.add, field(t0, y0, system), deviation)
         state0 = eqx.tree_at(lambda s: s.v, solver.init(TERM, t0, t1, y0, system), v0)
         y1, _, _, state1, _ = solver.advance(TERM, t0, t1, y0, system, state0)
-        y, state = solver.inverse_step(TERM, t0, t1, y1, system, state1)
+        y, state = solver.backward_step(TERM, t0, t1, y1, system, state1)
         return (y0, v0), (y1, state1.v), (y, state.v)
 
     return run

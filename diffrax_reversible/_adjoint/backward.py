@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from .._custom_types import IntScalarLike
 from .._diffrax import State
-from .._solver.base import Cotangent, Start
+from .._solver.capabilities import recall
+from .._solver.pullback import Cotangent, Start
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
 from .drift import tolerance
@@ -44,11 +45,11 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     position = eqx.tree_at(lambda p: p.clock, position, clock)
     restarted, crossed = record.before(step)
     position = pull_step_outputs(walk, position, clock.end)
-    solver = walk.problem.solver
     # A start that was restarted from, or was before a jump, is another.
     is_known = (step == 0) & jnp.logical_not(jnp.logical_or(restarted, crossed))
     start = Start(is_known, walk.inputs.y0, walk.inputs.solver_state)
-    solver_state = solver.recall(position.solver_state, record.recorded_before(step))
+    recorded = record.recorded_before(step)
+    solver_state = recall(walk.problem.solver, position.solver_state, recorded)
     pulled = pull_step(walk, position, solver_state, start)
     state0, ct, growth = pulled.solver_state, pulled.cotangent, position.growth
     if growth is not None:

@@ -17,7 +17,8 @@ from .._custom_types import (
     SolverState,
     Y,
 )
-from .._solver.base import before_jump, Cotangent
+from .._solver.capabilities import before_jump, CanRestart, cross_jump
+from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .kept import Kept
 from .known import Known
@@ -224,12 +225,14 @@ def _undo_restart(
 ) -> tuple[SolverState, Cotangent]:
     """The solver state after a restart, and the cotangent before it, if this element of
     a batch was `restarted`."""
+    solver = walk.problem.solver
+    assert isinstance(solver, CanRestart)
     diff_state, nondiff_state = eqx.partition(known.solver_state, eqx.is_inexact_array)
 
     def restart(y, diff_state, params):
         context = walk.context(params)
         state = eqx.combine(diff_state, nondiff_state)
-        return walk.problem.solver.restart(
+        return solver.restart(
             context.terms, context.times.of(known.t), y, context.args, state
         )
 
@@ -256,16 +259,15 @@ def undo_jump(
     """Undo the crossing of a jump just before `t`, if it was `crossed`."""
     solver = walk.problem.solver
     terms, args = walk.bind(walk.params)
-    before, _ = solver.cross_jump(terms, t, before_jump(t), y, args, solver_state)
+    before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
 
     def cross(y, diff_state, params):
         context = walk.context(params)
         after = context.times.of(t)
         state = eqx.combine(diff_state, nondiff_state)
-        state, _ = solver.cross_jump(
-            context.terms, before_jump(after), after, y, context.args, state
-        )
+        times = before_jump(after), after
+        state, _ = cross_jump(solver, context.terms, *times, y, context.args, state)
         return eqx.filter(state, eqx.is_inexact_array)
 
     _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)

@@ -16,7 +16,8 @@ from jaxtyping import Array, PyTree
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import State
-from .._solver.base import AbstractReversibleSolver, advance_densely
+from .._solver.base import AbstractReversibleSolver
+from .._solver.capabilities import advance_densely
 from .validate import hidden_closure
 
 
@@ -41,7 +42,7 @@ def close_terms(
         solver.init(terms, t, t, y, _copy(args))
         step = solver, terms, t, t, y, _copy(args)
         y, _, _, solver_state, _ = advance_densely(*step, solver_state)
-        return solver.inverse_step(terms, t, t, y, _copy(args), solver_state)
+        return solver.backward_step(terms, t, t, y, _copy(args), solver_state)
 
     def step(solver, terms, args, t, y, solver_state):
         return advance_densely(solver, terms, t, t, y, args, solver_state)[:4]

@@ -14,6 +14,7 @@ from .._custom_types import (
     IntScalarLike,
 )
 from .._diffrax import State
+from .._solver.capabilities import needs_restart, to_record
 from .._tree import tree_replace
 from .kept import Kept, least_spacing
 from .known import Checkpoints, Known
@@ -85,13 +86,13 @@ def solve_and_record(
 ) -> tuple[State, dict, Residuals]:
     """As `solve_plainly`, and keep what the walk back needs."""
     controller, solver = problem.stepsize_controller, problem.solver
-    restartable = solver.needs_restart(inputs.solver_state) is not False
+    restartable = needs_restart(solver, inputs.solver_state) is not False
 
     def make_kept(state):
         known = Known.of(state, state.tprev, problem.varying)
         record = Record.allocate(
             problem.t0,
-            jax.eval_shape(lambda: solver.to_record(inputs.solver_state)),
+            jax.eval_shape(lambda: to_record(solver, inputs.solver_state)),
             with_flags=restartable or problem.with_jumps,
             with_jumps=problem.with_jumps,
             recomputed=isinstance(controller, AbstractReversibleStepSizeController),

@@ -6,8 +6,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, BFloat16, Float, PyTree
 
 from .._custom_types import Y
-from .._solver.base import Probe
 from .._solver.entry_scales import units
+from .._solver.pullback import Probe
 from .._tree import largest, sum_of_magnitudes
 
 

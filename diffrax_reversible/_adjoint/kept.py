@@ -12,6 +12,7 @@ from .._custom_types import (
 )
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
+from .._solver.capabilities import to_record
 from .._tree import tree_replace
 from .known import Checkpoints, Known
 from .steps import Record
@@ -60,7 +61,7 @@ class Kept(eqx.Module):
         if self.record is None:
             return self, False
         accepted = after.num_accepted_steps > before.num_accepted_steps
-        scalars = solver.to_record(before.solver_state)
+        scalars = to_record(solver, before.solver_state)
         record = self.record.append(before, scalars, accepted)
         kept = tree_replace(lambda k: (k.record, k.advanced), self, (record, accepted))
         if not self.holds:

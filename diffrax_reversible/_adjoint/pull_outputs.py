@@ -17,9 +17,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._solver.base import (
-    Cotangent,
-)
+from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
 from .outputs import Cursor, Output, Row
 from .problem import Times

@@ -5,7 +5,15 @@ from typing import NamedTuple
 import equinox as eqx
 
 from .._custom_types import DenseInfo, SolverState, Y
-from .._solver.base import advance_densely, Cotangent, linearise_step, Probe, Start
+from .._solver.capabilities import advance_densely
+from .._solver.pullback import (
+    backward_step_and_pullback,
+    Cotangent,
+    HasProbe,
+    linearise_step,
+    Probe,
+    Start,
+)
 from .clock import Clock
 from .outputs import Cursor
 from .pull_outputs import pull_dense
@@ -41,8 +49,8 @@ def pull_step(
             dense_info = _dense_struct(walk, t0, t1, *state)
             step = t0, t1, dense_info
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *step)
-        y0, state0, ct = solver.inverse_step_and_pullback(
-            bind, params, t0, t1, *state, ct, dense_bar, start
+        y0, state0, ct = backward_step_and_pullback(
+            solver, bind, params, t0, t1, *state, ct, dense_bar, start
         )
         return PulledStep(y0, state0, ct, cursors, dense_bar)
 
@@ -63,7 +71,9 @@ def probe_step(walk: Walk, clock: Clock, pulled: PulledStep) -> Probe:
     probe = pulled.cotangent.probe
     if probe is None:
         step = clock.start, clock.end, pulled.y, pulled.cotangent, pulled.dense_bar
-        probe = walk.problem.solver.probe(walk.bind, walk.params, *step)
+        solver = walk.problem.solver
+        assert isinstance(solver, HasProbe)
+        probe = solver.probe(walk.bind, walk.params, *step)
     assert probe is not None
     return probe
 

@@ -10,7 +10,8 @@ from diffrax import AbstractLocalInterpolation
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
 from .._diffrax import State
-from .._solver.base import AbstractReversibleSolver, advance_densely, interrupt
+from .._solver.base import AbstractReversibleSolver
+from .._solver.capabilities import advance_densely, interrupt, needs_restart
 from .._tree import tree_replace
 from .kept import Kept
 from .problem import Inputs, Problem
@@ -125,7 +126,7 @@ class Stepper:
         """Whether a restart is due, and whether a jump was made; Python `False` if there
         are none at all."""
         made_jump = self.problem.with_jumps and state.made_jump
-        restarts = self.problem.solver.needs_restart(state.solver_state)
+        restarts = needs_restart(self.problem.solver, state.solver_state)
         return kept.interruptions(state, restarts, made_jump)
 
     def _any_due(self, state: State, kept: Kept, on: BoolScalarLike) -> BoolScalarLike:

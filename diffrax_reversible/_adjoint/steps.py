@@ -62,7 +62,7 @@ class Record(eqx.Module):
         jumps.
     - `previous_ends`: if there may be jumps, where the step before each ended.
     - `flags`: whether there was a restart or a jump just before a step, if there may be.
-    - `scalars`: what the solver asks for, see `AbstractReversibleSolver.to_record`.
+    - `scalars`: what the solver asks for, see `HasRecord`.
     - `restarted`, `crossed`: of the next step.
     - `last_end`: of the last step.
     - `torn`: whether a step has not started where the last one ended, without a jump.

@@ -20,7 +20,8 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._solver.base import Cotangent
+from .._solver.capabilities import error_scales
+from .._solver.pullback import Cotangent, HasProbe
 from .._tree import tree_replace, tree_zeros_like
 from .clock import Clock
 from .drift import drift
@@ -171,9 +172,11 @@ class Walk(eqx.Module):
 
     def tells_growth(self, position: Position) -> bool:
         """Whether the solver tells how cotangents are pulled back."""
+        solver = self.problem.solver
+        if not isinstance(solver, HasProbe):
+            return False
         step = position.clock.start, position.clock.end, position.y, position.cotangent
-        probe = self.problem.solver.probe
-        probe = eqx.filter_eval_shape(probe, self.bind, self.params, *step, None)
+        probe = eqx.filter_eval_shape(solver.probe, self.bind, self.params, *step, None)
         return probe is not None
 
     def drift(self, position: Position, true: tuple[Y, SolverState]):
@@ -186,8 +189,8 @@ class Walk(eqx.Module):
         y, solver_state = true
         origin = position.origin
         assert origin is not None
-        scales = self.problem.solver.error_scales(
-            *(terms, *step, length, y, args, solver_state),
+        scales = error_scales(
+            *(self.problem.solver, terms, *step, length, y, args, solver_state),
             *(origin.y, eqx.filter(origin.solver_state, eqx.is_inexact_array)),
         )
         return drift((position.y, position.solver_state), true, scales)

@@ -37,12 +37,19 @@ from .._tree import (
     tree_zeros_like,
 )
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .base import AbstractReversibleSolver, check_flags, Cotangent, Probe, Start
+from .base import check_flags
+from .capabilities import (
+    CanCrossJumps,
+    CanRestart,
+    HasErrorScales,
+    HasExtraDenseInfo,
+)
 from .chain import scan
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
+from .pullback import Cotangent, HasProbe, HasPullback, Probe, Start
 
 
 if TYPE_CHECKING:
@@ -65,7 +72,15 @@ class _SubStep(NamedTuple):
     is_first: Array
 
 
-class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALFState]):
+class AbstractALF(
+    CanRestart[ALFState],
+    CanCrossJumps[ALFState],
+    HasExtraDenseInfo[ALFState],
+    HasErrorScales[ALFState],
+    HasPullback[ALFState],
+    HasProbe[ALFState],
+    AbstractAdaptiveSolver[ALFState],
+):
     """Compositions of asynchronous-leapfrog sub-steps, for ODEs.
 
     The solver state holds `v`, a second approximation to the vector field `f(t, y)`, of
@@ -287,7 +302,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         )
         return y_scale, ALFState(v_scale, None, None, None)
 
-    def inverse_step(
+    def backward_step(
         self,
         terms: AbstractTerm,
         t0: RealScalarLike,
@@ -331,7 +346,7 @@ class AbstractALF(AbstractReversibleSolver[ALFState], AbstractAdaptiveSolver[ALF
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
 
-    def inverse_step_and_pullback(
+    def backward_step_and_pullback(
         self,
         bind: Bind,
         params: Params,

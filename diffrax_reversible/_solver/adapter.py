@@ -3,8 +3,6 @@
 import functools as ft
 from typing import Generic, TypeVar
 
-import equinox as eqx
-import jax.tree_util as jtu
 from diffrax import AbstractSolver, RESULTS
 
 from .._custom_types import (
@@ -31,7 +29,7 @@ def as_reversible(solver: AbstractSolver) -> AbstractReversibleSolver:
     the inverse of its step,
 
         class MyInverse(diffrax_reversible.AbstractReversibleAdapter):
-            def inverse_step(self, terms, t0, t1, y1, args, solver_state):
+            def backward_step(self, terms, t0, t1, y1, args, solver_state):
                 ...  # in terms of `self.solver`
 
         diffrax_reversible.as_reversible.register(MySolver, MyInverse)
@@ -65,11 +63,9 @@ def _(solver: AbstractReversibleSolver) -> AbstractReversibleSolver:
 class AbstractReversibleAdapter(
     AbstractReversibleSolver[_SolverState], Generic[_SolverState]
 ):
-    """Another `solver`, to which a subclass adds `inverse_step`.
+    """Another `solver`, to which a subclass adds `backward_step`.
 
-    See [`diffrax_reversible.as_reversible`][]. A step that begins at a jump is made like
-    any other, so that a solver of which the state depends on the vector field has to
-    override `cross_jump`; without it, controllers that make jumps are refused.
+    See [`diffrax_reversible.as_reversible`][].
 
     **Arguments:**
 
@@ -107,7 +103,7 @@ class AbstractReversibleAdapter(
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return self.solver.func(terms, t0, y0, args)
 
-    def advance(
+    def step(
         self,
         terms: Terms,
         t0: RealScalarLike,
@@ -115,27 +111,6 @@ class AbstractReversibleAdapter(
         y0: Y,
         args: Args,
         solver_state: _SolverState,
+        made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
-        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump=False)
-
-    def cross_jump(
-        self,
-        terms: Terms,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y: Y,
-        args: Args,
-        solver_state: _SolverState,
-    ) -> tuple[_SolverState, BoolScalarLike]:
-        """Nothing to do if there is no solver state."""
-        del terms, t0, t1, y, args
-        if any(map(eqx.is_array, jtu.tree_leaves(solver_state))):
-            name = type(self.solver).__name__
-            raise NotImplementedError(
-                f"`diffeqsolve(..., solver={name}(), adjoint=ReversibleAdjoint())` cannot "
-                "undo what this solver does at a jump of the vector field. End the solve "
-                "at the jump and begin another there, or use a solver of which the jumps "
-                "can be undone, as `diffrax_reversible.ALF4`, or "
-                "`adjoint=RecursiveCheckpointAdjoint()`."
-            )
-        return solver_state, False
+        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)

@@ -1,7 +1,9 @@
 """Those solvers of Diffrax that are reversible as they stand."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
     AbstractTerm,
@@ -11,9 +13,26 @@ from diffrax import (
 )
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, VF, Y
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    VF,
+    Y,
+)
 from .._tree import tree_add
 from .adapter import AbstractReversibleAdapter, as_reversible
+from .capabilities import CanCrossJumps, HasRecord
+from .coupling_solver import AbstractCouplingSolver
+from .couplings import Coupling
+from .pullback import Cotangent, HasPullback, Start
+
+
+# Where the step before began, and the state there.
+_LeapfrogState: TypeAlias = tuple[RealScalarLike, Y]
 
 
 def _subtract(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
@@ -28,7 +47,7 @@ class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
     from then on that cannot be told.
     """
 
-    def inverse_step(
+    def backward_step(
         self,
         terms: AbstractTerm,
         t0: RealScalarLike,
@@ -46,29 +65,65 @@ class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
         return jtu.tree_map(lambda y, i: y - 0.5 * i, y1, increment), (yhat0, vf0)
 
 
-class _LeapfrogMidpoint(AbstractReversibleAdapter[tuple[RealScalarLike, Y]]):
+class _LeapfrogMidpoint(
+    AbstractReversibleAdapter[_LeapfrogState],
+    CanCrossJumps[_LeapfrogState],
+    HasRecord[_LeapfrogState],
+    HasPullback[_LeapfrogState],
+):
     """`y2 = y0 + f(t1, y1) X` over two steps: one evaluation to undo a step. Where the
     first of the two began is recorded."""
 
-    def inverse_step(
+    def backward_step(
         self,
         terms: AbstractTerm,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y1: Y,
         args: Args,
-        solver_state: tuple[RealScalarLike, Y],
-    ) -> tuple[Y, tuple[RealScalarLike, Y]]:
+        solver_state: _LeapfrogState,
+    ) -> tuple[Y, _LeapfrogState]:
         tm1, y0 = solver_state
         ym1 = _subtract(y1, terms.vf_prod(t0, y0, args, terms.contr(tm1, t1)))
         return y0, (tm1, ym1)
 
-    def to_record(self, solver_state: tuple[RealScalarLike, Y]) -> RealScalarLike:
+    def backward_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: _LeapfrogState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
+    ) -> tuple[Y, _LeapfrogState, Cotangent]:
+        """One evaluation and one pull-back."""
+        tm1, y0 = solver_state
+
+        def increment(tm1, y, params):
+            terms, args = bind(params)
+            return terms.vf_prod(t0, y, args, terms.contr(tm1, t1))
+
+        point = y0 if start is None else start.choose(start.y, y0)
+        increased, pull = jax.vjp(increment, jnp.asarray(tm1), point, params)
+        dense = dense_cotangent
+        y1_bar = cotangent.y if dense is None else tree_add(cotangent.y, dense["y1"])
+        tm1_bar, pulled, params_bar = pull(y1_bar)
+        y0_bar = tree_add(cotangent.solver_state[1], pulled)
+        if dense is not None:
+            y0_bar = tree_add(y0_bar, dense["y0"])
+        params_bar = tree_add(cotangent.params, params_bar)
+        cotangent = Cotangent(y0_bar, (tm1_bar, y1_bar), params_bar)
+        return y0, (tm1, _subtract(y1, increased)), cotangent
+
+    def to_record(self, solver_state: _LeapfrogState) -> RealScalarLike:
         return solver_state[0]
 
     def recall(
-        self, solver_state: tuple[RealScalarLike, Y], recorded: RealScalarLike
-    ) -> tuple[RealScalarLike, Y]:
+        self, solver_state: _LeapfrogState, recorded: RealScalarLike
+    ) -> _LeapfrogState:
         return recorded, solver_state[1]
 
     def cross_jump(
@@ -78,32 +133,31 @@ class _LeapfrogMidpoint(AbstractReversibleAdapter[tuple[RealScalarLike, Y]]):
         t1: RealScalarLike,
         y: Y,
         args: Args,
-        solver_state: tuple[RealScalarLike, Y],
-    ) -> tuple[SolverState, BoolScalarLike]:
+        solver_state: _LeapfrogState,
+    ) -> tuple[_LeapfrogState, BoolScalarLike]:
         """Of the vector field there is nothing in the solver state."""
         del terms, t0, t1, y, args
         return solver_state, False
 
 
-class _SemiImplicitEuler(AbstractReversibleAdapter[None]):
-    """`q1 = q0 + f(t0, p0) X` and `p1 = p0 + g(t0, q1) X`, undone in reverse order."""
+class _SemiImplicitEuler(AbstractReversibleAdapter[None], AbstractCouplingSolver[None]):
+    """`q1 = q0 + f(t0, p0) X` and `p1 = p0 + g(t0, q1) X`."""
 
     # It is symplectic.
     default_checkpoints: ClassVar[int] = 0
 
-    def inverse_step(
+    def couplings(
         self,
         terms: tuple[AbstractTerm, AbstractTerm],
         t0: RealScalarLike,
         t1: RealScalarLike,
-        y1: Y,
         args: Args,
-        solver_state: None,
-    ) -> tuple[Y, None]:
-        (term_q, term_p), (q1, p1) = terms, y1
-        p0 = _subtract(p1, term_p.vf_prod(t0, q1, args, term_p.contr(t0, t1)))
-        q0 = _subtract(q1, term_q.vf_prod(t0, p0, args, term_q.contr(t0, t1)))
-        return (q0, p0), None
+    ) -> tuple[Coupling, Coupling]:
+        def kick(term: AbstractTerm):
+            return lambda other: term.vf_prod(t0, other, args, term.contr(t0, t1))
+
+        term_q, term_p = terms
+        return Coupling(0, kick(term_q)), Coupling(1, kick(term_p))
 
 
 as_reversible.register(ReversibleHeun, _ReversibleHeun)

@@ -36,9 +36,10 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .base import AbstractReversibleSolver, Cotangent, Probe, Start
+from .capabilities import CanCrossJumps, CanRestart, HasErrorScales
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
+from .pullback import Cotangent, HasProbe, HasPullback, Probe, Start
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -84,7 +85,12 @@ class _Coupled(eqx.Module):
 
 
 class McCallumFoster(
-    AbstractReversibleSolver[CoupledState], AbstractAdaptiveSolver[CoupledState]
+    CanRestart[CoupledState],
+    CanCrossJumps[CoupledState],
+    HasErrorScales[CoupledState],
+    HasPullback[CoupledState],
+    HasProbe[CoupledState],
+    AbstractAdaptiveSolver[CoupledState],
 ):
     """An explicit Runge–Kutta method, made algebraically reversible.
 
@@ -261,6 +267,19 @@ class McCallumFoster(
         del terms, t, args
         return CoupledState(y, solver_state.separation.restarted())
 
+    def cross_jump(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: CoupledState,
+    ) -> tuple[CoupledState, BoolScalarLike]:
+        """Of the vector field there is nothing in the solver state."""
+        del terms, t0, t1, y, args
+        return solver_state, False
+
     def error_scales(
         self,
         terms: Terms,
@@ -282,7 +301,7 @@ class McCallumFoster(
         state = eqx.filter(solver_state, eqx.is_inexact_array)
         return scales, with_copy(state, scales)
 
-    def inverse_step(
+    def backward_step(
         self,
         terms: Terms,
         t0: RealScalarLike,
@@ -296,7 +315,7 @@ class McCallumFoster(
         increment, _ = self._increment(terms, t0, t1, z0, args)
         return self._uncouple(y1, z0, increment), with_copy(solver_state, z0)
 
-    def inverse_step_and_pullback(
+    def backward_step_and_pullback(
         self,
         bind: Bind,
         params: Params,

@@ -34,10 +34,12 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .base import AbstractReversibleSolver, check_flags, Cotangent, Start
+from .base import check_flags
+from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
 from .chain import scan
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
+from .pullback import Cotangent, HasPullback, Start
 
 
 if TYPE_CHECKING:
@@ -77,7 +79,11 @@ class _Stage(NamedTuple):
 
 
 class AbstractSplitting(
-    AbstractReversibleSolver[SplittingState], AbstractAdaptiveSolver[SplittingState]
+    CanCrossJumps[SplittingState],
+    HasExtraDenseInfo[SplittingState],
+    HasErrorScales[SplittingState],
+    HasPullback[SplittingState],
+    AbstractAdaptiveSolver[SplittingState],
 ):
     """Compositions of kicks and drifts, for `q' = f(t, p)` and `p' = g(t, q)`.
 
@@ -264,7 +270,7 @@ class AbstractSplitting(
         )
         return (q, p), SplittingState(force, None, None)
 
-    def inverse_step(
+    def backward_step(
         self,
         terms: _Terms,
         t0: RealScalarLike,
@@ -290,7 +296,7 @@ class AbstractSplitting(
         y0, low = _split_sums(q, p)
         return y0, SplittingState(force, low, jnp.array(False))
 
-    def inverse_step_and_pullback(
+    def backward_step_and_pullback(
         self,
         bind: Bind,
         params: Params,

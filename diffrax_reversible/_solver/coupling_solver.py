@@ -1,0 +1,157 @@
+"""Solvers of which a step is a chain of couplings."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+from diffrax import LocalLinearInterpolation, RESULTS
+
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    Y,
+)
+from .._tree import tree_add
+from .couplings import Coupling, Parts, run, undo, undo_and_pull
+from .pullback import Cotangent, HasPullback, Start
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
+    """A solver of which a step is a chain of couplings: a splitting method, leapfrog, or
+    the block of a reversible network. A subclass says which,
+
+        class TwoStreams(diffrax_reversible.AbstractCouplingSolver):
+            term_structure = (diffrax.ODETerm, diffrax.ODETerm)
+
+            def couplings(self, terms, t0, t1, args):
+                f, g = terms
+                h = f.contr(t0, t1)
+                return (
+                    Coupling(0, lambda x2: f.vf_prod(t0, x2, args, h)),
+                    Coupling(1, lambda x1: g.vf_prod(t0, x1, args, h)),
+                )
+
+    and step, backward step, and the pull-back follow. The parts are those of the state,
+    which is a tuple, unless `split` and `join` say otherwise.
+
+    One evaluation of each increment a step, and backwards one evaluation and one pull-back
+    of each. There is no error estimate, so that steps have to be constant, given, or
+    chosen by [`diffrax_reversible.StepDensityController`][]. Between its ends a step is
+    interpolated linearly. Memory of `SaveAt(dense=True)`: two states a step.
+
+    **Raises:**
+
+    `ValueError` in the solve if an increment does not fit the part that it is for, or if
+    the state is not in parts.
+    """
+
+    interpolation_cls: ClassVar = LocalLinearInterpolation
+
+    @abc.abstractmethod
+    def couplings(
+        self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, args: Args
+    ) -> Sequence[Coupling]:
+        """The chain of a step from `t0` to `t1`, of [`diffrax_reversible.Coupling`][]s in
+        the order in which they are made. `terms` and `args` are those of
+        [`diffrax.AbstractSolver.step`][]."""
+
+    def init(
+        self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
+    ) -> Any:
+        """No solver state."""
+        del terms, t0, t1, y0, args
+
+    def split(self, y: Y, solver_state: _SolverState) -> Parts:
+        """The parts that couplings update, made of the state and the solver state."""
+        del solver_state
+        if not isinstance(y, tuple) or len(y) < 2:
+            raise ValueError(
+                f"`diffeqsolve(..., solver={type(self).__name__}(), y0=...)`: the state "
+                "has to be a tuple of at least two parts, for a coupling to update one by "
+                "a function of the others; or override `split` and `join`."
+            )
+        return y
+
+    def join(self, parts: Parts) -> tuple[Y, Any]:
+        """The inverse of `split`."""
+        return parts, None
+
+    def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> NoReturn:
+        """Not known."""
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"`{name}.func`, the vector field as a whole, is not known. `diffeqsolve(..., "
+            "dt0=None)` takes it: pass `dt0`, or override `func`."
+        )
+
+    def step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, None, DenseInfo, _SolverState, RESULTS]:
+        del made_jump
+        parts = self.split(y0, solver_state)
+        parts = run(self.couplings(terms, t0, t1, args), parts)
+        y1, solver_state = self.join(parts)
+        return y1, None, dict(y0=y0, y1=y1), solver_state, RESULTS.successful
+
+    def backward_step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[Y, _SolverState]:
+        parts = self.split(y1, solver_state)
+        return self.join(undo(self.couplings(terms, t0, t1, args), parts))
+
+    def backward_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: _SolverState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
+    ) -> tuple[Y, _SolverState, Cotangent]:
+        def make_chain(terms, args):
+            return self.couplings(terms, t0, t1, args)
+
+        y_bar = cotangent.y
+        if dense_cotangent is not None:
+            y_bar = tree_add(y_bar, dense_cotangent["y1"])
+        known = None
+        if start is not None:
+            known = start.is_known, self.split(start.y, start.solver_state)
+        parts, bars, params_bar = undo_and_pull(
+            make_chain,
+            bind,
+            params,
+            self.split(y1, solver_state),
+            self.split(y_bar, cotangent.solver_state),
+            cotangent.params,
+            known,
+        )
+        y0, solver_state = self.join(parts)
+        y_bar, state_bar = self.join(bars)
+        if dense_cotangent is not None:
+            y_bar = tree_add(y_bar, dense_cotangent["y0"])
+        return y0, solver_state, Cotangent(y_bar, state_bar, params_bar)

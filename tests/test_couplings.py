@@ -1,0 +1,188 @@
+"""Solvers of users, of which a step is a chain of couplings."""
+
+import pathlib
+import re
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import diffrax_reversible as dr
+
+from .problems import as_terms, network_args, PAIR, PAIR_Y0, relative_error
+from .test_work import Counter
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+(LINES,) = re.findall(r"```python\n([^`]*class TwoStreams.*?)```", README.read_text(), re.S)
+defined = {}
+exec(LINES, defined)
+TwoStreams = defined["TwoStreams"]
+
+
+class Ruth(dr.AbstractCouplingSolver):
+    """Of order 3: Ruth (1983), doi:10.1109/TNS.1983.4332919."""
+
+    term_structure = (dfx.ODETerm, dfx.ODETerm)
+
+    def order(self, terms):
+        return 3
+
+    def couplings(self, terms, t0, t1, args):
+        (drift, kick), h, chain = terms, t1 - t0, []
+        for c, d in zip((2 / 3, -2 / 3, 1), (7 / 24, 3 / 4, -1 / 24), strict=True):
+            kicked = lambda q, d=d: d * h * kick.vf(t0, q, args)
+            drifted = lambda p, c=c: c * h * drift.vf(t0, p, args)
+            chain += [dr.Coupling(1, kicked), dr.Coupling(0, drifted)]
+        return chain
+
+
+def final(solver, y0, fields, adjoint, args=None, **kwargs):
+    args = network_args() if args is None else args
+    kwargs = dict(saveat=dfx.SaveAt(ts=[0.45, 2.0, 3.0])) | kwargs
+    dt0 = 0.125 if "stepsize_controller" not in kwargs else None
+    return dfx.diffeqsolve(
+        as_terms(fields), solver, 0.0, 3.0, dt0, y0, args, adjoint=adjoint, **kwargs
+    )
+
+
+@pytest.mark.parametrize("solver", (TwoStreams(), Ruth()), ids=repr)
+def test_gradient(solver):
+    """In a batch, with outputs between the steps."""
+
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def loss(y0, fields, scale):
+            args = network_args() | {"scale": scale}
+            ys = final(solver, y0, fields, adjoint, args).ys
+            return sum(jnp.sum(y**2) for y in ys)
+
+        grad = eqx.filter_grad(lambda parts, scale: loss(*parts, scale))
+        return jax.vmap(lambda scale: grad((PAIR_Y0, PAIR), scale))(jnp.array([1.0, 0.3]))
+
+    ours, default = map(
+        gradient, (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+    )
+    assert relative_error(ours, default) < 1e-12
+
+
+def test_order():
+    """By slopes, on the pendulum."""
+    fields = (lambda t, p, args: p), (lambda t, q, args: -jnp.sin(q))
+    y0 = jnp.array(1.0), jnp.array(0.5)
+
+    @jax.jit
+    def solve(dt0):
+        return dfx.diffeqsolve(as_terms(fields), Ruth(), 0.0, 2.0, dt0, y0).ys
+
+    coarse, middle, fine = (np.array(solve(jnp.array(2.0 / n))) for n in (64, 128, 256))
+    slopes = np.log2(np.abs(coarse - middle) / np.abs(middle - fine))
+    assert np.all(slopes > 2.8), slopes
+
+
+def test_evaluations():
+    """As many backwards as forwards, for each part."""
+    counter, scale = Counter(), jnp.array(0.7)
+
+    def loss(y0, scale):
+        adjoint, saveat = dr.ReversibleAdjoint(checkpoints=0), dfx.SaveAt(t1=True)
+        fields = counter, counter
+        sol = final(TwoStreams(), y0, fields, adjoint, scale, saveat=saveat)
+        return sum(jnp.sum(y) for y in sol.ys)
+
+    forward, _ = counter.during(jax.jit(loss), PAIR_Y0, scale)
+    assert forward == 2 * 24
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    both, _ = counter.during(gradient, PAIR_Y0, scale)
+    # And those of a step where the walk comes to the start, by which it is measured.
+    assert both - forward == 2 * 24 + 2
+
+
+def test_reversible_network():
+    """Of twelve layers, each with weights of its own: a step is a layer. It is trained to
+    tell points within a ring from those outside."""
+    depth, width = 12, 4
+
+    def make_layers(key):
+        make = lambda key: eqx.nn.MLP(width, width, 8, 1, jnp.tanh, key=key)
+        return eqx.filter_vmap(make)(jax.random.split(key, depth))
+
+    def layer(t, x, layers):
+        """The weights of all layers are along the first axis."""
+        i = jnp.round(t).astype(int) % depth
+        arrays, static = eqx.partition(layers, eqx.is_array)
+        here = eqx.combine(jax.tree.map(lambda w: w[i], arrays), static)
+        return here(x)
+
+    terms = (
+        dfx.ODETerm(lambda t, x, args: layer(t, x, args[0])),
+        dfx.ODETerm(lambda t, x, args: layer(t, x, args[1])),
+    )
+
+    def logit(layers, point, adjoint):
+        streams = jnp.tile(point, 2), jnp.tile(point, 2)
+        sol = dfx.diffeqsolve(
+            terms, TwoStreams(), 0.0, depth, 1.0, streams, layers, adjoint=adjoint
+        )
+        return jnp.sum(sol.ys[0])
+
+    points = jax.random.uniform(jax.random.key(1), (64, 2), minval=-2, maxval=2)
+    labels = (jnp.linalg.norm(points, axis=1) < 1.3).astype(points.dtype)
+
+    def loss(layers, adjoint):
+        logits = jax.vmap(lambda point: logit(layers, point, adjoint))(points)
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels))
+
+    layers = tuple(map(make_layers, jax.random.split(jax.random.key(0))))
+    gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    default = gradient(layers, dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(gradient(layers, dr.ReversibleAdjoint()), default) < 1e-12
+    optimiser = optax.adam(3e-2)
+    state = optimiser.init(eqx.filter(layers, eqx.is_array))
+    for _ in range(60):
+        value, grad = gradient(layers, dr.ReversibleAdjoint())
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimiser.update(grad, state)
+        layers = eqx.apply_updates(layers, updates)
+    assert value < 0.1 < 0.5 < default[0]
+
+
+class Chain(dr.AbstractCouplingSolver):
+    term_structure = dfx.ODETerm
+    coupling: dr.Coupling
+
+    def couplings(self, terms, t0, t1, args):
+        return (self.coupling,)
+
+
+@pytest.mark.parametrize(
+    "coupling, y0, message",
+    (
+        (dr.Coupling(0, lambda x: x, scale=0), None, "number that is not zero"),
+        (dr.Coupling(0, lambda x: x, scale=float("nan")), None, "number that is not zero"),
+        (dr.Coupling(0, lambda x: x, scale=jnp.array(2.0)), None, "known when the solve"),
+        (dr.Coupling(2, lambda x, y: x), None, "one of the 2 parts"),
+        (dr.Coupling(-1, lambda x: x), None, "one of the 2 parts"),
+        (dr.Coupling(0, lambda x: x[:1]), None, "has to return arrays like the part 0"),
+        (dr.Coupling(0, lambda x: (x, x)), None, "has to return arrays like the part 0"),
+        (dr.Coupling(0, lambda x: x.astype("float32")), None, "dtypes .*float64"),
+        (dr.Coupling(0, lambda x: x), list(PAIR_Y0), "tuple of at least two parts"),
+    ),
+)
+def test_refusals(coupling, y0, message):
+    y0 = PAIR_Y0 if y0 is None else y0
+    with pytest.raises(ValueError, match=message):
+        final(Chain(coupling), y0, lambda t, y, args: y, dr.ReversibleAdjoint())
+
+
+def test_no_vector_field():
+    with pytest.raises(NotImplementedError, match="pass `dt0`"):
+        steps = dr.StepDensityController(fraction=0.1)
+        kwargs = dict(stepsize_controller=steps)
+        final(TwoStreams(), PAIR_Y0, PAIR, dr.ReversibleAdjoint(), **kwargs)
