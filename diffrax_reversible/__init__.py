@@ -22,8 +22,14 @@ from ._solver.alf import (
     ALF8 as ALF8,
 )
 from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
+from ._solver.collocation import CollocationInterpolation as CollocationInterpolation
 from ._solver.coupling_solver import AbstractCouplingSolver as AbstractCouplingSolver
 from ._solver.couplings import Coupling as Coupling
+from ._solver.gauss import (
+    Gauss4 as Gauss4,
+    Gauss6 as Gauss6,
+    ImplicitMidpoint as ImplicitMidpoint,
+)
 from ._solver.hamiltonian import (
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,

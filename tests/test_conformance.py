@@ -86,16 +86,24 @@ def spec(solver):
     return Spec(solver, Network(), Y0)
 
 
+GAUSS = dr.ImplicitMidpoint, dr.Gauss4, dr.Gauss6
 SOLVERS = (
     *(*ALF, COMPENSATED, BITWISE),
     *(*SPLITTINGS, *NYSTROM),
     *(dr.BlanesMoan4(compensated=True), dr.BlanesMoan4(bitwise=True)),
     *(dr.McCallumFoster(dfx.Heun()), dr.McCallumFoster(dfx.Tsit5(), coupling=0.9)),
     *(dfx.ReversibleHeun(), dfx.LeapfrogMidpoint(), dfx.SemiImplicitEuler()),
+    *(dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()),
     # Of users.
     *(InverseOnly(), TwoStreams(), Ruth()),
 )
-SPECS = {repr(solver): spec(solver) for solver in SOLVERS}
+
+
+def name_of(solver):
+    return type(solver).__name__ if isinstance(solver, GAUSS) else repr(solver)
+
+
+SPECS = {name_of(solver): spec(solver) for solver in SOLVERS}
 every_solver = pytest.mark.parametrize("name", SPECS)
 
 

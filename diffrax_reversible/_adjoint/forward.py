@@ -14,7 +14,7 @@ from .._custom_types import (
     IntScalarLike,
 )
 from .._diffrax import State
-from .._solver.capabilities import needs_restart, to_record
+from .._solver.capabilities import needs_restart, statistics, to_record
 from .._tree import tree_replace
 from .kept import Kept, least_spacing
 from .known import Checkpoints, Known
@@ -72,7 +72,8 @@ def _solve(
 
     final_state = problem.run(inputs, Advancing(problem.solver), loop_over_steps)
     ((end, kept),) = ends
-    return final_state, {"num_restarts": kept.restarts}, end, kept
+    stats = {"num_restarts": kept.restarts, **statistics(problem.solver, end.solver_state)}
+    return final_state, stats, end, kept
 
 
 def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:

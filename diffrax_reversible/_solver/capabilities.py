@@ -201,6 +201,24 @@ class HasErrorScales(AbstractReversibleSolver[_SolverState], Generic[_SolverStat
         """
 
 
+class HasStatistics(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
+    """A solver that counts something."""
+
+    @abc.abstractmethod
+    def statistics(self, solver_state: _SolverState) -> dict[str, PyTree[Array]]:
+        """For the `stats` of a solution under `ReversibleAdjoint`, from the solver state
+        after the last step."""
+
+
+def statistics(
+    solver: AbstractReversibleSolver, solver_state: SolverState
+) -> dict[str, PyTree[Array]]:
+    """See `HasStatistics`."""
+    if isinstance(solver, HasStatistics):
+        return solver.statistics(solver_state)
+    return {}
+
+
 def needs_restart(
     solver: AbstractReversibleSolver, solver_state: SolverState
 ) -> BoolScalarLike:

@@ -9,7 +9,6 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
-from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .._coefficients.splitting import SplittingTableau
@@ -34,6 +33,7 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
+from .affine import is_affine
 from .base import check_flags
 from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
 from .chain import scan
@@ -419,20 +419,10 @@ class AbstractSplitting(
         term_q, term_p = terms
         return as_ode_term(self, term_q), as_ode_term(self, term_p)
 
-    def _is_affine(self, term: AbstractTerm, t: RealScalarLike, p: Y, args: Args) -> bool:
-        """Whether the derivative of the drift is seen not to depend on `(t, p)`."""
-
-        def derivative(t, p, dt, dp):
-            return jax.jvp(lambda t, p: term.vf(t, p, args), (t, p), (dt, dp))[1]
-
-        point = (jnp.asarray(t), p)
-        jaxpr = jax.make_jaxpr(derivative)(*point, *point).jaxpr
-        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        return not any(used[: len(used) // 2])
-
     def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
         call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
-        if self.tableau.nystrom and not self._is_affine(terms[0], t, y[1], args):
+        drift = lambda t, p: terms[0].vf(t, p, args)
+        if self.tableau.nystrom and not is_affine(drift, jnp.asarray(t), y[1]):
             raise ValueError(
                 f"{call[:-3]}nystrom=True))` is of its order where drifts are affine in "
                 "time and momentum, as `p / m` is, and `term_q` is not seen to be. Write "

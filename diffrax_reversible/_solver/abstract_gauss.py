@@ -1,0 +1,346 @@
+"""Gauss collocation, whatever the number of stages."""
+
+from typing import ClassVar, TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import optimistix as optx
+from diffrax import (
+    AbstractAdaptiveSolver,
+    AbstractImplicitSolver,
+    AbstractTerm,
+    RESULTS,
+)
+from jaxtyping import Array, PyTree
+
+from .._coefficients.gauss import GaussTableau
+from .._custom_types import (
+    Args,
+    Bind,
+    BoolScalarLike,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
+from .._tree import is_complex, larger, tree_add, tree_scale
+from .affine import is_affine
+from .capabilities import CanCrossJumps, HasErrorScales, HasStatistics
+from .collocation import CollocationInterpolation
+from .gauss_state import GaussState
+from .ode_term import as_ode_term
+from .pullback import Cotangent, HasPullback, Start
+from .stage_equations import solve_stages, StageNewton, Stages
+
+
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+
+# Of the difference of the defects at both ends. With one stage the estimate is that of
+# Simpson's rule; with two and three, errors at a tolerance are then about those of
+# `Kvaerno5`, on equations that are not stiff.
+_error_weight = 1 / 6
+
+
+class AbstractGauss(
+    CanCrossJumps[GaussState],
+    HasErrorScales[GaussState],
+    HasStatistics[GaussState],
+    HasPullback[GaussState],
+    AbstractImplicitSolver[GaussState],
+    AbstractAdaptiveSolver[GaussState],
+):
+    """Collocation at Gauss nodes, for ODEs.
+
+    With the stages `k_i`, that are derivatives times the length `h` of a step,
+
+        k_i = h f(t0 + c_i h, y0 + sum_j a_ij k_j),    y1 = y0 + sum_i b_i k_i
+
+    of which the first are equations for the `k_i`. From the other end they read
+
+        k_i = h f(t0 + c_i h, y1 + sum_j (a_ij - b_j) k_j),    y0 = y1 - sum_i b_i k_i
+
+    and have the same solution, with which a step is undone. A cotangent is pulled back
+    through it by the implicit function theorem, with one linear solve of the transposed
+    equations, and one pull-back of each stage.
+    """
+
+    tableau: AbstractVar[GaussTableau]
+    linear_solver: AbstractVar[lx.AbstractLinearSolver]
+
+    term_structure: ClassVar = AbstractTerm
+    interpolation_cls: ClassVar = CollocationInterpolation
+
+    def order(self, terms: Terms) -> int:
+        del terms
+        return self.tableau.order
+
+    def error_order(self, terms: Terms) -> int:
+        del terms
+        return self.tableau.stages + 2
+
+    def init(
+        self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
+    ) -> GaussState:
+        del t1, args
+        as_ode_term(self, terms)
+        if any(map(is_complex, jtu.tree_leaves(y0))):
+            name = type(self).__name__
+            raise ValueError(
+                f"`diffeqsolve(..., solver={name}())`: the root finders that it uses do "
+                "not take complex states. Split the state into its real and imaginary "
+                "part."
+            )
+        return GaussState.start(self.tableau, y0, t0)
+
+    def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
+        return as_ode_term(self, terms).vf(t0, y0, args)
+
+    def step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: GaussState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y, DenseInfo, GaussState, RESULTS]:
+        del made_jump
+        step = terms, t0, t1, args
+        stages = self._solve(step, y0, self.tableau.matrix, solver_state)
+        k = stages.increments
+        y1 = tree_add(y0, _combine(self.tableau.weights, k))
+        y1 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y1)
+        y_error = self._error(step, y0, y1, k)
+        # An infinite one has the step rejected, and a smaller one tried.
+        y_error = jtu.tree_map(lambda e: jnp.where(stages.found, e, jnp.inf), y_error)
+        after = solver_state.after(k, t0, t1, stages.iterations)
+        failed = RESULTS.promote(optx.RESULTS.nonlinear_divergence)
+        result = RESULTS.where(stages.found, RESULTS.successful, failed)
+        return y1, y_error, dict(y0=y0, y1=y1, k=k), after, result
+
+    def backward_step(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: GaussState,
+    ) -> tuple[Y, GaussState]:
+        y0, _, before = self._undo((terms, t0, t1, args), y1, solver_state)
+        return y0, before
+
+    def backward_step_and_pullback(
+        self,
+        bind: Bind,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: GaussState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+        start: Start | None = None,
+    ) -> tuple[Y, GaussState, Cotangent]:
+        """One solution of the stage equations, one linear solve with their transpose, and
+        one evaluation and pull-back of each stage."""
+        terms, args = bind(params)
+        y0, k, before = self._undo((terms, t0, t1, args), y1, solver_state)
+        origin = y0 if start is None else start.choose(start.y, y0)
+
+        def stages(y, k, params):
+            terms, args = bind(params)
+            return self._evaluate((terms, t0, t1, args), y, self.tableau.matrix, k)
+
+        _, pull = jax.vjp(stages, origin, k, params)
+        y1_bar, k_bar = cotangent.y, None
+        if dense_cotangent is not None:
+            y1_bar = tree_add(y1_bar, dense_cotangent["y1"])
+            k_bar = dense_cotangent["k"]
+        spread = _spread(self.tableau.weights, y1_bar)
+        k_bar = spread if k_bar is None else tree_add(k_bar, spread)
+
+        def transposed(x):
+            return jtu.tree_map(jnp.subtract, x, pull(x)[1])
+
+        operator = lx.FunctionLinearOperator(transposed, jax.eval_shape(lambda: k_bar))
+        solved = lx.linear_solve(operator, k_bar, self.linear_solver, throw=False).value
+        pulled, _, params_bar = pull(solved)
+        y0_bar = tree_add(y1_bar, pulled)
+        if dense_cotangent is not None:
+            y0_bar = tree_add(y0_bar, dense_cotangent["y0"])
+        params_bar = tree_add(cotangent.params, params_bar)
+        return y0, before, Cotangent(y0_bar, cotangent.solver_state, params_bar)
+
+    def cross_jump(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: GaussState,
+    ) -> tuple[GaussState, BoolScalarLike]:
+        """Of the vector field there is nothing in the solver state but guesses."""
+        del terms, t0, t1, y, args
+        return solver_state, False
+
+    def statistics(self, solver_state: GaussState) -> dict[str, PyTree[Array]]:
+        """How many iterations the root finder has made, in all steps that were accepted."""
+        return {"num_root_find_steps": solver_state.iterations}
+
+    def error_scales(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: GaussState,
+        y_end: Y,
+        solver_state_end: GaussState,
+    ) -> tuple[Y, GaussState]:
+        """Of an entry of `y` no less than what comes of all other entries by a linear
+        solve, with which their rounding errors come too: of signs at random, for them not
+        to cancel. If the linear solver is iterative, no less than the largest entry of its
+        array, to which its tolerance is relative."""
+        del length, solver_state, solver_state_end
+        step = terms, t0, t1, args
+        slope = tree_scale(t1 - t0, self.func(terms, t0, y0, args))
+        scales = jtu.tree_map(larger, y0, y_end, self._filtered(step, y0, slope))
+        leaves, structure = jtu.tree_flatten(scales)
+        keys = jr.split(jr.key(0), len(leaves))
+        signed = [
+            jr.rademacher(key, x.shape, x.dtype) * x
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+        spread = self._filtered(step, y0, jtu.tree_unflatten(structure, signed))
+        scales = jtu.tree_map(larger, scales, spread)
+        if _is_iterative(self.linear_solver):
+            scales = jtu.tree_map(lambda x: jnp.full_like(x, jnp.max(x, initial=0)), scales)
+        return scales, GaussState(None, None, None)
+
+    def _undo(
+        self, step: tuple, y1: Y, solver_state: GaussState
+    ) -> tuple[Y, PyTree[Array], GaussState]:
+        """The start of a step, its stages, and the solver state."""
+        _, t0, t1, _ = step
+        stages = self._solve(step, y1, self.tableau.backward_matrix, solver_state)
+        k = stages.increments
+        increment = _combine(self.tableau.weights, k)
+        y0 = jtu.tree_map(jnp.subtract, y1, increment)
+        # Which is an error of the walk back.
+        y0 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y0)
+        return y0, k, solver_state.after(k, t0, t1, -stages.iterations)
+
+    def _solve(
+        self, step: tuple, y: Y, matrix: np.ndarray, solver_state: GaussState
+    ) -> Stages:
+        """The stages of a step from `y`, that is at the end that `matrix` is for."""
+        terms, t0, t1, args = step
+        term = as_ode_term(self, terms)
+        affine = is_affine(lambda y: term.vf(t0, y, args), y)
+        return solve_stages(
+            lambda k: self._evaluate(step, y, matrix, k),
+            solver_state.guess(self.tableau, y, jnp.asarray(t0), jnp.asarray(t1)),
+            y,
+            None if affine else self._root_finder,
+            self.linear_solver,
+            self.root_find_max_steps,
+        )
+
+    @property
+    def _root_finder(self) -> optx.AbstractRootFinder:
+        if isinstance(self.root_finder, StageNewton):
+            return self.root_finder.by(self.linear_solver)
+        return self.root_finder
+
+    def _evaluate(
+        self, step: tuple, y: Y, matrix: np.ndarray, k: PyTree[Array]
+    ) -> PyTree[Array]:
+        """The right-hand sides of the stage equations."""
+        terms, t0, t1, args = step
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
+        slopes = [
+            term.vf(t0 + float(c) * (t1 - t0), tree_add(y, _combine(row, k)), args)
+            for c, row in zip(self.tableau.nodes, matrix, strict=True)
+        ]
+        return tree_scale(control, jtu.tree_map(lambda *ks: jnp.stack(ks), *slopes))
+
+    def _error(self, step: tuple, y0: Y, y1: Y, k: PyTree[Array]) -> Y:
+        """An estimate of the error, by the defect of the collocation polynomial `u`, that
+        is `h f(t, u) - h u'`, at both ends.
+
+        To leading order it is the same at both ends, but for the sign `(-1)^s`, so that
+        their difference is of order `s + 2`. It grows with the stiffness, and is filtered
+        by a linear solve with `1 - γ h ∂f/∂y`, as by Hairer & Wanner (1996), section IV.8,
+        doi:10.1007/978-3-642-05221-7.
+        """
+        terms, t0, t1, args = step
+        term = as_ode_term(self, terms)
+        control = term.contr(t0, t1)
+        at0, at1 = self.tableau.defect_weights
+        sign = (-1) ** self.tableau.stages
+
+        def defect(t, y, weights):
+            slope = tree_scale(control, term.vf(t, y, args))
+            return jtu.tree_map(jnp.subtract, slope, _combine(weights, k))
+
+        difference = tree_add(defect(t0, y0, at0), tree_scale(-sign, defect(t1, y1, at1)))
+        difference = tree_scale(_error_weight, difference)
+
+        return self._filtered(step, y0, difference)
+
+    def _filtered(self, step: tuple, y: Y, x: Y) -> Y:
+        """`(1 - γ h ∂f/∂y)^-1 x`, at the start of a step."""
+        terms, t0, t1, args = step
+        term = as_ode_term(self, terms)
+        weight = term.contr(t0, t1) * self._filter
+
+        def stiff(x):
+            _, tangent = jax.jvp(lambda y: term.vf(t0, y, args), (y,), (x,))
+            return jtu.tree_map(jnp.subtract, x, tree_scale(weight, tangent))
+
+        operator = lx.FunctionLinearOperator(stiff, jax.eval_shape(lambda: y))
+        return lx.linear_solve(operator, x, self.linear_solver, throw=False).value
+
+    @property
+    def _filter(self) -> float:
+        """With one stage that of the step itself; about as much of the step with more."""
+        return 1 / (2 * self.tableau.stages)
+
+
+def _is_iterative(linear_solver: lx.AbstractLinearSolver) -> bool:
+    inner = getattr(linear_solver, "inner_solver", linear_solver)
+    return hasattr(inner, "rtol")
+
+
+def _combine(weights: np.ndarray, k: PyTree[Array]) -> Y:
+    """The sum of stages with these weights."""
+
+    def combine(k):
+        return jnp.tensordot(jnp.asarray(weights, k.dtype), k, axes=(0, 0))
+
+    return jtu.tree_map(combine, k)
+
+
+def _spread(weights: np.ndarray, y: Y) -> PyTree[Array]:
+    """The transpose of `_combine`."""
+
+    def spread(y):
+        return jnp.tensordot(jnp.asarray(weights, y.dtype), y, axes=0)
+
+    return jtu.tree_map(spread, y)

@@ -1,0 +1,75 @@
+"""The solver state of Gauss methods: where to begin the next iteration."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PyTree
+
+from .._coefficients.gauss import GaussTableau
+from .._custom_types import RealScalarLike, Y
+from .._tree import from_bits, to_bits
+
+
+# Further than so many of its lengths away, a collocation polynomial says nothing.
+_farthest = 2.0
+
+
+class GaussState(eqx.Module):
+    """Solver state: the stages of the step next to this one, for a guess at those of the
+    next one. They change a step by rounding only, and are held as bits: they are neither
+    differentiated nor compared with in the walk back.
+
+    - `slopes`: the derivatives at the stages, along a first axis.
+    - `ends`: of that step.
+    - `iterations`: of the root finder, in all steps that were accepted so far.
+    """
+
+    slopes: PyTree[Int[Array, " stages ..."]]
+    ends: Int[Array, " 2"] | None
+    iterations: Int[Array, ""] | None
+
+    @staticmethod
+    def start(tableau: GaussTableau, y: Y, t: RealScalarLike) -> "GaussState":
+        """With no step next to it."""
+        shape = lambda x: jnp.zeros((tableau.stages, *x.shape), x.dtype)
+        slopes = jtu.tree_map(shape, y)
+        ends = jnp.stack([jnp.asarray(t), jnp.asarray(t)])
+        slopes, ends = to_bits((slopes, ends))
+        return GaussState(slopes, ends, jnp.array(0))
+
+    def after(
+        self,
+        increments: PyTree[Array],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        iterations: Int[Array, ""],
+    ) -> "GaussState":
+        """After a step from `t0` to `t1`, or before it, with its stages."""
+        ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
+        length = jnp.where(ends[1] == ends[0], 1, ends[1] - ends[0])
+        slopes = jtu.tree_map(lambda k: k / length.astype(k.dtype), increments)
+        slopes, ends = to_bits((slopes, ends))
+        assert self.iterations is not None
+        return GaussState(slopes, ends, self.iterations + iterations)
+
+    def guess(
+        self, tableau: GaussTableau, y: Y, t0: RealScalarLike, t1: RealScalarLike
+    ) -> PyTree[Array]:
+        """The stage derivatives of a step from `t0` to `t1`, times its length, by the
+        derivative of the collocation polynomial of the step next to it."""
+        like = jtu.tree_map(lambda x: jnp.zeros((tableau.stages, *x.shape), x.dtype), y)
+        slopes, ends = from_bits((self.slopes, self.ends), (like, jnp.stack([t0, t1])))
+        length = ends[1] - ends[0]
+        known = length != 0
+        nodes = jnp.asarray(tableau.nodes, length.dtype)
+        x = (t0 + nodes * (t1 - t0) - ends[0]) / jnp.where(known, length, 1)
+        x = jnp.clip(x, 1 - _farthest, _farthest)
+        powers = jnp.stack([x**q for q in range(tableau.stages)])
+        # From the stages that are known, down, to those that are asked for, across.
+        weights = jnp.asarray(tableau.basis, length.dtype) @ powers
+        weights = jnp.where(known, weights * (t1 - t0), 0)
+
+        def extrapolate(slopes):
+            return jnp.tensordot(weights.astype(slopes.dtype), slopes, axes=(0, 0))
+
+        return jtu.tree_map(extrapolate, slopes)

@@ -1,0 +1,373 @@
+"""Gauss methods: order, invariants, stability, gradients, what they cost."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import pytest
+
+import diffrax_reversible as dr
+from diffrax_reversible._coefficients.gauss import gauss
+
+from .problems import relative_error, with_slow
+from .test_work import Counter
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+SOLVERS = dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()
+every_solver = pytest.mark.parametrize(
+    "solver", SOLVERS, ids=lambda solver: type(solver).__name__
+)
+Y0 = jnp.array([0.7, -0.4])
+
+
+def field(t, y, args):
+    """Not autonomous, and not Hamiltonian."""
+    a, b = y
+    return jnp.stack([b + args * a * b * jnp.cos(t), jnp.sin(a) - 0.5 * b])
+
+
+def spring(t, y, frequency):
+    """A pendulum on a stiff spring."""
+    q, p = y
+    r = jnp.linalg.norm(q)
+    return p, -(frequency**2) * (1 - 1 / r) * q - jnp.array([0.0, 1.0])
+
+
+HANGING = jnp.array([1.0, 0.0]), jnp.zeros(2)
+
+
+@pytest.mark.parametrize("stages", (1, 2, 3))
+def test_simplifying_assumptions(stages):
+    """`B(2s)`, `C(s)` and `D(s)`, symmetry, and what keeps quadratic invariants."""
+    c, a, b, basis = gauss(stages)
+    for q in range(1, 2 * stages + 1):
+        assert abs(b @ c ** (q - 1) - 1 / q) < 1e-15
+    for q in range(1, stages + 1):
+        assert np.max(np.abs(a @ c ** (q - 1) - c**q / q)) < 1e-15
+        d = (b * c ** (q - 1)) @ a - b * (1 - c**q) / q
+        assert np.max(np.abs(d)) < 1e-15
+    assert np.max(np.abs(a + a[::-1, ::-1] - b)) < 1e-15
+    products = b[:, None] * a
+    assert np.max(np.abs(products + products.T - np.outer(b, b))) < 1e-16
+    assert np.sum(b) == 1
+    powers = np.vander(c, stages, increasing=True)
+    assert np.max(np.abs(basis @ powers.T - np.eye(stages))) < 1e-14
+
+
+@every_solver
+def test_order(solver):
+    """By slopes, at the end and between the steps."""
+    args, ts = jnp.array(0.3), jnp.linspace(0.0, 3.0, 101)
+    term = dfx.ODETerm(field)
+    exact = dfx.diffeqsolve(
+        term,
+        dfx.Dopri8(),
+        *(0.0, 3.0, None, Y0, args),
+        saveat=dfx.SaveAt(ts=ts),
+        stepsize_controller=dfx.StepTo(jnp.linspace(0.0, 3.0, 801)),
+    ).ys
+
+    @jax.jit
+    def solve(dt0):
+        saveat = dfx.SaveAt(ts=ts)
+        return dfx.diffeqsolve(term, solver, 0.0, 3.0, dt0, Y0, args, saveat=saveat).ys
+
+    def errors(n):
+        off = np.max(np.abs(solve(jnp.array(3.0 / n)) - exact), axis=1)
+        return np.array([off[-1], np.max(off)])
+
+    end, between = np.log2(errors(8) / errors(16))
+    order = solver.order(term)
+    assert order == 2 * solver.tableau.stages
+    assert end > order - 0.3
+    # With one stage it is linear between the ends, which are off by as much.
+    assert between > solver.tableau.stages + 1 - 0.3
+
+
+@pytest.mark.parametrize("steps", with_slow((10_000,), (100_000,)))
+@every_solver
+def test_quadratic_invariants(solver, steps):
+    """Are kept over any number of steps: of a top, its energy and angular momentum."""
+    inertia = jnp.array([1.0, 2.0, 3.5])
+
+    def top(t, y, args):
+        return jnp.cross(y, y / inertia)
+
+    y0 = jnp.array([0.6, 0.7, 0.4])
+    invariants = lambda y: np.array([y @ y, y @ (y / inertia)])
+    end = dfx.diffeqsolve(
+        dfx.ODETerm(top), solver, 0.0, 0.1 * steps, 0.1, y0, max_steps=None
+    ).ys[0]
+    assert np.max(np.abs(end - y0)) > 1e-2
+    assert np.max(np.abs(invariants(end) / invariants(y0) - 1)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@every_solver
+def test_stability(solver, dtype):
+    """On oscillations of any frequency, with an amplitude that they depend on."""
+
+    def rotation(t, y, w):
+        return w * (0.99 + 0.01 * jnp.sum(y**2)) * jnp.stack([y[1], -y[0]])
+
+    @eqx.filter_jit
+    def there_and_back(w):
+        terms, one = dfx.ODETerm(rotation), jnp.ones((), dtype)
+        y0 = jnp.array([1.0, 0.0], dtype)
+        state = solver.init(terms, 0 * one, one, y0, w)
+
+        def step(carry, _):
+            y, state = carry
+            y, y_error, _, state, result = solver.step(
+                terms, 0 * one, one, y, w, state, False
+            )
+            return (y, state), (jnp.max(jnp.abs(y_error)), result == dfx.RESULTS.successful)
+
+        def undo(carry, _):
+            y, state = carry
+            return solver.backward_step(terms, 0 * one, one, y, w, state), None
+
+        carry, (errors, found) = jax.lax.scan(step, (y0, state), None, length=50)
+        (back, _), _ = jax.lax.scan(undo, carry, None, length=50)
+        return carry[0], back - y0, errors, found
+
+    eps = float(jnp.finfo(dtype).eps)
+    for w in 10.0 ** np.arange(-3, 7):
+        y, off, errors, found = there_and_back(jnp.array(w, dtype))
+        assert np.all(found)
+        assert abs(np.linalg.norm(y) - 1) < 400 * eps
+        assert np.max(np.abs(off)) < 1000 * eps
+        # The estimate of the error is bounded, however stiff the equation is.
+        assert np.max(errors) < 0.02
+
+
+def loss(parameters, solver, adjoint, max_steps=64):
+    y0, args, t1, ts = parameters
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, _: field(t, y, args)),
+        solver,
+        0.0,
+        t1,
+        0.1,
+        y0,
+        saveat=dfx.SaveAt(ts=ts, t1=True),
+        adjoint=adjoint,
+        stepsize_controller=dfx.PIDController(rtol=1e-5, atol=1e-5),
+        max_steps=max_steps,
+    )
+    return jnp.sum(sol.ys**2), sol.stats
+
+
+@pytest.mark.parametrize(
+    "solver", with_slow((dr.Gauss4(),), (dr.ImplicitMidpoint(), dr.Gauss6())), ids=str
+)
+@pytest.mark.parametrize("with_times", with_slow((False,), (True,)))
+def test_gradient(solver, with_times):
+    """In a batch of which each member takes steps of its own; of a value that the vector
+    field closes over, too."""
+    rest = jnp.array(2.0), jnp.array([0.4, 1.3])
+    parameters = (Y0, jnp.array(0.3), *(rest if with_times else ()))
+
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def of(size, parameters):
+            y0, *others = (*parameters, *rest[len(parameters) - 2 :])
+            return loss((size * y0, *others), solver, adjoint)
+
+        grad = jax.grad(of, argnums=1, has_aux=True)
+        return jax.vmap(grad, in_axes=(0, None))(jnp.array([1.0, 0.1]), parameters)
+
+    ours, stats = gradient(dr.ReversibleAdjoint())
+    default, _ = gradient(dfx.RecursiveCheckpointAdjoint(checkpoints=64))
+    assert relative_error(ours, default) < 1e-10
+    assert np.all(stats["num_root_find_steps"] >= 2 * stats["num_accepted_steps"])
+
+
+def test_gradient_of_a_stiff_spring():
+    """In steps that do not resolve its oscillation, against differences."""
+
+    def stretched(frequency, adjoint=None):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(spring),
+            dr.Gauss4(),
+            *(0.0, 3.0, 0.1, HANGING, frequency),
+            adjoint=dr.ReversibleAdjoint() if adjoint is None else adjoint,
+            stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4),
+        )
+        return sol.ys[0][0, 0], sol.stats
+
+    frequency = jnp.array(1e3)
+    gradient = eqx.filter_jit(jax.grad(stretched, has_aux=True))
+    grad, stats = gradient(frequency)
+    # A step is several periods long.
+    assert stats["num_steps"] < 200
+    default, _ = gradient(frequency, dfx.RecursiveCheckpointAdjoint())
+    assert abs(grad - default) < 1e-6 * abs(default)
+
+
+def test_dissipation():
+    """Cannot be undone over many steps: known states are next to each other."""
+
+    @eqx.filter_jit
+    def gradient(rate, adjoint):
+        def final(y0, rate):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, args: -rate * (y - jnp.cos(t))),
+                dr.Gauss4(),
+                *(0.0, 3.0, 0.05, y0),
+                adjoint=adjoint,
+                max_steps=64,
+            )
+            return jnp.sum(sol.ys**2)
+
+        return jax.grad(final, argnums=(0, 1))(Y0, rate)
+
+    for rate in jnp.array([1.0, 30.0, 1e3, 1e5]):
+        ours = gradient(rate, dr.ReversibleAdjoint())
+        default = gradient(rate, dfx.RecursiveCheckpointAdjoint())
+        assert relative_error(ours, default) < 1e-6
+
+
+def test_memory():
+    """Is less than with the default adjoint, and does not grow with the number of steps."""
+
+    def bytes_of(adjoint, max_steps):
+        def final(y0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, args: jnp.roll(jnp.sin(y), 1)),
+                dr.Gauss4(linear_solver=lx.GMRES(rtol=1e-12, atol=1e-12)),
+                *(0.0, 1.0, 0.1, y0),
+                adjoint=adjoint,
+                max_steps=max_steps,
+            )
+            return jnp.sum(sol.ys)
+
+        compiled = jax.jit(jax.grad(final)).lower(jnp.ones(4096)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = bytes_of(dr.ReversibleAdjoint(), 4096)
+    assert bytes_of(dr.ReversibleAdjoint(), 10**6) < 1.05 * ours
+    assert ours < 0.5 * bytes_of(dfx.RecursiveCheckpointAdjoint(), 4096)
+
+
+class Solves(lx.AbstractLinearSolver):
+    """LU, counted."""
+
+    counter: Counter = eqx.field(static=True)
+    lu: lx.LU = lx.LU()
+
+    def init(self, operator, options):
+        return self.lu.init(operator, options)
+
+    def compute(self, state, vector, options):
+        one = jax.pure_callback(
+            self.counter._increment,
+            jax.ShapeDtypeStruct((), float),
+            (0.0, jax.lax.stop_gradient(jax.tree.leaves(vector)[0])),
+            vmap_method="sequential",
+        )
+        vector = jax.tree.map(lambda x: one * x, vector)
+        return self.lu.compute(state, vector, options)
+
+    def transpose(self, state, options):
+        return self.lu.transpose(state, options)
+
+    def conj(self, state, options):
+        return self.lu.conj(state, options)
+
+    def assume_full_rank(self):
+        return True
+
+
+@pytest.mark.parametrize("linear", (True, False))
+def test_linear_solves(linear):
+    """One a step where the equation is linear. One more for its pull-back, and one to undo
+    it, and those by which known states are measured."""
+    counter = Counter()
+    newton = optx.Newton(rtol=1e-6, atol=1e-6)
+    solver = dr.Gauss4(linear_solver=Solves(counter), root_finder=newton)
+    steps = 10
+
+    def final(y0):
+        power = 1 if linear else 2
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], -(y[0] ** power)])),
+            solver,
+            *(0.0, 1.0, 0.1, y0),
+            adjoint=dr.ReversibleAdjoint(checkpoints=0),
+        )
+        return jnp.sum(sol.ys), sol.stats
+
+    forward, (_, stats) = counter.during(jax.jit(final), Y0)
+    # Beside those of the root finder, which has a linear solver of its own.
+    assert forward == steps
+    both, _ = counter.during(jax.jit(jax.grad(final, has_aux=True)), Y0)
+    assert both - forward == 2 * steps + 2
+    if linear:
+        assert stats["num_root_find_steps"] == steps
+
+
+def test_matrix_free():
+    """With GMRES, on a wave of which a step crosses many cells."""
+    n = 256
+    x = jnp.linspace(0, 2 * jnp.pi, n, endpoint=False)
+    y0 = jnp.sin(3 * x) + 0.3 * jnp.cos(x), jnp.zeros(n)
+
+    def wave(t, y, speed):
+        u, v = y
+        return v, speed * (n / 6) ** 2 * (jnp.roll(u, 1) - 2 * u + jnp.roll(u, -1))
+
+    def gradient(linear_solver, adjoint):
+        solver = dr.ImplicitMidpoint(linear_solver=linear_solver)
+
+        def final(speed):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(wave), solver, 0.0, 2.0, 0.1, y0, speed, adjoint=adjoint
+            )
+            return jnp.sum(sol.ys[0] ** 2)
+
+        return jax.jit(jax.grad(final))(jnp.array(1.0))
+
+    gmres = lx.GMRES(rtol=1e-12, atol=1e-12)
+    ours = gradient(gmres, dr.ReversibleAdjoint())
+    default = gradient(lx.LU(), dfx.RecursiveCheckpointAdjoint())
+    assert abs(ours - default) < 1e-8 * abs(default)
+
+
+def test_step_that_is_not_found():
+    """Is rejected by an adaptive controller, and else an error."""
+
+    def blow_up(t, y, args):
+        return y**2
+
+    def solve(dt0, t1=0.9, **kwargs):
+        term, y0 = dfx.ODETerm(blow_up), jnp.array([1.0])
+        return dfx.diffeqsolve(term, dr.Gauss4(), 0.0, t1, dt0, y0, **kwargs)
+
+    controller = dfx.PIDController(rtol=1e-6, atol=1e-6)
+    sol = solve(0.85, stepsize_controller=controller)
+    assert sol.stats["num_rejected_steps"] > 0
+    assert abs(sol.ys[0, 0] - 10) < 1e-3
+    assert solve(5.0, 5.0, throw=False).result != dfx.RESULTS.successful
+
+
+def test_root_finder_of_ones_own():
+    """Chords, with a tolerance from which a Newton step makes rounding."""
+    chord = optx.Chord(rtol=0.0, atol=1e-9)
+    terms, args = dfx.ODETerm(field), jnp.array(0.3)
+    ends = [
+        dfx.diffeqsolve(terms, solver, 0.0, 3.0, 0.1, Y0, args).ys
+        for solver in (dr.Gauss4(root_finder=chord), dr.Gauss4())
+    ]
+    assert relative_error(*ends) < 1e-14
+
+
+def test_complex_states_are_refused():
+    term = dfx.ODETerm(lambda t, y, args: 1j * y)
+    with pytest.raises(ValueError, match="its real and imaginary part"):
+        dfx.diffeqsolve(term, dr.Gauss4(), 0.0, 1.0, 0.1, jnp.array([1.0 + 0j]))
