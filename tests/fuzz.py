@@ -81,6 +81,8 @@ SOLVERS = {
     "McCallumFoster Bosh3": dr.McCallumFoster(dfx.Bosh3(), coupling=1),
     "ReversibleHeun": dfx.ReversibleHeun(),
     "LeapfrogMidpoint": dfx.LeapfrogMidpoint(),
+    "ImplicitMidpoint": dr.ImplicitMidpoint(),
+    "Gauss6": dr.Gauss6(),
 }
 SPLITTINGS = {
     "StormerVerlet": dr.StormerVerlet(),
