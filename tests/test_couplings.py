@@ -13,7 +13,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, network_args, PAIR, PAIR_Y0, relative_error
+from .problems import as_terms, network_args, PAIR, PAIR_Y0, relative_error, with_slow
 from .test_work import Counter
 
 
@@ -52,7 +52,7 @@ def final(solver, y0, fields, adjoint, args=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("solver", (TwoStreams(), Ruth()), ids=repr)
+@pytest.mark.parametrize("solver", with_slow((TwoStreams(),), (Ruth(),)), ids=repr)
 def test_gradient(solver):
     """In a batch, with outputs between the steps."""
 

@@ -236,11 +236,9 @@ def gradient(adjoint, solver, controller, saveat):
 
 # Every controller and every way of saving, with solvers and dtypes in turn.
 CASES = with_slow(
+    ((dr.ALF4(), "pid", "subs", DTYPES[1]),),
     (
         (BITWISE, "pid", "fn", DTYPES[0]),
-        (dr.ALF4(), "pid", "subs", DTYPES[1]),
-    ),
-    (
         (dr.ALF6(), "given", "subs", DTYPES[0]),
         (dr.ALF4(), "fixed", "ends", DTYPES[0]),
         (dr.ALF4(), "pid", "ts", DTYPES[0]),

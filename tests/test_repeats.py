@@ -106,6 +106,7 @@ def test_event_and_jump(misses):
     assert_same(loss, Y0, Network(), network_args())
 
 
+@pytest.mark.slow
 def test_times(misses):
     """Those that are saved at, in a solve of which the end is differentiated as well."""
 
@@ -224,7 +225,7 @@ def test_orbits_that_are_forgotten(monkeypatch):
     assert repeated > once
 
 
-@pytest.mark.parametrize("rate, dt0", ((10.0, 0.1), (20.0, 0.05)))
+@pytest.mark.parametrize("rate, dt0", with_slow(((10.0, 0.1),), ((20.0, 0.05),)))
 def test_contraction_in_single_precision(rate, dt0):
     """With default settings, on steps that lose the digits of the state between restarts:
     no error, at the cost of some evaluations. With equal steps, as solves that are compiled

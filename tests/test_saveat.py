@@ -151,6 +151,7 @@ def test_solver_state():
     assert_same(saveat, ALF4, read)
 
 
+@pytest.mark.slow
 def test_dense_only():
     read = lambda sol: jnp.sum(sol.evaluate(1.3) ** 2)
     assert_same(dfx.SaveAt(dense=True), ALF4, read)

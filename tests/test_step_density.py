@@ -162,6 +162,7 @@ def test_continued():
     assert_same_gradient(loss, perihelion(0.5))
 
 
+@pytest.mark.slow
 @compile_quickly
 def test_memory_is_flat():
     """To the byte: in the length of the solve, and in the number of steps allowed."""

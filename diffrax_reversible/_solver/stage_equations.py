@@ -95,12 +95,14 @@ def solve_stages(
     max_steps: int,
 ) -> Stages:
     """Solve `k = fn(k)`, from a `guess`, in units of the size of `y`, entry by entry; by a
-    single Newton step if `root_finder` is `None`.
+    single Newton step if `root_finder` is `None`, in none.
 
     The solution is differentiated by the implicit function theorem.
     """
     guess = lax.stop_gradient(guess)
-    units = jtu.tree_map(_units, guess, lax.stop_gradient(y))
+    units = jtu.tree_map(jnp.ones_like, guess)
+    if root_finder is not None:
+        units = jtu.tree_map(_units, guess, lax.stop_gradient(y))
 
     def residual(scaled, _):
         increments = jtu.tree_map(jnp.multiply, units, scaled)
