@@ -11,6 +11,7 @@ import pytest
 
 import diffrax_reversible as dr
 from diffrax_reversible._coefficients.gauss import gauss
+from diffrax_reversible._solver.affine import is_affine
 
 from .problems import relative_error, with_slow
 from .test_work import Counter
@@ -371,3 +372,31 @@ def test_complex_states_are_refused():
     term = dfx.ODETerm(lambda t, y, args: 1j * y)
     with pytest.raises(ValueError, match="its real and imaginary part"):
         dfx.diffeqsolve(term, dr.Gauss4(), 0.0, 1.0, 0.1, jnp.array([1.0 + 0j]))
+
+
+A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
+
+
+@pytest.mark.parametrize(
+    "fn, affine",
+    (
+        (lambda y: A @ y, True),
+        (jax.jit(lambda y: 2 * jnp.roll(y, 1) - A @ y + 1), True),
+        (lambda y: jnp.where(Y0[0] < 1, A, -A) @ y + jnp.floor(Y0), True),
+        (lambda y: y.at[0].add(1.0) + y[jnp.array([1, 1])], True),
+        (lambda y: y * y, False),
+        (jnp.abs, False),
+        (jax.nn.relu, False),
+        # Of which the derivative is zero, or is not that of the function.
+        (jnp.floor, False),
+        (jax.jit(lambda y: jnp.round(A @ y)), False),
+        (lambda y: jnp.where(y > 0, 1.0, -1.0), False),
+        (jax.lax.stop_gradient, False),
+        (
+            lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.sign(c)), Y0, None, 2)[1][1],
+            False,
+        ),
+    ),
+)
+def test_what_is_seen_to_be_affine(fn, affine):
+    assert is_affine(fn, Y0) == affine
