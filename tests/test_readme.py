@@ -71,6 +71,7 @@ def test_solver_table():
 
 def test_hamiltonian_table():
     _, text = section("Solvers").split("### For separable Hamiltonian systems")
+    text, *_ = text.split("\n### ")
     rows = {row[0].strip("`"): row[1:] for row in table(text)}
     assert set(rows) == {type(solver).__name__ for solver in SPLITTINGS}
     for solver in SPLITTINGS:
