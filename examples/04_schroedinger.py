@@ -8,16 +8,15 @@ Schrödinger equation
     i ψ' = -1/2 ∂²ψ/∂x² + V(x - c(t)) ψ
 
 is solved on a grid, split into real and imaginary part, and the path `c` is optimised by
-the gradient of the final overlap with the ground state. (Units are such that Planck's
-constant and the mass are one; transport like this is done with rubidium, see Hickman &
-Saffman 2020, arXiv:2006.08736.)
+the gradient of the final overlap with the ground state. Units are such that Planck's
+constant and the mass are one.
 
-The fastest modes of the grid oscillate a thousand times faster than the atom, which carries
-nothing of them. Explicit steps are bounded by these modes all the same (`Tsit5`), and
-neither these nor dissipative implicit ones (`Kvaerno5`) keep the norm.
-`ImplicitMidpoint` keeps it to the last bits, and its gradient stores no trajectory: steps
-are undone by solving the same equations from the other end. The equations are
-tridiagonal, of which the solver is told by `linear_solver`.
+The fastest modes of the grid oscillate at `2 / dx²`, hundreds of times faster than the
+atom in its well, which carries nothing of them. Explicit steps are bounded by these modes
+all the same (`Tsit5`), and neither these nor dissipative implicit ones (`Kvaerno5`) keep
+the norm. `ImplicitMidpoint` keeps it to the last bits, and its gradient stores no
+trajectory: steps are undone by solving the same equations from the other end. The
+equations are tridiagonal, of which the solver is told by `linear_solver`.
 
 Takes two minutes on two cores. Writes `04_schroedinger.png`.
 """

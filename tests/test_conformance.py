@@ -34,6 +34,7 @@ from .problems import (
     as_vector,
     BITWISE,
     COMPENSATED,
+    harmonic,
     InverseOnly,
     Network,
     network_args,
@@ -65,10 +66,6 @@ class Spec(NamedTuple):
     free: Callable[[Any], Any] = lambda solver_state: []
 
 
-def affine(t, p, args):
-    return p * args["scale"]
-
-
 def spec(solver):
     solver = dr.as_reversible(solver)
     if isinstance(solver, dr.AbstractALF):
@@ -80,7 +77,7 @@ def spec(solver):
     if isinstance(getattr(solver, "solver", None), dfx.LeapfrogMidpoint):
         return Spec(solver, Network(), Y0, lambda s: s[1])
     if getattr(solver, "nystrom", False):
-        return Spec(solver, (affine, PAIR[1]), PAIR_Y0)
+        return Spec(solver, (harmonic, PAIR[1]), PAIR_Y0)
     if isinstance(solver.term_structure, tuple):
         return Spec(solver, PAIR, PAIR_Y0)
     return Spec(solver, Network(), Y0)

@@ -86,22 +86,76 @@ def test_order():
     assert np.all(slopes > 2.8), slopes
 
 
-def test_evaluations():
-    """As many backwards as forwards, for each part."""
+@pytest.mark.parametrize(
+    "solver, parts, at_start",
+    (
+        (TwoStreams(), 2, 2),
+        (dfx.SemiImplicitEuler(), 2, 2),
+        (dfx.LeapfrogMidpoint(), 1, 1),
+    ),
+    ids=repr,
+)
+def test_evaluations(solver, parts, at_start):
+    """As many backwards as forwards, and those of a step where the walk comes to the start,
+    by which it is measured."""
     counter, scale = Counter(), jnp.array(0.7)
+    y0, fields = (PAIR_Y0, (counter, counter)) if parts == 2 else (PAIR_Y0[0], counter)
 
     def loss(y0, scale):
         adjoint, saveat = dr.ReversibleAdjoint(checkpoints=0), dfx.SaveAt(t1=True)
-        fields = counter, counter
-        sol = final(TwoStreams(), y0, fields, adjoint, scale, saveat=saveat)
-        return sum(jnp.sum(y) for y in sol.ys)
+        sol = final(solver, y0, fields, adjoint, scale, saveat=saveat)
+        return sum(jnp.sum(y) for y in jax.tree.leaves(sol.ys))
 
-    forward, _ = counter.during(jax.jit(loss), PAIR_Y0, scale)
-    assert forward == 2 * 24
+    forward, _ = counter.during(jax.jit(loss), y0, scale)
+    assert forward == parts * 24
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    both, _ = counter.during(gradient, PAIR_Y0, scale)
-    # And those of a step where the walk comes to the start, by which it is measured.
-    assert both - forward == 2 * 24 + 2
+    both, _ = counter.during(gradient, y0, scale)
+    assert both - forward == parts * 24 + at_start
+
+
+def test_memory():
+    """Does not grow with the depth, but for some times of steps."""
+
+    def bytes_of(adjoint, depth):
+        def loss(y0, scale):
+            shift = lambda t, y, scale: jnp.sin(scale * jnp.roll(y, 1))
+            terms = as_terms((shift, shift))
+            sol = dfx.diffeqsolve(
+                *(terms, TwoStreams(), 0, depth, 1, y0, scale),
+                adjoint=adjoint,
+                max_steps=depth,
+            )
+            return sum(jnp.sum(y) for y in sol.ys)
+
+        y0 = jnp.ones(16384), jnp.ones(16384)
+        compiled = jax.jit(jax.grad(loss)).lower(y0, jnp.array(0.1)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = bytes_of(dr.ReversibleAdjoint(), 4096)
+    assert bytes_of(dr.ReversibleAdjoint(), 10**6) < 1.05 * ours
+    assert ours < 0.5 * bytes_of(dfx.RecursiveCheckpointAdjoint(), 4096)
+
+
+@pytest.mark.slow
+def test_steps_that_reverse_themselves():
+    """By a wished step size, as there is no error estimate."""
+    steps = dr.StepDensityController(lambda t, y, args: 0.1 / (1 + jnp.sum(y[0] ** 2)))
+
+    class WithField(TwoStreams):
+        def func(self, terms, t0, y0, args):
+            (f, g), (x1, x2) = terms, y0
+            return f.vf(t0, x2, args), g.vf(t0, x1, args)
+
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def loss(y0):
+            ys = final(WithField(), y0, PAIR, adjoint, stepsize_controller=steps).ys
+            return sum(jnp.sum(y**2) for y in ys)
+
+        return jax.grad(loss)(PAIR_Y0)
+
+    adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
+    assert relative_error(*map(gradient, adjoints)) < 1e-10
 
 
 def test_reversible_network():
@@ -128,7 +182,7 @@ def test_reversible_network():
     def logit(layers, point, adjoint):
         streams = jnp.tile(point, 2), jnp.tile(point, 2)
         sol = dfx.diffeqsolve(
-            terms, TwoStreams(), 0.0, depth, 1.0, streams, layers, adjoint=adjoint
+            terms, TwoStreams(), 0, depth, 1, streams, layers, adjoint=adjoint
         )
         return jnp.sum(sol.ys[0])
 
@@ -182,7 +236,7 @@ def test_refusals(coupling, y0, message):
 
 
 def test_no_vector_field():
-    with pytest.raises(NotImplementedError, match="pass `dt0`"):
+    with pytest.raises(NotImplementedError, match="override `func`, or use"):
         steps = dr.StepDensityController(fraction=0.1)
         kwargs = dict(stepsize_controller=steps)
         final(TwoStreams(), PAIR_Y0, PAIR, dr.ReversibleAdjoint(), **kwargs)

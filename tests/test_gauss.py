@@ -256,14 +256,36 @@ def test_memory():
     assert ours < 0.5 * bytes_of(dfx.RecursiveCheckpointAdjoint(), 4096)
 
 
-class Solves(lx.AbstractLinearSolver):
-    """LU, counted."""
+class OwnLU(lx.AbstractLinearSolver):
+    """LU, of which a subclass makes something else."""
 
-    counter: Counter = eqx.field(static=True)
     lu: lx.LU = lx.LU()
 
     def init(self, operator, options):
         return self.lu.init(operator, options)
+
+    def transpose(self, state, options):
+        return self.lu.transpose(state, options)
+
+    def conj(self, state, options):
+        return self.lu.conj(state, options)
+
+    def assume_full_rank(self):
+        return True
+
+    # Of earlier versions of lineax.
+
+    def allow_dependent_columns(self, operator):
+        return False
+
+    def allow_dependent_rows(self, operator):
+        return False
+
+
+class Solves(OwnLU):
+    """Counted."""
+
+    counter: Counter = eqx.field(static=True, kw_only=True)
 
     def compute(self, state, vector, options):
         one = jax.pure_callback(
@@ -275,15 +297,6 @@ class Solves(lx.AbstractLinearSolver):
         vector = jax.tree.map(lambda x: one * x, vector)
         return self.lu.compute(state, vector, options)
 
-    def transpose(self, state, options):
-        return self.lu.transpose(state, options)
-
-    def conj(self, state, options):
-        return self.lu.conj(state, options)
-
-    def assume_full_rank(self):
-        return True
-
 
 @pytest.mark.parametrize("linear", (True, False))
 def test_linear_solves(linear):
@@ -291,13 +304,13 @@ def test_linear_solves(linear):
     it, and those by which known states are measured."""
     counter = Counter()
     newton = optx.Newton(rtol=1e-6, atol=1e-6)
-    solver = dr.Gauss4(linear_solver=Solves(counter), root_finder=newton)
+    solver = dr.Gauss4(linear_solver=Solves(counter=counter), root_finder=newton)
     steps = 10
 
     def final(y0):
-        power = 1 if linear else 2
+        force = lambda q: -q if linear else -q * q
         sol = dfx.diffeqsolve(
-            dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], -(y[0] ** power)])),
+            dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], force(y[0])])),
             solver,
             *(0.0, 1.0, 0.1, y0),
             adjoint=dr.ReversibleAdjoint(checkpoints=0),
@@ -357,6 +370,51 @@ def test_step_that_is_not_found():
     assert solve(5.0, 5.0, throw=False).result != dfx.RESULTS.successful
 
 
+class GivesUp(OwnLU):
+    """Does not solve for vectors as large as only a cotangent is."""
+
+    def compute(self, state, vector, options):
+        solution, _, stats = self.lu.compute(state, vector, options)
+        size = jnp.max(jnp.abs(jax.tree.leaves(vector)[0]))
+        given_up = lx.RESULTS.max_steps_reached
+        result = lx.RESULTS.where(size > 1e9, given_up, lx.RESULTS.successful)
+        return jax.tree.map(lambda x: 0.9 * x, solution), result, stats
+
+
+def test_linear_solve_that_is_given_up():
+    """In the pull-back only: an error, and no gradient by what it came to."""
+
+    def final(y0, size):
+        solver = dr.Gauss4(linear_solver=GivesUp(), root_finder=optx.Newton(1e-12, 1e-12))
+        adjoint = dr.ReversibleAdjoint(drift_tol=float("inf"))
+        sol = dfx.diffeqsolve(
+            *(dfx.ODETerm(field), solver, 0.0, 1.0, 0.1, y0, jnp.array(0.3)),
+            adjoint=adjoint,
+        )
+        return size * jnp.sum(sol.ys)
+
+    gradient = eqx.filter_jit(jax.grad(final))
+    assert np.all(np.isfinite(gradient(Y0, jnp.array(1.0))))
+    with pytest.raises(RuntimeError, match="implicit step were not solved"):
+        gradient(Y0, jnp.array(1e12))
+
+
+@every_solver
+def test_error_estimate(solver):
+    """Is of order `s + 2`, by slopes, and filtered: bounded on what is stiff (above)."""
+    terms, args, t = dfx.ODETerm(field), jnp.array(0.3), jnp.array(0.2)
+    state = solver.init(terms, t, t, Y0, args)
+
+    @jax.jit
+    def error(h):
+        _, y_error, *_ = solver.step(terms, t, t + h, Y0, args, state, False)
+        return jnp.max(jnp.abs(y_error))
+
+    slope = np.log2(error(jnp.array(0.1)) / error(jnp.array(0.05)))
+    assert solver.error_order(terms) == solver.tableau.stages + 2
+    assert abs(slope - solver.error_order(terms)) < 0.3
+
+
 def test_root_finder_of_ones_own():
     """Chords, with a tolerance from which a Newton step makes rounding."""
     chord = optx.Chord(rtol=0.0, atol=1e-9)
@@ -389,6 +447,7 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
         (jax.nn.relu, False),
         # Of which the derivative is zero, or is not that of the function.
         (jnp.floor, False),
+        (lambda y: y.astype(int).astype(float), False),
         (jax.jit(lambda y: jnp.round(A @ y)), False),
         (lambda y: jnp.where(y > 0, 1.0, -1.0), False),
         (jax.lax.stop_gradient, False),

@@ -46,8 +46,10 @@ _grown = (
 _messages = [
     *(_message(f"between 1e{d:+03d} and 1e{d + 1:+03d}") for d in _decades),
     f"{call}: the walk back from the end of the solve met values that are not finite, so "
-    "there is no gradient. The solution or its vector field overflowed, or is NaN; check "
-    "the solution itself, and decrease the tolerances or `dt0`.",
+    "there is no gradient. The solution or its vector field overflowed, or is NaN, or the "
+    "equations of an implicit step were not solved; check the solution itself, decrease "
+    "the tolerances or `dt0`, and check the `linear_solver` and `root_finder` of an "
+    "implicit solver.",
 ]
 
 

@@ -53,8 +53,7 @@ class GaussTableau(NamedTuple):
 
 
 def gauss(stages: int) -> GaussTableau:
-    """With one, two or three stages, of which the coefficients are in closed form: Hairer &
-    Wanner (1996), tables IV.5.1 and IV.5.2."""
+    """With one, two or three stages, of which the coefficients are in closed form."""
     w3, w15 = 3**0.5, 15**0.5
     nodes, weights, matrix = {
         1: ([1 / 2], [1.0], [[1 / 2]]),

@@ -1,5 +1,6 @@
 """Gauss collocation, whatever the number of stages."""
 
+from collections.abc import Callable
 from typing import ClassVar, TYPE_CHECKING
 
 import jax
@@ -31,7 +32,7 @@ from .._custom_types import (
 )
 from .._tree import is_complex, larger, tree_add, tree_scale
 from .affine import is_affine
-from .capabilities import CanCrossJumps, HasErrorScales, HasStatistics
+from .capabilities import HasErrorScales, HasStatistics, KeepsStateAtJumps
 from .collocation import CollocationInterpolation
 from .gauss_state import GaussState
 from .ode_term import as_ode_term
@@ -52,7 +53,7 @@ _error_weight = 1 / 6
 
 
 class AbstractGauss(
-    CanCrossJumps[GaussState],
+    KeepsStateAtJumps[GaussState],
     HasErrorScales[GaussState],
     HasStatistics[GaussState],
     HasPullback[GaussState],
@@ -174,27 +175,15 @@ class AbstractGauss(
         def transposed(x):
             return jtu.tree_map(jnp.subtract, x, pull(x)[1])
 
-        operator = lx.FunctionLinearOperator(transposed, jax.eval_shape(lambda: k_bar))
-        solved = lx.linear_solve(operator, k_bar, self.linear_solver, throw=False).value
+        solved, found = self._linear_solve(transposed, k_bar)
+        # If not, then a walk that meets NaN is an error.
+        y0 = jtu.tree_map(lambda y: jnp.where(found, y, jnp.nan), y0)
         pulled, _, params_bar = pull(solved)
         y0_bar = tree_add(y1_bar, pulled)
         if dense_cotangent is not None:
             y0_bar = tree_add(y0_bar, dense_cotangent["y0"])
         params_bar = tree_add(cotangent.params, params_bar)
         return y0, before, Cotangent(y0_bar, cotangent.solver_state, params_bar)
-
-    def cross_jump(
-        self,
-        terms: Terms,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y: Y,
-        args: Args,
-        solver_state: GaussState,
-    ) -> tuple[GaussState, BoolScalarLike]:
-        """Of the vector field there is nothing in the solver state but guesses."""
-        del terms, t0, t1, y, args
-        return solver_state, False
 
     def statistics(self, solver_state: GaussState) -> dict[str, PyTree[Array]]:
         """How many iterations the root finder has made, in all steps that were accepted."""
@@ -243,7 +232,7 @@ class AbstractGauss(
         y0 = jtu.tree_map(jnp.subtract, y1, increment)
         # Which is an error of the walk back.
         y0 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y0)
-        return y0, k, solver_state.after(k, t0, t1, -stages.iterations)
+        return y0, k, solver_state.after(k, t0, t1)
 
     def _solve(
         self, step: tuple, y: Y, matrix: np.ndarray, solver_state: GaussState
@@ -300,9 +289,7 @@ class AbstractGauss(
             return jtu.tree_map(jnp.subtract, slope, _combine(weights, k))
 
         difference = tree_add(defect(t0, y0, at0), tree_scale(-sign, defect(t1, y1, at1)))
-        difference = tree_scale(_error_weight, difference)
-
-        return self._filtered(step, y0, difference)
+        return self._filtered(step, y0, tree_scale(_error_weight, difference))
 
     def _filtered(self, step: tuple, y: Y, x: Y) -> Y:
         """`(1 - γ h ∂f/∂y)^-1 x`, at the start of a step."""
@@ -314,8 +301,17 @@ class AbstractGauss(
             _, tangent = jax.jvp(lambda y: term.vf(t0, y, args), (y,), (x,))
             return jtu.tree_map(jnp.subtract, x, tree_scale(weight, tangent))
 
-        operator = lx.FunctionLinearOperator(stiff, jax.eval_shape(lambda: y))
-        return lx.linear_solve(operator, x, self.linear_solver, throw=False).value
+        return self._linear_solve(stiff, x)[0]
+
+    def _linear_solve(
+        self, fn: Callable[[PyTree[Array]], PyTree[Array]], vector: PyTree[Array]
+    ) -> tuple[PyTree[Array], BoolScalarLike]:
+        """The solution `x` of the linear equations `fn(x) = vector`, and whether it was
+        found: if not, it is NaN."""
+        operator = lx.FunctionLinearOperator(fn, jax.eval_shape(lambda: vector))
+        solution = lx.linear_solve(operator, vector, self.linear_solver, throw=False)
+        found = solution.result == lx.RESULTS.successful
+        return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), solution.value), found
 
     @property
     def _filter(self) -> float:

@@ -4,18 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 
-# Of which the derivative is zero, or not what the function looks like, so that it does not
-# tell.
+# Of which the derivative is zero, or need not be that of the function, so that it does not
+# tell; beside all that makes integers and Booleans.
 _jumps = {
-    *("floor", "ceil", "round", "sign", "is_finite", "stop_gradient"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to"),
-    *("argmax", "argmin", "reduce_and", "reduce_or", "rem"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback"),
+    *("floor", "ceil", "round", "sign", "rem", "nextafter", "stop_gradient"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    *("pure_callback", "io_callback"),
 }
 # With the inputs of what is called.
 _calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
@@ -40,15 +40,18 @@ def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
 def _has_jump(jaxpr, moving: set) -> bool:
     """Whether there is one among what depends on the `moving` variables."""
     for equation in jaxpr.eqns:
-        if not any(v in moving for v in equation.invars if not hasattr(v, "val")):
+        name = equation.primitive.name
+        if not any(_moves(v, moving) for v in equation.invars):
             continue
-        if equation.primitive.name in _jumps:
+        outputs = [v.aval.dtype for v in equation.outvars]
+        discrete = not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
+        if name in _jumps or (discrete and name not in _calls):
             return True
         moving.update(equation.outvars)
         for inner in _inner(equation.params):
             # In a loop, whatever is carried may move in the end.
             inputs = inner.invars
-            if equation.primitive.name in _calls:
+            if name in _calls:
                 pairs = zip(inputs, equation.invars, strict=True)
                 inputs = [v for v, outer in pairs if _moves(outer, moving)]
             if _has_jump(inner, set(inputs)):

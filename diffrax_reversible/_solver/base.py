@@ -17,9 +17,9 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
 
     A subclass implements what [`diffrax.AbstractSolver`][] asks for, and `backward_step`,
     which undoes its `step`. Nothing else is needed for exact gradients. Each step of the
-    walk back costs a backward step, a step and the pull-back of a step; a solver that
+    walk back costs a backward step, a step and the pull-back of a step. A solver that
     subclasses [`diffrax_reversible.AbstractCouplingSolver`][] needs neither `step` nor
-    `backward_step`, and costs half as much.
+    `backward_step`, and saves the evaluations of a step.
 
     The adjoint calls `step` with `made_jump=False`. If there is an array in the solver
     state, controllers that make jumps are refused, as it might depend on the vector field.

@@ -127,6 +127,23 @@ class CanCrossJumps(AbstractReversibleSolver[_SolverState], Generic[_SolverState
         """
 
 
+class KeepsStateAtJumps(CanCrossJumps[_SolverState], Generic[_SolverState]):
+    """A solver of which the solver state does not depend on the vector field, but by
+    rounding."""
+
+    def cross_jump(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> tuple[_SolverState, BoolScalarLike]:
+        del terms, t0, t1, y, args
+        return solver_state, False
+
+
 class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_SolverState]):
     """A solver of which the interpolation takes evaluations that a step does not."""
 
@@ -144,7 +161,7 @@ class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_Solver
 
         `ReversibleAdjoint` asks for them only in those steps in which there is something to
         interpolate, which with `SaveAt(dense=True)` or the root finder of an event may be
-        any; by default there are none.
+        any.
         """
 
 
@@ -157,7 +174,7 @@ class HasRecord(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
         """Scalars of the solver state that a step forgets, and that undoing it takes.
 
         They are recorded before every step, where a gradient is asked for, and make its
-        memory grow by as much; by default there are none.
+        memory grow by as much.
         """
 
     @abc.abstractmethod

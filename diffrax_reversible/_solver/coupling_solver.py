@@ -43,8 +43,9 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
     which is a tuple, unless `split` and `join` say otherwise.
 
     One evaluation of each increment a step, and backwards one evaluation and one pull-back
-    of each. There is no error estimate, so that steps have to be constant, given, or
-    chosen by [`diffrax_reversible.StepDensityController`][]. Between its ends a step is
+    of each. There is no error estimate, so that steps have to be constant, given, or, if
+    the subclass has a `func`, chosen by [`diffrax_reversible.StepDensityController`][].
+    Between its ends a step is
     interpolated linearly. Memory of `SaveAt(dense=True)`: two states a step.
 
     **Raises:**
@@ -88,8 +89,9 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         """Not known."""
         name = type(self).__name__
         raise NotImplementedError(
-            f"`{name}.func`, the vector field as a whole, is not known. `diffeqsolve(..., "
-            "dt0=None)` takes it: pass `dt0`, or override `func`."
+            f"`{name}.func`, the vector field as a whole, is not known. "
+            "`StepDensityController` takes it: override `func`, or use "
+            "`ConstantStepSize()` or `StepTo(...)`."
         )
 
     def step(

@@ -16,7 +16,6 @@ from jaxtyping import Array, PyTree
 from .._custom_types import (
     Args,
     Bind,
-    BoolScalarLike,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -25,7 +24,7 @@ from .._custom_types import (
 )
 from .._tree import tree_add
 from .adapter import AbstractReversibleAdapter, as_reversible
-from .capabilities import CanCrossJumps, HasRecord
+from .capabilities import HasRecord, KeepsStateAtJumps
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
 from .pullback import Cotangent, HasPullback, Start
@@ -67,7 +66,7 @@ class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
 
 class _LeapfrogMidpoint(
     AbstractReversibleAdapter[_LeapfrogState],
-    CanCrossJumps[_LeapfrogState],
+    KeepsStateAtJumps[_LeapfrogState],
     HasRecord[_LeapfrogState],
     HasPullback[_LeapfrogState],
 ):
@@ -125,19 +124,6 @@ class _LeapfrogMidpoint(
         self, solver_state: _LeapfrogState, recorded: RealScalarLike
     ) -> _LeapfrogState:
         return recorded, solver_state[1]
-
-    def cross_jump(
-        self,
-        terms: AbstractTerm,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y: Y,
-        args: Args,
-        solver_state: _LeapfrogState,
-    ) -> tuple[_LeapfrogState, BoolScalarLike]:
-        """Of the vector field there is nothing in the solver state."""
-        del terms, t0, t1, y, args
-        return solver_state, False
 
 
 class _SemiImplicitEuler(AbstractReversibleAdapter[None], AbstractCouplingSolver[None]):

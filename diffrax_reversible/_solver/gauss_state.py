@@ -42,7 +42,7 @@ class GaussState(eqx.Module):
         increments: PyTree[Array],
         t0: RealScalarLike,
         t1: RealScalarLike,
-        iterations: Int[Array, ""],
+        iterations: Int[Array, ""] | int = 0,
     ) -> "GaussState":
         """After a step from `t0` to `t1`, or before it, with its stages."""
         ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])

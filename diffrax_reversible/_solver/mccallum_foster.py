@@ -36,7 +36,7 @@ from .._tree import (
     tree_scale,
     tree_zeros_like,
 )
-from .capabilities import CanCrossJumps, CanRestart, HasErrorScales
+from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 from .pullback import Cotangent, HasProbe, HasPullback, Probe, Start
@@ -86,7 +86,7 @@ class _Coupled(eqx.Module):
 
 class McCallumFoster(
     CanRestart[CoupledState],
-    CanCrossJumps[CoupledState],
+    KeepsStateAtJumps[CoupledState],
     HasErrorScales[CoupledState],
     HasPullback[CoupledState],
     HasProbe[CoupledState],
@@ -266,19 +266,6 @@ class McCallumFoster(
         """`z <- y`."""
         del terms, t, args
         return CoupledState(y, solver_state.separation.restarted())
-
-    def cross_jump(
-        self,
-        terms: Terms,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y: Y,
-        args: Args,
-        solver_state: CoupledState,
-    ) -> tuple[CoupledState, BoolScalarLike]:
-        """Of the vector field there is nothing in the solver state."""
-        del terms, t0, t1, y, args
-        return solver_state, False
 
     def error_scales(
         self,
