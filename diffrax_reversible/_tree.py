@@ -95,6 +95,16 @@ def real_like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jnp.finfo(x.dtype).dtype)
 
 
+def to_real(x: PyTree[Array]) -> PyTree[Array]:
+    """Complex arrays as their real and imaginary parts, along a first axis."""
+    return jtu.tree_map(lambda x: jnp.stack([x.real, x.imag]) if is_complex(x) else x, x)
+
+
+def from_real(x: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """The inverse of `to_real`, in the dtypes of `like`."""
+    return jtu.tree_map(lambda x, like: lax.complex(*x) if is_complex(like) else x, x, like)
+
+
 def to_bits(x: PyTree[Array]) -> PyTree[Array]:
     """As integers, which are not differentiated, nor compared with in the walk back.
 
@@ -102,19 +112,16 @@ def to_bits(x: PyTree[Array]) -> PyTree[Array]:
     """
 
     def convert(x):
-        if is_complex(x):
-            x = jnp.stack([x.real, x.imag])
         dtype: Any = np.dtype(f"int{8 * x.dtype.itemsize}")
         return lax.bitcast_convert_type(lax.stop_gradient(x), dtype)
 
-    return jtu.tree_map(convert, x)
+    return jtu.tree_map(convert, to_real(x))
 
 
 def from_bits(bits: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
     """The inverse of `to_bits`, in the dtypes of `like`."""
 
     def convert(bits, like):
-        x = lax.bitcast_convert_type(bits, real_like(like).dtype)
-        return lax.complex(*x) if is_complex(like) else x
+        return lax.bitcast_convert_type(bits, real_like(like).dtype)
 
-    return jtu.tree_map(convert, bits, like)
+    return from_real(jtu.tree_map(convert, bits, like), like)

@@ -59,6 +59,8 @@ CASES = {
     "ReversibleHeun": (dfx.ReversibleHeun(), 1),
     "LeapfrogMidpoint": (dfx.LeapfrogMidpoint(), 1),
     "SemiImplicitEuler": (dfx.SemiImplicitEuler(), 2),
+    "ImplicitMidpoint": (dr.ImplicitMidpoint(), 1),
+    "Gauss4": (dr.Gauss4(), 1),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -92,7 +94,7 @@ def loss(name, saveat, adjoint, precision=jnp.complex128):
     return of
 
 
-QUICK = ("McCallumFoster",)
+QUICK = "McCallumFoster", "Gauss4"
 SAVEATS = {
     "t1": dfx.SaveAt(t1=True),
     "ts": dfx.SaveAt(t0=True, ts=jnp.linspace(0.1, 1.9, 7)),
@@ -131,7 +133,7 @@ def test_finite_differences():
         assert slope == pytest.approx(float((gradient[i] * direction).real), rel=1e-7)
 
 
-@pytest.mark.parametrize("name", with_slow(("ALF4",), ("ALF6", "McCallumFoster")))
+@pytest.mark.parametrize("name", with_slow(("ALF4", "Gauss4"), ("ALF6", "McCallumFoster")))
 def test_as_real_and_imaginary_parts(name):
     """The solution is that of twice as many real numbers."""
     solver, _ = CASES[name]
@@ -150,7 +152,9 @@ def test_as_real_and_imaginary_parts(name):
     np.testing.assert_allclose(whole, real[0] + 1j * real[1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", with_slow((), ("ALF4", "ALF4 compensated", "BlanesMoan4")))
+@pytest.mark.parametrize(
+    "name", with_slow((), ("ALF4", "ALF4 compensated", "BlanesMoan4", "Gauss4"))
+)
 def test_single_precision(name):
     args = HERMITIAN.astype(jnp.complex64), jnp.array(0.4, jnp.float32)
     y0 = PSI0.astype(jnp.complex64)
@@ -206,14 +210,16 @@ def test_restarts_and_vmap():
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(("BlanesMoan4",), ("ALF6", "McCallumFoster", "ReversibleHeun"))
+    "name",
+    with_slow(("BlanesMoan4",), ("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
 )
 def test_strict_promotion(name):
     """Where Diffrax's own solvers run under it: with steps that are given."""
     solver, parts = CASES[name]
     field = dfx.ODETerm(lambda t, y, args: jnp.asarray(-1j, y.dtype) * y)
     terms = (field, field) if parts == 2 else field
-    y0 = (PSI0, 2 * PSI0) if parts == 2 else jnp.tile(PSI0, 1000)
+    copies = 1 if name == "Gauss4" else 1000
+    y0 = (PSI0, 2 * PSI0) if parts == 2 else jnp.tile(PSI0, copies)
 
     def final(y0, adjoint):
         sol = dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.1, y0, adjoint=adjoint)

@@ -426,12 +426,6 @@ def test_root_finder_of_ones_own():
     assert relative_error(*ends) < 1e-14
 
 
-def test_complex_states_are_refused():
-    term = dfx.ODETerm(lambda t, y, args: 1j * y)
-    with pytest.raises(ValueError, match="its real and imaginary part"):
-        dfx.diffeqsolve(term, dr.Gauss4(), 0.0, 1.0, 0.1, jnp.array([1.0 + 0j]))
-
-
 A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
 
 

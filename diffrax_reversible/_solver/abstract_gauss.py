@@ -30,7 +30,7 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._tree import is_complex, larger, tree_add, tree_scale
+from .._tree import from_real, larger, to_real, tree_add, tree_scale
 from .affine import is_affine
 from .capabilities import HasErrorScales, HasStatistics, KeepsStateAtJumps
 from .collocation import CollocationInterpolation
@@ -94,13 +94,6 @@ class AbstractGauss(
     ) -> GaussState:
         del t1, args
         as_ode_term(self, terms)
-        if any(map(is_complex, jtu.tree_leaves(y0))):
-            name = type(self).__name__
-            raise ValueError(
-                f"`diffeqsolve(..., solver={name}())`: the root finders that it uses do "
-                "not take complex states. Split the state into its real and imaginary "
-                "part."
-            )
         return GaussState.start(self.tableau, y0, t0)
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
@@ -155,7 +148,11 @@ class AbstractGauss(
         start: Start | None = None,
     ) -> tuple[Y, GaussState, Cotangent]:
         """One solution of the stage equations, one linear solve with their transpose, and
-        one evaluation and pull-back of each stage."""
+        one evaluation and pull-back of each stage.
+
+        A factorisation of the first does not serve the second: seen from the other end, the
+        equations have the matrix `1 - h (A - 1 b^T) ⊗ J`, and from this one `1 - h A ⊗ J`.
+        """
         terms, args = bind(params)
         y0, k, before = self._undo((terms, t0, t1, args), y1, solver_state)
         origin = y0 if start is None else start.choose(start.y, y0)
@@ -215,7 +212,9 @@ class AbstractGauss(
             jr.rademacher(key, x.shape, x.dtype) * x
             for key, x in zip(keys, leaves, strict=True)
         ]
-        spread = self._filtered(step, y0, jtu.tree_unflatten(structure, signed))
+        signed = jtu.tree_unflatten(structure, signed)
+        signed = jtu.tree_map(lambda x, y: x.astype(y.dtype), signed, y0)
+        spread = self._filtered(step, y0, signed)
         scales = jtu.tree_map(larger, scales, spread)
         if _is_iterative(self.linear_solver):
             scales = jtu.tree_map(lambda x: jnp.full_like(x, jnp.max(x, initial=0)), scales)
@@ -307,11 +306,18 @@ class AbstractGauss(
         self, fn: Callable[[PyTree[Array]], PyTree[Array]], vector: PyTree[Array]
     ) -> tuple[PyTree[Array], BoolScalarLike]:
         """The solution `x` of the linear equations `fn(x) = vector`, and whether it was
-        found: if not, it is NaN."""
-        operator = lx.FunctionLinearOperator(fn, jax.eval_shape(lambda: vector))
-        solution = lx.linear_solve(operator, vector, self.linear_solver, throw=False)
+        found: if not, it is NaN. They are linear over the real numbers, and solved for real
+        and imaginary parts, where they are complex."""
+
+        def real_fn(x):
+            return to_real(fn(from_real(x, vector)))
+
+        real_vector = to_real(vector)
+        operator = lx.FunctionLinearOperator(real_fn, jax.eval_shape(lambda: real_vector))
+        solution = lx.linear_solve(operator, real_vector, self.linear_solver, throw=False)
         found = solution.result == lx.RESULTS.successful
-        return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), solution.value), found
+        x = from_real(solution.value, vector)
+        return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), x), found
 
     @property
     def _filter(self) -> float:

@@ -103,12 +103,12 @@ for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
     pull-backs. Defaults to LU decomposition, for which the Jacobian is made as a dense
     matrix. For large states pass one that makes none, as
     `lineax.GMRES(rtol=1e-12, atol=1e-12)`. With an iterative one, how far the walk back
-    misses a known state is measured by the largest entry of an array.
+    misses a known state is measured by the largest entry of an array. The unknowns are
+    real: the real and imaginary parts of complex arrays, along a first axis.
 - `root_find_max_steps`: after how many iterations a step is given up: rejected by an
     adaptive controller, and an error with steps of constant size.
 
 **Raises:**
 
-`ValueError` in the solve for complex states, and for terms that are not integrated with
-respect to time.
+`ValueError` in the solve for terms that are not integrated with respect to time.
 """

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import BoolScalarLike
 from .._precision import eps
+from .._tree import from_real, to_real
 
 
 class StageNewton(optx.Newton):
@@ -95,7 +96,8 @@ def solve_stages(
     max_steps: int,
 ) -> Stages:
     """Solve `k = fn(k)`, from a `guess`, in units of the size of `y`, entry by entry; by a
-    single Newton step if `root_finder` is `None`, in none.
+    single Newton step if `root_finder` is `None`, in none. Where they are complex, their
+    real and imaginary parts are the unknowns: `fn` need not be holomorphic.
 
     The solution is differentiated by the implicit function theorem.
     """
@@ -104,20 +106,25 @@ def solve_stages(
     if root_finder is not None:
         units = jtu.tree_map(_units, guess, lax.stop_gradient(y))
 
-    def residual(scaled, _):
-        increments = jtu.tree_map(jnp.multiply, units, scaled)
-        rest = jtu.tree_map(jnp.subtract, increments, fn(increments))
-        return jtu.tree_map(jnp.divide, rest, units)
+    def to_unknowns(increments):
+        return to_real(jtu.tree_map(jnp.divide, increments, units))
+
+    def to_increments(unknowns):
+        return jtu.tree_map(jnp.multiply, units, from_real(unknowns, guess))
+
+    def residual(unknowns, _):
+        increments = to_increments(unknowns)
+        return to_unknowns(jtu.tree_map(jnp.subtract, increments, fn(increments)))
 
     solution = optx.root_find(
         residual,
         _Corrected(root_finder, linear_solver),
-        jtu.tree_map(jnp.divide, guess, units),
+        to_unknowns(guess),
         max_steps=max_steps,
         adjoint=optx.ImplicitAdjoint(linear_solver=linear_solver),
         throw=False,
     )
-    increments = jtu.tree_map(jnp.multiply, units, solution.value)
+    increments = to_increments(solution.value)
     finite = jnp.array([jnp.all(jnp.isfinite(k)) for k in jtu.tree_leaves(increments)])
     found = (solution.result == optx.RESULTS.successful) & solution.stats["solved"]
     found = found & finite.all()
@@ -134,4 +141,4 @@ def _units(guess: Array, y: Array) -> Array:
     sizes = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y))
     least = min(1.0, 1e5 * 100 * eps(y)) * jnp.max(sizes, initial=0)
     sizes = jnp.maximum(sizes, least)
-    return jnp.where(sizes > 0, sizes, 1)[None]
+    return jnp.where(sizes > 0, sizes, 1)[None].astype(y.dtype)
