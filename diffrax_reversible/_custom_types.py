@@ -21,5 +21,5 @@ Terms: TypeAlias = PyTree[AbstractTerm]
 VF: TypeAlias = PyTree[Array]
 Y: TypeAlias = PyTree[Array]
 
-# Rebuilds `(terms, args)` from those of their leaves that are differentiated.
-Bind: TypeAlias = Callable[[Params], tuple[Terms, Args]]
+# `(terms, args)` from those of their leaves that are differentiated, and the others.
+Combine: TypeAlias = Callable[[Params], tuple[Terms, Args]]

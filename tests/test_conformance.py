@@ -168,7 +168,7 @@ def test_pullback(name):
     real = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
     params, static = eqx.partition((step.terms, step.args), eqx.is_inexact_array)
 
-    def bind(params):
+    def combine(params):
         return eqx.combine(params, static)
 
     cotangent = Cotangent(
@@ -178,12 +178,12 @@ def test_pullback(name):
 
     def pull(dense_cotangent, is_known):
         return backward_step_and_pullback(
-            *(solver, bind, params, T0, T1, step.y1, step.state1),
+            *(solver, combine, params, T0, T1, step.y1, step.state1),
             *(cotangent, dense_cotangent, Start(is_known, y0, step.state)),
         )
 
     def advance(y, state, params):
-        terms, args = bind(params)
+        terms, args = combine(params)
         state = eqx.combine(state, step.state)
         y, _, info, state, _ = advance_densely(solver, terms, T0, T1, y, args, state)
         return y, real(state), info
@@ -233,14 +233,14 @@ def test_pullback_of_times(name):
     dense_cotangent = random_like(step.dense_info, 3)
     zeros = Cotangent(*cotangent, jnp.zeros(2))
 
-    def bind(times):
+    def combine(times):
         del times
         return step.terms, step.args
 
     @jax.jit
     def pull(times):
         *_, pull = linearise_step(
-            *(solver, bind, times, T0, T1, step.y1, step.state1),
+            *(solver, combine, times, T0, T1, step.y1, step.state1),
             step_times=lambda times: (times[0], times[1]),
         )
         return pull(zeros, dense_cotangent).params

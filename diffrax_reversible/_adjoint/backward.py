@@ -32,7 +32,7 @@ from .walk import Position, Walk
 def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     """One step of the walk."""
     step = position.step - 1
-    _, args = walk.bind(walk.params)
+    _, args = walk.combine(walk.params)
     clock = record.undo(
         step,
         position.clock,

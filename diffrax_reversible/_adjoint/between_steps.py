@@ -213,7 +213,7 @@ def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:
     more: by how much it has `parted` already, and where the replay evaluates a Brownian
     path, which turns an ulp of time into the square root of an ulp.
     """
-    terms, _ = walk.bind(walk.params)
+    terms, _ = walk.combine(walk.params)
     is_path = lambda x: isinstance(x, AbstractBrownianPath)
     random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
     least = 1 if random else _repeated
@@ -258,7 +258,7 @@ def undo_jump(
 ) -> tuple[SolverState, Cotangent]:
     """Undo the crossing of a jump just before `t`, if it was `crossed`."""
     solver = walk.problem.solver
-    terms, args = walk.bind(walk.params)
+    terms, args = walk.combine(walk.params)
     before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
 

@@ -37,7 +37,7 @@ def pull_step(
     walk: Walk, position: Position, solver_state: SolverState, start: Start
 ) -> PulledStep:
     """Undo the step that ends at a position, and pull back through it."""
-    solver, bind, params = walk.problem.solver, walk.bind, walk.params
+    solver, combine, params = walk.problem.solver, walk.combine, walk.params
     t0, t1 = position.clock.start, position.clock.end
     state = position.y, solver_state
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
@@ -50,7 +50,7 @@ def pull_step(
             step = t0, t1, dense_info
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *step)
         y0, state0, ct = backward_step_and_pullback(
-            solver, bind, params, t0, t1, *state, ct, dense_bar, start
+            solver, combine, params, t0, t1, *state, ct, dense_bar, start
         )
         return PulledStep(y0, state0, ct, cursors, dense_bar)
 
@@ -59,7 +59,7 @@ def pull_step(
         return times.of(t0), times.of(t1)
 
     y0, state0, dense_info, pull = linearise_step(
-        solver, bind, params, t0, t1, *state, start, step_times
+        solver, combine, params, t0, t1, *state, start, step_times
     )
     step = t0, t1, dense_info
     dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *step)
@@ -73,13 +73,13 @@ def probe_step(walk: Walk, clock: Clock, pulled: PulledStep) -> Probe:
         step = clock.start, clock.end, pulled.y, pulled.cotangent, pulled.dense_bar
         solver = walk.problem.solver
         assert isinstance(solver, HasProbe)
-        probe = solver.probe(walk.bind, walk.params, *step)
+        probe = solver.probe(walk.combine, walk.params, *step)
     assert probe is not None
     return probe
 
 
 def _dense_struct(walk: Walk, t0, t1, y, solver_state) -> DenseInfo:
-    terms, args = walk.bind(walk.params)
+    terms, args = walk.combine(walk.params)
     _, _, dense_info, _, _ = eqx.filter_eval_shape(
         advance_densely, walk.problem.solver, terms, t0, t1, y, args, solver_state
     )

@@ -120,7 +120,7 @@ class Walk(eqx.Module):
     # By how much known states may be missed.
     drift_tol: float = eqx.field(static=True)
 
-    def bind(self, params: Params) -> tuple[Terms, Args]:
+    def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)
         return context.terms, context.args
 
@@ -176,12 +176,12 @@ class Walk(eqx.Module):
         if not isinstance(solver, HasProbe):
             return False
         step = position.clock.start, position.clock.end, position.y, position.cotangent
-        probe = eqx.filter_eval_shape(solver.probe, self.bind, self.params, *step, None)
+        probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
         return probe is not None
 
     def drift(self, position: Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
-        terms, args = self.bind(self.params)
+        terms, args = self.combine(self.params)
         # Events may end a solve long before `t1`.
         length = jnp.abs(self.residuals.end.tprev - self.problem.t0)
         length = jnp.where(length == 0, 1, length)

@@ -15,8 +15,8 @@ from jaxtyping import Array
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import (
     Args,
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -189,9 +189,9 @@ class AbstractALF(
             y_error = jtu.tree_map(combine_errors, y_error, *coarse, k0, k1)
         deviation = solver_state.deviation
         if watch is not None and deviation is not None:
-            fresh = solver_state.fresh
-            assert fresh is not None
-            step = self.tableau, control, y1, deviation, fresh
+            evaluated = solver_state.evaluated
+            assert evaluated is not None
+            step = self.tableau, control, y1, deviation, evaluated
             deviation, excess = watch.judge(*step)
             if self.tableau.deviation_error_scale > 0:
                 y_error = jtu.tree_map(lambda y, e: e.raise_error(y), y_error, excess)
@@ -272,9 +272,9 @@ class AbstractALF(
         deviation = solver_state.deviation
         if deviation is not None:
             deviation = deviation.across_jump(v)
-        crossed = ALFState(v, deviation, low, solver_state.fresh)
-        assert solver_state.fresh is not None
-        return crossed, jnp.logical_not(solver_state.fresh)
+        crossed = ALFState(v, deviation, low, solver_state.evaluated)
+        assert solver_state.evaluated is not None
+        return crossed, jnp.logical_not(solver_state.evaluated)
 
     def error_scales(
         self,
@@ -348,7 +348,7 @@ class AbstractALF(
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -358,16 +358,18 @@ class AbstractALF(
         dense_cotangent: DenseInfo | None,
         start: Start | None = None,
     ) -> tuple[Y, ALFState, Cotangent]:
-        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
+        control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
         outputs = _outputs(cotangent.y, dense_cotangent)
         if dense_cotangent is not None:
             dense = dict(dense_cotangent)
             if "k_mid" in dense:
                 step = t0, t1, y1, solver_state
-                dense, cotangent = self._pull_midpoint(bind, params, step, cotangent, dense)
+                dense, cotangent = self._pull_midpoint(
+                    combine, params, step, cotangent, dense
+                )
             cotangent = self._pull_end(
-                bind, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
+                combine, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
             )
             functionals = self._inner_functionals()
             sums_cotangent = {
@@ -383,7 +385,7 @@ class AbstractALF(
             point = k.high
             if start is not None:
                 point = start.choose(self._after_start(start, drift), point, sub.is_first)
-            u, pull = self._linearise_field(bind, t, point, params)
+            u, pull = self._linearise_field(combine, t, point, params)
             v = v.reflect(u)
             k = k.minus(tree_scale(drift, v.high))
             pulled, more_params_bar = pull(tree_scale(2, v_bar))
@@ -425,14 +427,14 @@ class AbstractALF(
         )
         if dense is not None:
             cotangent = self._pull_end(
-                bind, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
+                combine, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
             )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
 
     def probe(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -445,8 +447,8 @@ class AbstractALF(
         None by a solver that does not restart, of which the walk back tells growth."""
         if self.tableau.deviation_weights is None:
             return None
-        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
-        _, pull = self._linearise_field(bind, t0, y0, params)
+        control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
+        _, pull = self._linearise_field(combine, t0, y0, params)
         v_bar = cotangent.solver_state.v
         pulled, _ = pull(v_bar)
         return Probe(
@@ -464,7 +466,7 @@ class AbstractALF(
 
     def _pull_end(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         control: RealScalarLike,
         t: RealScalarLike,
@@ -479,7 +481,7 @@ class AbstractALF(
         slope_bar = tree_scale(control, slope_bar)
         if not self._evaluates_slopes:
             return add_to_state(cotangent, y_bar, slope_bar)
-        more_y_bar, params_bar = self._pull_field(bind, params, t, y, slope_bar)
+        more_y_bar, params_bar = self._pull_field(combine, params, t, y, slope_bar)
         y_bar = tree_add(y_bar, more_y_bar)
         return Cotangent(
             tree_add(cotangent.y, y_bar),
@@ -490,7 +492,7 @@ class AbstractALF(
 
     def _pull_midpoint(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
         cotangent: Cotangent,
@@ -506,10 +508,10 @@ class AbstractALF(
         slope_bar = ct.pop("k_mid")
         middle = self._midpoint
         weights = self.tableau.continuous_extension.slope_weights[middle]
-        control = as_ode_term(self, bind(params)[0]).contr(t0, t1)
+        control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
 
         def mid_point():
-            terms, args = bind(params)
+            terms, args = combine(params)
             name = list(self._inner_functionals())[middle]
             functional = {name: self._inner_functionals()[name]}
             y0, _, sums = self._walk_back(terms, *step[:3], args, solver_state, functional)
@@ -522,7 +524,7 @@ class AbstractALF(
 
         slope_bar = tree_scale(control, slope_bar)
         y_bar, params_bar = self._pull_field(
-            bind, params, t0 + (t1 - t0) / 2, mid_point, slope_bar
+            combine, params, t0 + (t1 - t0) / 2, mid_point, slope_bar
         )
         inner = list(ct["inner"])
         inner[middle] = tree_add(inner[middle], y_bar)
@@ -534,7 +536,7 @@ class AbstractALF(
 
     def _pull_field(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t: RealScalarLike,
         y: Y | Callable[[], Y],
@@ -544,7 +546,7 @@ class AbstractALF(
 
         def pull():
             point = y() if callable(y) else y
-            _, pull = self._linearise_field(bind, t, point, params)
+            _, pull = self._linearise_field(combine, t, point, params)
             return pull(vf_bar)
 
         some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(vf_bar))
@@ -557,19 +559,19 @@ class AbstractALF(
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
 
-    def _linearise_field(self, bind: Bind, t: RealScalarLike, k: Y, params: Params):
+    def _linearise_field(self, combine: Combine, t: RealScalarLike, k: Y, params: Params):
         """The vector field at `(t, k)` and its pull-back.
 
         From one evaluation, but if `bitwise` from two.
         """
 
         def field(k, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             return as_ode_term(self, terms).vf(t, k, args)
 
         u, pull = jax.vjp(field, k, params)
         if self.bitwise:
-            terms, args = bind(params)
+            terms, args = combine(params)
             u = self._field(as_ode_term(self, terms), t, k, args)
         return u, pull
 

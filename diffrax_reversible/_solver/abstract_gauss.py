@@ -21,8 +21,8 @@ from jaxtyping import Array, PyTree
 from .._coefficients.gauss import GaussTableau
 from .._custom_types import (
     Args,
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -137,7 +137,7 @@ class AbstractGauss(
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -153,12 +153,12 @@ class AbstractGauss(
         A factorisation of the first does not serve the second: seen from the other end, the
         equations have the matrix `1 - h (A - 1 b^T) ⊗ J`, and from this one `1 - h A ⊗ J`.
         """
-        terms, args = bind(params)
+        terms, args = combine(params)
         y0, k, before = self._undo((terms, t0, t1, args), y1, solver_state)
         origin = y0 if start is None else start.choose(start.y, y0)
 
         def stages(y, k, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             return self._evaluate((terms, t0, t1, args), y, self.tableau.matrix, k)
 
         _, pull = jax.vjp(stages, origin, k, params)

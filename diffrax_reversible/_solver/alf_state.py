@@ -19,7 +19,7 @@ class ALFState(eqx.Module):
     v: VF
     deviation: Deviation | None
     low: tuple[LowPart, LowPart] | None
-    fresh: BoolScalarLike | None
+    evaluated: BoolScalarLike | None
 
 
 def sums_of(y: Y, solver_state: ALFState) -> tuple[Sum, Sum]:
@@ -36,7 +36,7 @@ def split_sums(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
 
 
 def with_v(state: ALFState, v: VF) -> ALFState:
-    return ALFState(v, state.deviation, state.low, state.fresh)
+    return ALFState(v, state.deviation, state.low, state.evaluated)
 
 
 def add_to_state(cotangent: Cotangent, y: Y, v: VF) -> Cotangent:

@@ -8,8 +8,8 @@ from diffrax import LocalLinearInterpolation, RESULTS
 
 from .._custom_types import (
     Args,
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -124,7 +124,7 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -145,7 +145,7 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
             known = start.is_known, self.split(start.y, start.solver_state)
         parts, bars, params_bar = undo_and_pull(
             make_chain,
-            bind,
+            combine,
             params,
             self.split(y1, solver_state),
             self.split(y_bar, cotangent.solver_state),

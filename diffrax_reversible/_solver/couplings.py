@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Args, Bind, BoolScalarLike, Params, Terms
+from .._custom_types import Args, BoolScalarLike, Combine, Params, Terms
 from .._tree import tree_add, tree_scale
 
 
@@ -75,7 +75,7 @@ def undo(chain: Sequence[Coupling], parts: Parts) -> Parts:
 
 def undo_and_pull(
     make_chain: MakeChain,
-    bind: Bind,
+    combine: Combine,
     params: Params,
     parts: Parts,
     bars: Parts,
@@ -87,7 +87,7 @@ def undo_and_pull(
 
     **Arguments:**
 
-    - `bind`, `params`: `make_chain(*bind(params))` is the chain.
+    - `combine`, `params`: `make_chain(*combine(params))` is the chain.
     - `parts`, `bars`: after the chain, and their cotangents.
     - `params_bar`: the cotangent of `params` so far.
     - `known`: the parts before the chain, if the first of the pair is true. Increments of
@@ -97,7 +97,7 @@ def undo_and_pull(
 
     The parts and the cotangents before the chain, and the cotangent of `params`.
     """
-    chain = make_chain(*bind(params))
+    chain = make_chain(*combine(params))
     for i in reversed(range(len(chain))):
         coupling = chain[i]
         others = _others(parts, coupling)
@@ -109,7 +109,7 @@ def undo_and_pull(
             point = jtu.tree_map(choose, known_others, others)
 
         def increment(others, params, i=i):
-            return make_chain(*bind(params))[i].increment(*others)
+            return make_chain(*combine(params))[i].increment(*others)
 
         increased, pull = jax.vjp(increment, point, params)
         bar = bars[coupling.target]

@@ -152,7 +152,7 @@ class DeviationWatch(eqx.Module):
         control: RealScalarLike,
         y: Y,
         before: Deviation,
-        fresh: BoolScalarLike,
+        evaluated: BoolScalarLike,
     ) -> tuple[Deviation, PyTree[Excess | None]]:
         """Whether the deviation threatens the accuracy of the next steps, or the walk back.
 
@@ -164,7 +164,7 @@ class DeviationWatch(eqx.Module):
         - `control`: the length of the step.
         - `y`: at its end.
         - `before`: what was known before it.
-        - `fresh`: whether there was no deviation then.
+        - `evaluated`: whether there was no deviation then.
 
         **Returns:**
 
@@ -176,7 +176,9 @@ class DeviationWatch(eqx.Module):
         leaves = zip(*leaves, strict=True)
         restart, known, excess = jnp.array(False), [], []
         for sums, leaf, packed in leaves:
-            judged = _judge(tableau, control, fresh, sums, leaf, Known.unpack(packed, leaf))
+            judged = _judge(
+                tableau, control, evaluated, sums, leaf, Known.unpack(packed, leaf)
+            )
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
@@ -187,7 +189,7 @@ class DeviationWatch(eqx.Module):
 def _judge(
     tableau: ALFTableau,
     control: RealScalarLike,
-    fresh: BoolScalarLike,
+    evaluated: BoolScalarLike,
     sums: Float[Array, "2 sample"],
     y: Array,
     before: Known,
@@ -201,7 +203,7 @@ def _judge(
     relative = largest_entry(deviation / unit)
     relative_error = largest_entry(error / unit)
 
-    seed = jnp.where(fresh, jnp.maximum(before.seed, relative), before.seed)
+    seed = jnp.where(evaluated, jnp.maximum(before.seed, relative), before.seed)
     recent_error = jnp.maximum(relative_error, _recent * before.error)
     taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, floor, _most)
@@ -210,11 +212,13 @@ def _judge(
     growth = jnp.maximum(relative / jnp.where(background == 0, 1, background) - 1, 0)
     effect = tableau.deviation_effect * growth**2 * relative
     harmful = h * effect > jnp.maximum(h * _harm * relative_error, floor)
-    restart = has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(fresh))
+    restart = (
+        has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(evaluated))
+    )
 
     if not _keeps_sizes(tableau):
         return restart, Known(seed, recent_error, relative, before.sizes, scales), None
-    old = jnp.where(fresh, 0, before.sizes)
+    old = jnp.where(evaluated, 0, before.sizes)
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
     known = Known(seed, recent_error, relative, deviation, scales)

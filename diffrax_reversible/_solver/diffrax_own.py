@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
-    Bind,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -88,7 +88,7 @@ class _LeapfrogMidpoint(
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -102,7 +102,7 @@ class _LeapfrogMidpoint(
         tm1, y0 = solver_state
 
         def increment(tm1, y, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             return terms.vf_prod(t0, y, args, terms.contr(tm1, t1))
 
         point = y0 if start is None else start.choose(start.y, y0)

@@ -19,8 +19,8 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -304,7 +304,7 @@ class McCallumFoster(
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -318,12 +318,12 @@ class McCallumFoster(
         stages that nothing is read from."""
 
         def backward(y, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             return self._increment(terms, t1, t0, y, args)
 
         def forward(y, y_first, k_added, params):
             # The first stage is told from the rest by whose cotangents are asked for.
-            terms, args = bind(params)
+            terms, args = combine(params)
             first = tree_add(self._first_stage(terms, t0, t1, y_first, args), k_added)
             stages = self._stages(terms, t0, t1, y, args, first)
             return _combine(self._tableau.b_sol, stages), stages
@@ -358,7 +358,7 @@ class McCallumFoster(
         z0_bar = tree_add(z1_bar, tree_add(z0_bar, tree_add(more_z_bar, pulled)))
         outputs = _outputs(y1_bar, dense_cotangent)
         # The stage is the vector field times the length of the step.
-        term = as_ode_term(self, bind(params)[0])
+        term = as_ode_term(self, combine(params)[0])
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
         probe = Probe(vf_bar, pulled, control, tree_add(y0_bar, z0_bar), outputs)
@@ -372,7 +372,7 @@ class McCallumFoster(
 
     def probe(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -382,7 +382,7 @@ class McCallumFoster(
     ) -> Probe:
         """By the cotangent of the state itself. Costs an evaluation and a pull-back."""
 
-        terms, args = bind(params)
+        terms, args = combine(params)
         term = as_ode_term(self, terms)
         y_bar = tree_add(cotangent.y, cotangent.solver_state.copy)
         _, pull = jax.vjp(lambda y: term.vf(t0, y, args), y0)

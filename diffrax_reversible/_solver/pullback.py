@@ -10,8 +10,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import (
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -94,7 +94,7 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
     @abc.abstractmethod
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -108,8 +108,8 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
 
         **Arguments:**
 
-        - `bind`, `params`: `terms, args = bind(params)`. The gradient is with respect to
-            `params`.
+        - `combine`, `params`: `terms, args = combine(params)`. The gradient is with
+            respect to `params`.
         - `t0`, `t1`, `y1`, `solver_state`: as for `backward_step`.
         - `cotangent`: at `t1`, with the sum of `params` so far.
         - `dense_cotangent`: the cotangent of the `dense_info`, with what is extra of it, or
@@ -129,7 +129,7 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     @abc.abstractmethod
     def probe(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -143,7 +143,7 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
 
         **Arguments:**
 
-        - `bind`, `params`: `terms, args = bind(params)`.
+        - `combine`, `params`: `terms, args = combine(params)`.
         - `t0`, `t1`, `y0`: the step, and the state that it begins with.
         - `cotangent`: at `t0`.
         - `dense_cotangent`: that of what was interpolated in the step.
@@ -152,7 +152,7 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
 
 def backward_step_and_pullback(
     solver: AbstractReversibleSolver,
-    bind: Bind,
+    combine: Combine,
     params: Params,
     t0: RealScalarLike,
     t1: RealScalarLike,
@@ -163,7 +163,7 @@ def backward_step_and_pullback(
     start: Start | None = None,
 ) -> tuple[Y, SolverState, Cotangent]:
     """See `HasPullback`. By default the step is made again, and differentiated."""
-    step = bind, params, t0, t1, y1, solver_state
+    step = combine, params, t0, t1, y1, solver_state
     if isinstance(solver, HasPullback):
         return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent, start)
     y0, solver_state0, _, pull = linearise_step(solver, *step, start)
@@ -172,7 +172,7 @@ def backward_step_and_pullback(
 
 def linearise_step(
     solver: AbstractReversibleSolver,
-    bind: Bind,
+    combine: Combine,
     params: Params,
     t0: RealScalarLike,
     t1: RealScalarLike,
@@ -187,7 +187,7 @@ def linearise_step(
     `params`, then `step_times` says how. Costs a backward step, a step, and the memory of
     all the stages of a step.
     """
-    terms, args = bind(params)
+    terms, args = combine(params)
     y0, solver_state0 = solver.backward_step(terms, t0, t1, y1, args, solver_state)
     origin = y0, solver_state0
     if start is not None:
@@ -195,7 +195,7 @@ def linearise_step(
     diff_state, nondiff_state = eqx.partition(origin[1], eqx.is_inexact_array)
 
     def step(y: Y, diff_state: PyTree, params: Params):
-        terms, args = bind(params)
+        terms, args = combine(params)
         state = eqx.combine(diff_state, nondiff_state)
         times = (t0, t1) if step_times is None else step_times(params)
         y, _, dense_info, state, _ = advance_densely(solver, terms, *times, y, args, state)

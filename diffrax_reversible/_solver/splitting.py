@@ -14,8 +14,8 @@ from jaxtyping import Array, PyTree
 from .._coefficients.splitting import SplittingTableau
 from .._custom_types import (
     Args,
-    Bind,
     BoolScalarLike,
+    Combine,
     DenseInfo,
     Params,
     RealScalarLike,
@@ -61,7 +61,7 @@ class SplittingState(eqx.Module):
 
     force: VF
     low: tuple[LowPart, LowPart] | None
-    fresh: BoolScalarLike | None
+    evaluated: BoolScalarLike | None
 
 
 class _Stage(NamedTuple):
@@ -238,9 +238,9 @@ class AbstractSplitting(
         del t0
         _, term_p = self._terms(terms)
         force = self._evaluate(term_p, t1, y[0], args)
-        crossed = SplittingState(force, solver_state.low, solver_state.fresh)
-        assert solver_state.fresh is not None
-        return crossed, jnp.logical_not(solver_state.fresh)
+        crossed = SplittingState(force, solver_state.low, solver_state.evaluated)
+        assert solver_state.evaluated is not None
+        return crossed, jnp.logical_not(solver_state.evaluated)
 
     def error_scales(
         self,
@@ -298,7 +298,7 @@ class AbstractSplitting(
 
     def backward_step_and_pullback(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t0: RealScalarLike,
         t1: RealScalarLike,
@@ -310,18 +310,26 @@ class AbstractSplitting(
     ) -> tuple[Y, SplittingState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
-        terms, args = bind(params)
+        terms, args = combine(params)
         tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
         if dense_cotangent is not None:
             cotangent = self._pull_derivatives(
-                bind, params, t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
+                combine,
+                params,
+                t1,
+                (t0, t1),
+                y1,
+                solver_state,
+                cotangent,
+                dense_cotangent,
+                1,
             )
 
         def stage(carry, stage: _Stage):
             q, p, q_bar, p_bar, force_bar, params_bar = carry
-            force, pull = self._linearise(bind, 1, stage.kick_time, q.high, params)
+            force, pull = self._linearise(combine, 1, stage.kick_time, q.high, params)
             force_bar = tree_axpy(h_p * stage.kick, p_bar, force_bar)
             more_q_bar, more_params_bar = pull(force_bar)
             q_bar = tree_add(q_bar, more_q_bar)
@@ -332,7 +340,7 @@ class AbstractSplitting(
                 _, known_p = _sums_of(start.y, start.solver_state)
                 kick = tree_scale(h_p * tableau.kicks[0], start.solver_state.force)
                 point = start.choose(known_p.plus(kick).high, point, stage.is_first)
-            velocity, pull = self._linearise(bind, 0, stage.drift_time, point, params)
+            velocity, pull = self._linearise(combine, 0, stage.drift_time, point, params)
             more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
             p_bar = tree_add(p_bar, more_p_bar)
             params_bar = tree_add(params_bar, more_params_bar)
@@ -352,13 +360,21 @@ class AbstractSplitting(
         cotangent = Cotangent((q_bar, p_bar), state_bar, params_bar)
         if dense_cotangent is not None:
             cotangent = self._pull_derivatives(
-                bind, params, t0, (t0, t1), y0, solver_state, cotangent, dense_cotangent, 0
+                combine,
+                params,
+                t0,
+                (t0, t1),
+                y0,
+                solver_state,
+                cotangent,
+                dense_cotangent,
+                0,
             )
         return y0, solver_state, cotangent
 
     def _pull_derivatives(
         self,
-        bind: Bind,
+        combine: Combine,
         params: Params,
         t: RealScalarLike,
         step: tuple[RealScalarLike, RealScalarLike],
@@ -373,7 +389,7 @@ class AbstractSplitting(
         derivatives_bar = dense_cotangent[f"k{end}"], dense_cotangent[f"higher{end}"]
 
         def derivatives(y, force, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             term_q, term_p = self._terms(terms)
             h_q, h_p = term_q.contr(*step), term_p.contr(*step)
             k = tree_scale(h_q, term_q.vf(t, y[1], args)), tree_scale(h_p, force)
@@ -399,19 +415,21 @@ class AbstractSplitting(
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
 
-    def _linearise(self, bind: Bind, part: int, t: RealScalarLike, y: Y, params: Params):
+    def _linearise(
+        self, combine: Combine, part: int, t: RealScalarLike, y: Y, params: Params
+    ):
         """A vector field at `(t, y)` and its pull-back.
 
         From one evaluation, but if `bitwise` from two.
         """
 
         def field(y, params):
-            terms, args = bind(params)
+            terms, args = combine(params)
             return self._terms(terms)[part].vf(t, y, args)
 
         vf, pull = jax.vjp(field, y, params)
         if self.bitwise:
-            terms, args = bind(params)
+            terms, args = combine(params)
             vf = self._evaluate(self._terms(terms)[part], t, y, args)
         return vf, pull
 
@@ -462,7 +480,7 @@ def _split_sums(q: Sum, p: Sum) -> tuple[Y, tuple[LowPart, LowPart] | None]:
 
 
 def _with_force(state: SplittingState, force: VF) -> SplittingState:
-    return SplittingState(force, state.low, state.fresh)
+    return SplittingState(force, state.low, state.evaluated)
 
 
 def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -> _Stage:
