@@ -38,9 +38,13 @@ def quick_options():
     return options
 
 
-@pytest.fixture
-def compile_quickly(monkeypatch):
-    """Where compiling takes the time, and neither the last bit nor running matters."""
+@pytest.fixture(autouse=True)
+def compile_quickly(request, monkeypatch):
+    """Compiling takes most of the time, and neither the last bit nor running matters, but
+    for tests that are marked as `optimised`."""
+    if request.node.get_closest_marker("optimised"):
+        yield
+        return
     get_compile_options = compiler.get_compile_options
 
     def get_quick_options(*args, env_options_overrides=None, **kwargs):

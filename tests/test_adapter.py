@@ -15,8 +15,6 @@ import diffrax_reversible as dr
 from .problems import as_terms, FAMILIES, families, Network, network_args, relative_error
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 Y0 = jnp.array([1.0, 2.0, 0.5])
 
 

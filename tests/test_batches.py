@@ -12,8 +12,6 @@ import diffrax_reversible as dr
 from .problems import as_terms, relative_error, sum_of_squares, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 JUMP = 1.5
 
 

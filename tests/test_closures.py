@@ -18,8 +18,6 @@ import diffrax_reversible as dr
 from .problems import PID, relative_error, sum_of_squares, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 Y0 = jnp.array([1.0, 2.0])
 W = jnp.array(1.3)
 

@@ -13,7 +13,6 @@ from .problems import relative_error, with_slow
 
 # Diffrax warns of them.
 pytestmark = [
-    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.filterwarnings("ignore:Complex dtype"),
     # Diffrax's controllers divide them by real numbers.
     pytest.mark.usefixtures("standard_promotion"),

@@ -49,8 +49,6 @@ from .problems import (
 from .test_couplings import Ruth, TwoStreams
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 T0, T1 = jnp.array(0.2), jnp.array(0.5)
 
 

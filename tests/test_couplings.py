@@ -17,8 +17,6 @@ from .problems import as_terms, network_args, PAIR, PAIR_Y0, relative_error, wit
 from .test_work import Counter
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 README = pathlib.Path(__file__).parent.parent / "README.md"
 (LINES,) = re.findall(r"```python\n([^`]*class TwoStreams.*?)```", README.read_text(), re.S)
 defined = {}

@@ -10,9 +10,6 @@ import diffrax_reversible as dr
 from diffrax_reversible._adjoint import backward
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 def contracting(t, y, rate):
     return -rate * (y - jnp.cos(t))
 

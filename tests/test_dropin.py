@@ -18,7 +18,6 @@ from .problems import as_vector, with_slow
 
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.usefixtures("standard_promotion"),
 ]
 

@@ -21,8 +21,6 @@ from .problems import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PID = dfx.PIDController(rtol=1e-6, atol=1e-6)
 ROOT = optx.Newton(rtol=1e-10, atol=1e-10)
 BISECTION = optx.Bisection(rtol=1e-9, atol=1e-9)

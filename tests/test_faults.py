@@ -112,6 +112,7 @@ def test_not_finite_raises():
         eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("solver", SOLVERS[:1], ids=repr)
 def test_steps_run_out(solver):
     """In the second of three elements of a batch, of which the gradient is that of what

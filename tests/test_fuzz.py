@@ -8,7 +8,6 @@ from .problems import with_slow
 
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

@@ -17,8 +17,6 @@ from .problems import relative_error, with_slow
 from .test_work import Counter
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SOLVERS = dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()
 every_solver = pytest.mark.parametrize(
     "solver", SOLVERS, ids=lambda solver: type(solver).__name__

@@ -31,8 +31,6 @@ from .problems import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TS = jnp.linspace(0.0, 3.0, 13)
 
 

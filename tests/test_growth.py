@@ -11,8 +11,6 @@ import diffrax_reversible as dr
 from .problems import kepler, lorenz, relative_error, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SIZE = 50
 GRID = jnp.linspace(-1, 1, SIZE)
 # The largest step that the fastest mode of `heat` is stable for, with some solvers.

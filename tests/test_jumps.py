@@ -14,8 +14,6 @@ import diffrax_reversible as dr
 from .problems import as_terms, BITWISE, PID, relative_error, sum_of_squares, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
 # The first is where floats are closest.
 JUMPS = jnp.array([0.0, 0.8, 1.9])

@@ -86,6 +86,7 @@ def test_start(name, rest, save_fn):
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.optimised
 def test_splitting():
     """Momenta begin at rest."""
     terms = (

@@ -12,8 +12,6 @@ from .problems import PID, reference, relative_error, with_slow
 from .test_work import Counter
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 Y0 = jnp.array([0.7, -0.4])
 TS = jnp.linspace(0.0, 3.0, 97)[1:-1]
 

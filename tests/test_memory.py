@@ -10,9 +10,6 @@ import diffrax_reversible as dr
 from .problems import as_terms, COMPENSATED, FAMILIES, families, PID, SOLVERS, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 def field(t, y, scale):
     return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
 

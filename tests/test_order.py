@@ -12,9 +12,6 @@ import diffrax_reversible as dr
 from .problems import kepler, lorenz, reference, SOLVERS, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 def forced(t, y, args):
     """Not autonomous, not Hamiltonian, neither expanding nor contracting throughout."""
     del args

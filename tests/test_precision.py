@@ -64,6 +64,7 @@ def initial(name, dtype):
 FIELDS = {"kepler": kepler, "pendulum": pendulum, "network": skew_network}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "name, dtype",
     # In float32, and without the restarts that a solve makes, the 1,600 orbits of Kepler's

@@ -20,8 +20,6 @@ import diffrax_reversible as dr
 from .problems import as_vector, BITWISE, COMPENSATED, SOLVERS, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 F32, F64 = "float32", "float64"
 # Of both leaves of the state, and of time, which Diffrax does not let be the finer one.
 DTYPES = ((F64, F64, F64), (F32, F32, F32), (F64, F32, F32))

@@ -15,8 +15,6 @@ import diffrax_reversible as dr
 from .problems import InverseOnly, PID
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 Y0 = jnp.array([1.0, 2.0])
 
 

@@ -28,8 +28,6 @@ from .test_replays import final_of, gradient, pid, relaxation, STORE
 from .test_work import Counter
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TS = jnp.linspace(0.0, 3.0, 9)
 
 

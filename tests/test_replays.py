@@ -22,9 +22,6 @@ from .problems import (
 from .test_work import Counter
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 def pid(tol, **kwargs):
     return dfx.PIDController(rtol=tol, atol=tol, **kwargs)
 

@@ -25,8 +25,6 @@ from .problems import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)

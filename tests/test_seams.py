@@ -7,8 +7,10 @@ import pathlib
 
 import diffrax as dfx
 import equinox as eqx
+import jax.numpy as jnp
 import pytest
 
+import diffrax_reversible as dr
 from diffrax_reversible import _diffrax
 
 
@@ -83,3 +85,14 @@ def test_private_names_in_one_file_only():
                 module = node.module or ""
                 private = node.level == 0 and module.startswith("diffrax._")
                 assert not private or file.name == "_diffrax.py", (file, module)
+
+
+def test_result_is_static(monkeypatch, capfd):
+    """Diffrax makes a leaner loop if it sees that no step fails; it prints what it sees for
+    tests of its own."""
+    monkeypatch.setattr(dfx._integrate, "_PRINT_STATIC", True)
+    term = dfx.ODETerm(lambda t, y, args: -y)
+    for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()):
+        dfx.diffeqsolve(term, dr.ALF4(), 0.0, 1.0, 0.1, jnp.ones(2), adjoint=adjoint)
+    seen, expected = capfd.readouterr().out.splitlines()
+    assert seen == expected and "static_result=None" not in seen

@@ -16,8 +16,6 @@ import diffrax_reversible as dr
 from .problems import SOLVERS, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 WITH_RESTARTS = (*SOLVERS[1:], dr.McCallumFoster(dfx.Tsit5()))
 with_restarts = pytest.mark.parametrize("solver", WITH_RESTARTS, ids=repr)
 

@@ -253,6 +253,7 @@ def test_evaluations(solver, stages, adaptive):
     assert forces < both <= forces + (stages + 1) * steps + 1
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "solver", with_slow(SPLITTINGS[1:2], (SPLITTINGS[0], *SPLITTINGS[2:])), ids=repr
 )

@@ -29,8 +29,6 @@ from .problems import (
 )
 
 
-compile_quickly = pytest.mark.usefixtures("compile_quickly")
-
 PERIOD = 2 * np.pi
 
 
@@ -83,7 +81,6 @@ def assert_same_gradient(loss, *args, tol=1e-10):
 
 
 @pytest.mark.slow
-@compile_quickly
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
     with_slow(
@@ -102,7 +99,6 @@ def test_gradients(solver, dt0, t0, t1):
     assert_same_gradient(loss, jnp.array([1.0, 2.0, 0.5]), Network(), network_args())
 
 
-@compile_quickly
 @families
 def test_families(family):
     solver, field, y0, _, _ = FAMILIES[family]
@@ -117,7 +113,6 @@ def test_families(family):
     assert_same_gradient(loss, y0, field, network_args())
 
 
-@compile_quickly
 def test_gradients_of_everything_saved():
     """An event, ends of steps, dense output, a batch, and the end of the solve."""
 
@@ -138,7 +133,6 @@ def test_gradients_of_everything_saved():
     assert_same_gradient(batch, y0, jnp.array(5.0))
 
 
-@compile_quickly
 def test_continued():
     """From where another solve has ended, with its controller state: the first step of the
     second begins with a step size of its own."""
@@ -163,7 +157,6 @@ def test_continued():
 
 
 @pytest.mark.slow
-@compile_quickly
 def test_memory_is_flat():
     """To the byte: in the length of the solve, and in the number of steps allowed."""
 
@@ -385,7 +378,6 @@ def test_any_solver_and_field(solver, field, y0, t1):
     np.testing.assert_allclose(found, expected, atol=2e-2)
 
 
-@compile_quickly
 def test_refusals():
     def run(controller, terms=None, y0=1.0, **kwargs):
         terms = dfx.ODETerm(lambda t, y, args: -y) if terms is None else terms

@@ -23,8 +23,6 @@ from .problems import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 NETWORK = Network()
 T0, T1 = jnp.array(0.2), jnp.array(3.0)
 # One of them is the end of the solve, which has a gradient of its own.

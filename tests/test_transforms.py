@@ -27,8 +27,6 @@ from .problems import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BATCH = jnp.array([[1.0, 2.0, 0.5], [0.1, -0.3, 0.2], [-2.0, 3.0, 1.5]])
 TS = jnp.linspace(0.0, 3.0, 7)
 

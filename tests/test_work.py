@@ -11,9 +11,6 @@ import diffrax_reversible as dr
 from .problems import PID, with_slow
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 class Counter:
     def __init__(self):
         self.count = 0

@@ -12,6 +12,7 @@ from diffrax import (
     AbstractStepSizeController,
     Event,
     NoProgressMeter,
+    RESULTS,
     SaveAt,
     SubSaveAt,
 )
@@ -159,7 +160,7 @@ class Problem(eqx.Module):
             max_steps=self.max_steps,
             terms=context.terms,
             args=context.args,
-            init_state=_replace_state(self.init_state, inputs.y0, inputs.solver_state),
+            init_state=_with_inputs(self.init_state, inputs),
             inner_while_loop=_while_loop,
             outer_while_loop=outer_while_loop,
             progress_meter=self.progress_meter,
@@ -291,9 +292,22 @@ def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:
 
 
 def take_state(init_state: State) -> State:
-    """`init_state` without what is differentiated."""
-    return _replace_state(init_state, None, None)
+    """`init_state` without what is differentiated, and without a result that is known when
+    it is traced, with which Diffrax makes a leaner loop."""
+    result = init_state.result
+    result = None if result is RESULTS.successful else result
+    return _replace_state(init_state, None, None, result)
 
 
-def _replace_state(state: State, y: Y | None, solver_state: PyTree) -> State:
-    return tree_replace(lambda s: (s.y, s.solver_state), state, (y, solver_state))
+def _with_inputs(state: State, inputs: Inputs) -> State:
+    """The inverse of `take_state`."""
+    result = RESULTS.successful if state.result is None else state.result
+    return _replace_state(state, inputs.y0, inputs.solver_state, result)
+
+
+def _replace_state(
+    state: State, y: Y | None, solver_state: PyTree, result: RESULTS | None
+) -> State:
+    return tree_replace(
+        lambda s: (s.y, s.solver_state, s.result), state, (y, solver_state, result)
+    )

@@ -6,7 +6,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
-from diffrax import AbstractLocalInterpolation
+from diffrax import AbstractLocalInterpolation, RESULTS
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
 from .._diffrax import State
@@ -17,7 +17,17 @@ from .kept import Kept
 from .problem import Inputs, Problem
 
 
-_traced_once = eqx.filter_jit(advance_densely)
+@eqx.filter_jit
+def _trace_once(*step):
+    *outputs, result = advance_densely(*step)
+    return outputs, result, result is RESULTS.successful
+
+
+def _advance_densely(*step):
+    """Traced once, though Diffrax asks for shapes several times. Like it Diffrax makes a
+    leaner loop if it sees that no step fails."""
+    outputs, result, succeeds = _trace_once(*step)
+    return *outputs, RESULTS.successful if succeeds else result
 
 
 class _AdvancingState(eqx.Module):
@@ -45,7 +55,7 @@ class Advancing(eqx.Module):
         step = self.solver, terms, t0, t1, y0, args
         if not isinstance(solver_state, _AdvancingState):
             # Nothing but shapes is asked for, in every loop the same.
-            return _traced_once(*step, solver_state)
+            return _advance_densely(*step, solver_state)
         y1, y_error, dense_info, after, result = advance_densely(
             *step, solver_state.solver_state, solver_state.interpolates
         )
