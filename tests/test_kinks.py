@@ -1,5 +1,5 @@
-"""Vector fields that are not smooth where a solve begins: gradients take the side of the
-kink that the solve was on, as the default adjoint's do."""
+"""Vector fields that are not smooth where a solve begins, or rests for a while: gradients
+take the side of the kink that the solve was on, as the default adjoint's do."""
 
 import diffrax as dfx
 import jax
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._adjoint.branches import may_branch
 
 from .problems import relative_error, with_slow
 
@@ -86,12 +87,92 @@ def test_start(name, rest, save_fn):
     assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.optimised
+def infusion(t, y, k):
+    """Nothing is there until something flows in, and then it has effects."""
+    dose, tissue, effect = y
+    flow = k[0] * jnp.maximum(t - 0.31, 0.0) + 0.0 * dose
+    effects = jax.nn.relu(tissue) + jnp.abs(dose)
+    return jnp.stack([flow - dose, dose - 0.3 * tissue, k[1] * effects - effect])
+
+
+@pytest.mark.parametrize(
+    "name, steps",
+    with_slow(
+        (("ALF4", "constant"), ("McCallumFoster", "adaptive")),
+        [
+            *((name, "constant") for name in SOLVERS if name != "ALF4"),
+            *((name, "adaptive") for name in ("ALF4", "ALF6", "ReversibleHeun")),
+            ("ALF4", "jump"),
+            ("ALF6", "saved functions"),
+        ],
+    ),
+)
+def test_at_rest_for_a_while(name, steps):
+    """In a batch, of which a member never rests, and by steps in which the rest ends."""
+    pid = dfx.PIDController(rtol=1e-5, atol=1e-7)
+    jumps = dfx.ClipStepSizeController(pid, jump_ts=jnp.array([0.31]))
+    controllers = dict(adaptive=pid, jump=jumps)
+    controller = controllers.get(steps, dfx.ConstantStepSize())
+    saveat = dfx.SaveAt(t1=True)
+    if steps == "saved functions":
+        ts = jnp.linspace(0.0, 1.0, 5)
+        saveat = dfx.SaveAt(ts=ts, fn=lambda t, y, k: jax.nn.relu(y) * k[0])
+
+    def pulled(y0, adjoint):
+        kwargs = dict(saveat=saveat, stepsize_controller=controller, dt0=0.05)
+        return gradient(infusion, SOLVERS[name], y0, adjoint, **kwargs)
+
+    y0 = jnp.array([[0.0, 0.0, 0.0], [0.2, 0.1, 0.0]])
+    default = dfx.RecursiveCheckpointAdjoint(checkpoints=200)
+    ours, theirs = (
+        jax.vmap(lambda y0, adjoint=adjoint: pulled(y0, adjoint))(y0)
+        for adjoint in (dr.ReversibleAdjoint(), default)
+    )
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_misses_are_not_hidden():
+    """By entries of which it is known where they were."""
+
+    def field(t, y, rate):
+        return rate * (jnp.abs(jnp.sin(jnp.maximum(t - 0.2, 0.0))) - jnp.abs(y))
+
+    def loss(rate):
+        adjoint = dr.ReversibleAdjoint(checkpoints=0)
+        term, y0 = dfx.ODETerm(field), jnp.zeros(2)
+        sol = dfx.diffeqsolve(term, dr.ALF2(), 0.0, 2.0, 0.01, y0, rate, adjoint=adjoint)
+        return jnp.sum(sol.ys)
+
+    assert jnp.isfinite(jax.grad(loss)(1.0))
+    with pytest.raises(RuntimeError, match="missed"):
+        jax.jit(jax.grad(loss))(150.0)
+
+
+@pytest.mark.parametrize(
+    "fn, branches",
+    (
+        (lambda y: jnp.tanh(y[0]) * y[1:] + y[:-1] ** 3 - jnp.roll(y, 1)[1:], False),
+        (lambda y: jax.nn.softplus(y) + jax.nn.silu(y) + jax.nn.gelu(y), False),
+        (lambda y: jnp.where(AT_KINKS[0] > 0, y, jnp.sin(y)) + jnp.abs(AT_KINKS[0]), False),
+        (jax.vmap(jax.nn.relu), True),
+        (jax.nn.elu, True),
+        (jnp.sort, True),
+        (lambda y: jax.lax.cond(y[0] > 0, lambda: y, lambda: 2 * y), True),
+        (lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.abs(c)), y, None, 2)[1], True),
+    ),
+)
+def test_what_may_branch(fn, branches):
+    assert may_branch(fn, jnp.arange(3.0)) == branches
+
+
 def test_splitting():
-    """Momenta begin at rest."""
+    """Momenta begin at rest, and some coordinates stay there for a while."""
+    off = jnp.array([0.0, 0.33])
     terms = (
         dfx.ODETerm(lambda t, p, k: p * k[0] + jnp.abs(p)),
-        dfx.ODETerm(lambda t, q, k: jnp.sin(t) * k[1] - jax.nn.relu(q)),
+        dfx.ODETerm(
+            lambda t, q, k: jnp.sin(jnp.maximum(t - off, 0.0)) * k[1] - jax.nn.relu(q)
+        ),
     )
     y0 = jnp.zeros(2), jnp.zeros(2)
 

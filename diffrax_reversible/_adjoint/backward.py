@@ -1,6 +1,7 @@
 """The walk back along the steps of a solve, pulling cotangents along."""
 
 import dataclasses
+import functools as ft
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.capabilities import recall
-from .._solver.pullback import Cotangent, Start
+from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
 from .drift import tolerance
@@ -23,7 +24,7 @@ from .forward import Residuals
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
 from .pull_outputs import pull_dense_times, pull_start, pull_step_outputs
-from .pull_step import probe_step, pull_step
+from .pull_step import pull_step
 from .replay import Replayer
 from .steps import Record
 from .walk import Position, Walk
@@ -45,30 +46,35 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     position = eqx.tree_at(lambda p: p.clock, position, clock)
     restarted, crossed = record.before(step)
     position = pull_step_outputs(walk, position, clock.end)
-    # A start that was restarted from, or was before a jump, is another.
-    is_known = (step == 0) & jnp.logical_not(jnp.logical_or(restarted, crossed))
-    start = Start(is_known, walk.inputs.y0, walk.inputs.solver_state)
+    rest = walk.residuals.kept.rest
+    settle = None if rest is None else ft.partial(rest.settle, start=walk.start_states)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
-    pulled = pull_step(walk, position, solver_state, start)
-    state0, ct, growth = pulled.solver_state, pulled.cotangent, position.growth
+    pulled = pull_step(walk, position, solver_state, step)
+    ct, growth = pulled.cotangent, position.growth
     if growth is not None:
-        growth = growth.update(probe_step(walk, clock, pulled))
-    ct = Cotangent(ct.y, ct.solver_state, ct.params)
+        assert pulled.probe is not None
+        growth = growth.update(pulled.probe)
+    y0, state0 = pulled.y, pulled.solver_state
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),
-            lambda: undo_jump(walk, crossed, clock.start, pulled.y, state0, ct),
+            lambda: undo_jump(walk, crossed, clock.start, y0, state0, ct),
             lambda: (state0, ct),
         )
+        if settle is not None:
+            y0, state0 = settle(2 * step - 1, (y0, state0))
+    hidden = position.hidden
+    if hidden is not None:
+        hidden = tree_add(hidden, pulled.hidden)
     no = jnp.array(False)
     return tree_replace(
         lambda p: (
             *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
-            *(p.growth, p.known, p.restarted),
+            *(p.growth, p.known, p.restarted, p.hidden),
         ),
         position,
-        (step, pulled.y, state0, ct, pulled.cursors, growth, no, no | restarted),
+        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, hidden),
     )
 
 
@@ -128,7 +134,7 @@ def _undo_all(walk: Walk, position: Position) -> Position:
         position, kept = carry
         return go_on(walk, undo_steps(position, kept), kept)
 
-    kept = walk.residuals.kept
+    kept = dataclasses.replace(walk.residuals.kept, rest=None)
     if not walk.stops:
         # In memory for fewer states.
         return go_on(walk, undo_steps(position, kept), kept)[0]

@@ -168,6 +168,7 @@ def _go_back(
         parted=parted,
         undone=undone,
         replayed=position.replayed,
+        hidden=jtu.tree_map(lambda x: jnp.where(here, 0, x), position.hidden),
         drifts=[
             jnp.maximum(d, jnp.where(counts, w, 0))
             for d, w in zip(drifts, walked, strict=True)

@@ -16,9 +16,11 @@ from .._custom_types import (
 from .._diffrax import State
 from .._solver.capabilities import needs_restart, statistics, to_record
 from .._tree import tree_replace
+from .branches import may_branch
 from .kept import Kept, least_spacing
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
+from .rest import Rest
 from .stepper import Advancing, Stepper
 from .steps import Record, room_for_steps
 
@@ -88,6 +90,7 @@ def solve_and_record(
     """As `solve_plainly`, and keep what the walk back needs."""
     controller, solver = problem.stepsize_controller, problem.solver
     restartable = needs_restart(solver, inputs.solver_state) is not False
+    branches = _may_branch(inputs, problem)
 
     def make_kept(state):
         known = Known.of(state, state.tprev, problem.varying)
@@ -106,7 +109,8 @@ def solve_and_record(
         spacing = jnp.array(least_spacing)
         none = jnp.array(0)
         no = jnp.array(False)
-        return Kept(none, record, held, spacing, spacing, no, varying=problem.varying)
+        rest = Rest.start((state.y, state.solver_state)) if branches else None
+        return Kept(none, record, held, spacing, spacing, no, rest, varying=problem.varying)
 
     final_state, aux_stats, end, kept = _solve(inputs, problem, make_kept)
     residuals = Residuals(
@@ -118,6 +122,24 @@ def solve_and_record(
         restartable,
     )
     return final_state, aux_stats, residuals
+
+
+def _may_branch(inputs: Inputs, problem: Problem) -> bool:
+    """Whether the vector field, or what is saved, may have kinks."""
+    context, t = inputs.context, jnp.asarray(problem.t0)
+
+    def field(y):
+        return problem.solver.func(context.terms, t, y, context.args)
+
+    def save(y):
+        fns = [fn for fn in context.save_fns if fn is not None]
+        return eqx.filter([fn(t, y, context.args) for fn in fns], eqx.is_inexact_array)
+
+    try:
+        return may_branch(field, inputs.y0) or may_branch(save, inputs.y0)
+    except NotImplementedError:
+        # Of a solver that does not know the vector field as a whole.
+        return True
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:

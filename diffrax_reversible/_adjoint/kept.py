@@ -6,15 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._custom_types import (
-    BoolScalarLike,
-    IntScalarLike,
-)
+from .._custom_types import BoolScalarLike, IntScalarLike, SolverState
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import to_record
 from .._tree import tree_replace
 from .known import Checkpoints, Known
+from .rest import Rest
 from .steps import Record
 
 
@@ -32,6 +30,7 @@ class Kept(eqx.Module):
         batch at once, the spacing does not depend on what is held.
     - `advanced`: whether the last step was accepted. A state that was tried from before may
         have been restarted, and is not held.
+    - `rest`: `None` if it does not matter what was at rest.
     - `varying`: which leaves of the controller state a known state has.
     """
 
@@ -41,6 +40,7 @@ class Kept(eqx.Module):
     spacing: IntScalarLike = 0
     due: IntScalarLike = 0
     advanced: BoolScalarLike = False
+    rest: Rest | None = None
     varying: tuple[bool, ...] = eqx.field(static=True, default=())
 
     def buffers(self) -> list:
@@ -63,7 +63,13 @@ class Kept(eqx.Module):
         accepted = after.num_accepted_steps > before.num_accepted_steps
         scalars = to_record(solver, before.solver_state)
         record = self.record.append(before, scalars, accepted)
-        kept = tree_replace(lambda k: (k.record, k.advanced), self, (record, accepted))
+        rest = self.rest
+        if rest is not None:
+            states = (before.y, before.solver_state), (after.y, after.solver_state)
+            rest = rest.during(2 * before.num_accepted_steps, *states, accepted)
+        kept = tree_replace(
+            lambda k: (k.record, k.advanced, k.rest), self, (record, accepted, rest)
+        )
         if not self.holds:
             return kept, False
         return kept, accepted & (after.num_steps >= self.due)
@@ -71,18 +77,24 @@ class Kept(eqx.Module):
     def interrupt(
         self,
         state: State,
+        solver_state: SolverState,
         restarts: BoolScalarLike,
         crossed: BoolScalarLike,
         goes_on: BoolScalarLike,
     ) -> Self:
-        """Before the solve is restarted at `state`, or a jump `crossed`; or neither, if the
-        state is only to be held, unless this element of a batch has ended."""
+        """Before the solve is restarted at `state`, or a jump `crossed`, and goes on with
+        another `solver_state`; or neither, if the state is only to be held, unless this
+        element of a batch has ended."""
         count = self.restarts + jnp.where(restarts, 1, 0)
         kept = tree_replace(lambda k: k.restarts, self, count)
         if self.record is None:
             return kept
-        record = self.record.interrupt(restarts, crossed)
-        kept = tree_replace(lambda k: k.record, kept, record)
+        record, rest = self.record.interrupt(restarts, crossed), self.rest
+        if rest is not None:
+            states = (state.y, state.solver_state), (state.y, solver_state)
+            changes = jnp.logical_or(restarts, crossed)
+            rest = rest.during(2 * state.num_accepted_steps - 1, *states, changes)
+        kept = tree_replace(lambda k: (k.record, k.rest), kept, (record, rest))
         if not self.holds:
             return kept
         assert self.checkpoints is not None

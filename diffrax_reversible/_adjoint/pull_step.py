@@ -1,10 +1,16 @@
 """The gradient of a step of the walk back."""
 
+import functools as ft
 from typing import NamedTuple
 
 import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
 
-from .._custom_types import DenseInfo, SolverState, Y
+from .._custom_types import DenseInfo, IntScalarLike, SolverState, Y
 from .._solver.capabilities import advance_densely
 from .._solver.pullback import (
     backward_step_and_pullback,
@@ -12,9 +18,7 @@ from .._solver.pullback import (
     HasProbe,
     linearise_step,
     Probe,
-    Start,
 )
-from .clock import Clock
 from .outputs import Cursor
 from .pull_outputs import pull_dense
 from .walk import Position, Walk
@@ -23,59 +27,93 @@ from .walk import Position, Walk
 class PulledStep(NamedTuple):
     """What is known at the start of a step that was undone.
 
-    - `dense_bar`: the cotangent of what the step was interpolated with.
+    - `probe`: how a cotangent was pulled back, if the walk tells growth by that.
+    - `hidden`: by how much entries were off that were set off in this step, at its end;
+        `None` if it does not matter what was at rest.
     """
 
     y: Y
     solver_state: SolverState
     cotangent: Cotangent
     cursors: list[Cursor]
-    dense_bar: DenseInfo | None
+    probe: Probe | None
+    hidden: PyTree | None
 
 
 def pull_step(
-    walk: Walk, position: Position, solver_state: SolverState, start: Start
+    walk: Walk, position: Position, solver_state: SolverState, step: IntScalarLike
 ) -> PulledStep:
-    """Undo the step that ends at a position, and pull back through it."""
-    solver, combine, params = walk.problem.solver, walk.combine, walk.params
+    """Undo the `step` that ends at a position, and pull back through it.
+
+    If entries are set off in it, the states between its ends can be on the wrong side of a
+    kink when they are reconstructed, and it is made again, from where these were at rest.
+    """
     t0, t1 = position.clock.start, position.clock.end
-    state = position.y, solver_state
+    state, rest = (position.y, solver_state), walk.residuals.kept.rest
+    undone = walk.problem.solver, walk.combine, walk.params, t0, t1, *state
+    settle = None
+    if rest is not None:
+        settle = ft.partial(rest.settle, 2 * step, start=walk.start_states)
+
+    def hidden(end):
+        if rest is None:
+            return None
+        real = lambda x: eqx.filter(x, eqx.is_inexact_array)
+        reconstructed = real((position.y, position.solver_state))
+        off = jtu.tree_map(jnp.subtract, reconstructed, real(end))
+        return rest.moving(2 * step, off)
+
+    def pulled(start, ct, cursors, dense_bar, end):
+        y0, state0 = start if settle is None else settle(start)
+        ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
+        return PulledStep(y0, state0, ct, cursors, probe, hidden(end))
+
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     linear = all(walk.outputs[i].saves_state for i in interpolated)
     if linear and not walk.differentiates_times:
         dense_bar, ct, cursors = None, position.cotangent, position.cursors
         if len(interpolated) > 0 or walk.with_dense:
             # Nothing but its shapes is used: interpolations are linear.
-            dense_info = _dense_struct(walk, t0, t1, *state)
-            step = t0, t1, dense_info
-            dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *step)
-        y0, state0, ct = backward_step_and_pullback(
-            solver, combine, params, t0, t1, *state, ct, dense_bar, start
-        )
-        return PulledStep(y0, state0, ct, cursors, dense_bar)
+            info = t0, t1, _dense_struct(walk, t0, t1, *state)
+            dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
+
+        def undo():
+            y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar)
+            here = position.y, position.solver_state
+            return pulled((y0, state0), bar, cursors, dense_bar, here)
+
+        def undo_and_make():
+            start, made, pull = linearise_step(*undone, settle)
+            return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
+
+        if rest is None:
+            return undo()
+        return lax.cond(eqxi.unvmap_any(rest.ends(2 * step)), undo_and_make, undo)
 
     def step_times(params):
         times = walk.context(params).times
         return times.of(t0), times.of(t1)
 
-    y0, state0, dense_info, pull = linearise_step(
-        solver, combine, params, t0, t1, *state, start, step_times
-    )
-    step = t0, t1, dense_info
-    dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *step)
-    return PulledStep(y0, state0, pull(ct, dense_bar), cursors, dense_bar)
+    start, made, pull = linearise_step(*undone, settle, step_times)
+    info = t0, t1, made.dense_info
+    dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
+    return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
 
 
-def probe_step(walk: Walk, clock: Clock, pulled: PulledStep) -> Probe:
-    """How a cotangent was pulled back."""
-    probe = pulled.cotangent.probe
+def _with_probe(
+    walk: Walk, position: Position, y0: Y, ct: Cotangent, dense_bar: DenseInfo | None
+) -> tuple[Cotangent, Probe | None]:
+    """A cotangent without its probe, and how it was pulled back, if that is of use."""
+    probe = ct.probe
+    ct = Cotangent(ct.y, ct.solver_state, ct.params)
+    if position.growth is None:
+        return ct, None
     if probe is None:
-        step = clock.start, clock.end, pulled.y, pulled.cotangent, pulled.dense_bar
-        solver = walk.problem.solver
+        solver, clock = walk.problem.solver, position.clock
+        step = clock.start, clock.end, y0, ct, dense_bar
         assert isinstance(solver, HasProbe)
         probe = solver.probe(walk.combine, walk.params, *step)
-    assert probe is not None
-    return probe
+    return ct, probe
 
 
 def _dense_struct(walk: Walk, t0, t1, y, solver_state) -> DenseInfo:

@@ -91,10 +91,10 @@ class _Replay(Kept):
             spacing,
             spacing,
             jnp.array(False),
-            kept.varying,
-            target,
-            kept.record.covers(known.step, target, last[0]),
-            to,
+            varying=kept.varying,
+            target=target,
+            recorded=kept.record.covers(known.step, target, last[0]),
+            last=to,
         )
 
     @property

@@ -169,7 +169,7 @@ class Stepper:
             restarts,
             made_jump,
         )
-        kept = kept.interrupt(state, restarted, crossed, on)
+        kept = kept.interrupt(state, solver_state, restarted, crossed, on)
         made_jump = jnp.where(made_jump, False, state.made_jump)
         state = tree_replace(
             lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import (
     Args,
@@ -22,7 +22,7 @@ from .._custom_types import (
 )
 from .._solver.capabilities import error_scales
 from .._solver.pullback import Cotangent, HasProbe
-from .._tree import tree_replace, tree_zeros_like
+from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
 from .drift import drift
 from .forward import Residuals
@@ -51,6 +51,8 @@ class Position(eqx.Module):
     - `parted`: how far a replay has been off a state that was known before.
     - `drifts`: how far the walk has been off so far.
     - `undone`, `replayed`: how many steps were, so far.
+    - `hidden`: by how much entries were off that have come to rest since the state was
+        known last; `None` if it does not matter what was at rest.
     - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
         second time.
     """
@@ -71,6 +73,7 @@ class Position(eqx.Module):
     drifts: list[Float[Array, ""]] | None = None
     undone: IntScalarLike = 0
     replayed: IntScalarLike = 0
+    hidden: PyTree | None = None
     params_cotangent: Params | None = None
 
     def as_origin(self, whole: bool) -> "Position":
@@ -83,6 +86,7 @@ class Position(eqx.Module):
             drifts=None,
             undone=None,
             replayed=None,
+            hidden=None,
             params_cotangent=None,
         )
         if whole:
@@ -128,6 +132,10 @@ class Walk(eqx.Module):
         return eqx.combine(params, self.nondiff)
 
     @property
+    def start_states(self) -> tuple[Y, SolverState]:
+        return self.inputs.y0, self.inputs.solver_state
+
+    @property
     def with_dense(self) -> bool:
         return self.dense_rows is not None or self.end_dense is not None
 
@@ -160,13 +168,15 @@ class Walk(eqx.Module):
             undone=jnp.array(0),
             replayed=jnp.array(0),
         )
+        if self.residuals.kept.rest is not None:
+            hidden = tree_zeros_like((position.y, position.solver_state))
+            position = dataclasses.replace(position, hidden=hidden)
         origin = position.as_origin(self.repeats)
         position = dataclasses.replace(position, origin=origin)
         if self.repeats:
             params_bar = tree_zeros_like(position.cotangent.params)
             position = dataclasses.replace(position, params_cotangent=params_bar)
-        start = (self.inputs.y0, self.inputs.solver_state)
-        drifts = jax.eval_shape(self.drift, position, start)
+        drifts = jax.eval_shape(self.drift, position, self.start_states)
         no_drift = [jnp.zeros(d.shape, d.dtype) for d in drifts]
         return dataclasses.replace(position, drifts=no_drift)
 
@@ -193,4 +203,8 @@ class Walk(eqx.Module):
             *(self.problem.solver, terms, *step, length, y, args, solver_state),
             *(origin.y, eqx.filter(origin.solver_state, eqx.is_inexact_array)),
         )
-        return drift((position.y, position.solver_state), true, scales)
+        reconstructed = position.y, position.solver_state
+        if position.hidden is not None:
+            settled, others = eqx.partition(reconstructed, eqx.is_inexact_array)
+            reconstructed = eqx.combine(tree_add(settled, position.hidden), others)
+        return drift(reconstructed, true, scales)

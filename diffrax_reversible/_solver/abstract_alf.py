@@ -49,7 +49,7 @@ from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullback, Probe, Start
+from .pullback import Cotangent, HasProbe, HasPullback, Probe
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ class _SubStep(NamedTuple):
     # those that watch the deviation.
     weights: dict[str, Array]
     watch: Array | None
-    is_first: Array
 
 
 class AbstractALF(
@@ -356,7 +355,6 @@ class AbstractALF(
         solver_state: ALFState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, ALFState, Cotangent]:
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
@@ -382,10 +380,7 @@ class AbstractALF(
             k, v, (k_bar, v_bar, params_bar), _ = carry
             drift = control * sub.drift
             t = t0 + sub.midpoint * (t1 - t0)
-            point = k.high
-            if start is not None:
-                point = start.choose(self._after_start(start, drift), point, sub.is_first)
-            u, pull = self._linearise_field(combine, t, point, params)
+            u, pull = self._linearise_field(combine, t, k.high, params)
             v = v.reflect(u)
             k = k.minus(tree_scale(drift, v.high))
             pulled, more_params_bar = pull(tree_scale(2, v_bar))
@@ -458,11 +453,6 @@ class AbstractALF(
             tree_add(cotangent.y, pulled),
             _outputs(cotangent.y, dense_cotangent),
         )
-
-    def _after_start(self, start: Start, drift: RealScalarLike) -> Y:
-        """Where the first sub-step evaluates."""
-        z, v = sums_of(start.y, start.solver_state)
-        return z.plus(tree_scale(drift, v.high)).high
 
     def _pull_end(
         self,
@@ -619,7 +609,6 @@ class AbstractALF(
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
-            jnp.arange(self.tableau.stages) == 0,
         )
 
 

@@ -36,7 +36,7 @@ from .capabilities import HasErrorScales, HasStatistics, KeepsStateAtJumps
 from .collocation import CollocationInterpolation
 from .gauss_state import GaussState
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasPullback, Start
+from .pullback import Cotangent, HasPullback
 from .stage_equations import solve_stages, StageNewton, Stages
 
 
@@ -145,7 +145,6 @@ class AbstractGauss(
         solver_state: GaussState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, GaussState, Cotangent]:
         """One solution of the stage equations, one linear solve with their transpose, and
         one evaluation and pull-back of each stage.
@@ -155,13 +154,12 @@ class AbstractGauss(
         """
         terms, args = combine(params)
         y0, k, before = self._undo((terms, t0, t1, args), y1, solver_state)
-        origin = y0 if start is None else start.choose(start.y, y0)
 
         def stages(y, k, params):
             terms, args = combine(params)
             return self._evaluate((terms, t0, t1, args), y, self.tableau.matrix, k)
 
-        _, pull = jax.vjp(stages, origin, k, params)
+        _, pull = jax.vjp(stages, y0, k, params)
         y1_bar, k_bar = cotangent.y, None
         if dense_cotangent is not None:
             y1_bar = tree_add(y1_bar, dense_cotangent["y1"])

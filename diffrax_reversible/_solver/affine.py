@@ -1,13 +1,13 @@
 """Functions that are seen to be affine."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
+
+from .._jaxpr import meets
 
 
 # Of which the derivative is zero, or need not be that of the function, so that it does not
@@ -17,8 +17,6 @@ _jumps = {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
     *("pure_callback", "io_callback"),
 }
-# With the inputs of what is called.
-_calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 
 def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
@@ -34,37 +32,4 @@ def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
     if any(used[: len(jtu.tree_leaves(point))]):
         return False
     jaxpr = jax.make_jaxpr(fn)(*point).jaxpr
-    return not _has_jump(jaxpr, set(jaxpr.invars))
-
-
-def _has_jump(jaxpr, moving: set) -> bool:
-    """Whether there is one among what depends on the `moving` variables."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if not any(_moves(v, moving) for v in equation.invars):
-            continue
-        outputs = [v.aval.dtype for v in equation.outvars]
-        discrete = not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
-        if name in _jumps or (discrete and name not in _calls):
-            return True
-        moving.update(equation.outvars)
-        for inner in _inner(equation.params):
-            # In a loop, whatever is carried may move in the end.
-            inputs = inner.invars
-            if name in _calls:
-                pairs = zip(inputs, equation.invars, strict=True)
-                inputs = [v for v, outer in pairs if _moves(outer, moving)]
-            if _has_jump(inner, set(inputs)):
-                return True
-    return False
-
-
-def _inner(params: dict[str, Any]) -> list:
-    """The computations within an operation, such as a loop."""
-    values = [x for v in params.values() for x in (v if isinstance(v, tuple) else (v,))]
-    values = [getattr(value, "jaxpr", value) for value in values]
-    return [value for value in values if hasattr(value, "eqns")]
-
-
-def _moves(variable, moving: set) -> bool:
-    return not hasattr(variable, "val") and variable in moving
+    return not meets(jaxpr, set(jaxpr.invars), _jumps)

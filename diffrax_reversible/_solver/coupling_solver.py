@@ -18,7 +18,7 @@ from .._custom_types import (
 )
 from .._tree import tree_add
 from .couplings import Coupling, Parts, run, undo, undo_and_pull
-from .pullback import Cotangent, HasPullback, Start
+from .pullback import Cotangent, HasPullback
 
 
 _SolverState = TypeVar("_SolverState")
@@ -132,7 +132,6 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         solver_state: _SolverState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, _SolverState, Cotangent]:
         def make_chain(terms, args):
             return self.couplings(terms, t0, t1, args)
@@ -140,9 +139,6 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         y_bar = cotangent.y
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y1"])
-        known = None
-        if start is not None:
-            known = start.is_known, self.split(start.y, start.solver_state)
         parts, bars, params_bar = undo_and_pull(
             make_chain,
             combine,
@@ -150,7 +146,6 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
             self.split(y1, solver_state),
             self.split(y_bar, cotangent.solver_state),
             cotangent.params,
-            known,
         )
         y0, solver_state = self.join(parts)
         y_bar, state_bar = self.join(bars)

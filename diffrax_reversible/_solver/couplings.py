@@ -1,6 +1,5 @@
 """A step as a chain of couplings, each of which undoes itself."""
 
-import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._custom_types import Args, BoolScalarLike, Combine, Params, Terms
+from .._custom_types import Args, Combine, Params, Terms
 from .._tree import tree_add, tree_scale
 
 
@@ -80,7 +79,6 @@ def undo_and_pull(
     parts: Parts,
     bars: Parts,
     params_bar: Params,
-    known: tuple[BoolScalarLike, Parts] | None = None,
 ) -> tuple[Parts, Parts, Params]:
     """Undo every update of a chain and pull cotangents back through it, with one evaluation
     and one pull-back of each increment.
@@ -90,8 +88,6 @@ def undo_and_pull(
     - `combine`, `params`: `make_chain(*combine(params))` is the chain.
     - `parts`, `bars`: after the chain, and their cotangents.
     - `params_bar`: the cotangent of `params` so far.
-    - `known`: the parts before the chain, if the first of the pair is true. Increments of
-        parts that nothing was added to before are evaluated there.
 
     **Returns:**
 
@@ -101,17 +97,11 @@ def undo_and_pull(
     for i in reversed(range(len(chain))):
         coupling = chain[i]
         others = _others(parts, coupling)
-        point = others
-        updated = {earlier.target for earlier in chain[:i]}
-        if known is not None and updated <= {coupling.target}:
-            known_others = _others(known[1], coupling)
-            choose = ft.partial(jnp.where, known[0])
-            point = jtu.tree_map(choose, known_others, others)
 
         def increment(others, params, i=i):
             return make_chain(*combine(params))[i].increment(*others)
 
-        increased, pull = jax.vjp(increment, point, params)
+        increased, pull = jax.vjp(increment, others, params)
         bar = bars[coupling.target]
         others_bar, more_params_bar = pull(bar)
         bars = tuple(

@@ -27,7 +27,7 @@ from .adapter import AbstractReversibleAdapter, as_reversible
 from .capabilities import HasRecord, KeepsStateAtJumps
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
-from .pullback import Cotangent, HasPullback, Start
+from .pullback import Cotangent, HasPullback
 
 
 # Where the step before began, and the state there.
@@ -96,7 +96,6 @@ class _LeapfrogMidpoint(
         solver_state: _LeapfrogState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, _LeapfrogState, Cotangent]:
         """One evaluation and one pull-back."""
         tm1, y0 = solver_state
@@ -105,8 +104,7 @@ class _LeapfrogMidpoint(
             terms, args = combine(params)
             return terms.vf_prod(t0, y, args, terms.contr(tm1, t1))
 
-        point = y0 if start is None else start.choose(start.y, y0)
-        increased, pull = jax.vjp(increment, jnp.asarray(tm1), point, params)
+        increased, pull = jax.vjp(increment, jnp.asarray(tm1), y0, params)
         dense = dense_cotangent
         y1_bar = cotangent.y if dense is None else tree_add(cotangent.y, dense["y1"])
         tm1_bar, pulled, params_bar = pull(y1_bar)

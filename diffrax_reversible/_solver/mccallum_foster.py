@@ -39,7 +39,7 @@ from .._tree import (
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullback, Probe, Start
+from .pullback import Cotangent, HasProbe, HasPullback, Probe
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -312,7 +312,6 @@ class McCallumFoster(
         solver_state: CoupledState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, CoupledState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, without those
         stages that nothing is read from."""
@@ -335,8 +334,7 @@ class McCallumFoster(
         y1_bar = tree_add(cotangent.y, more_y_bar)
         params_bar = tree_add(cotangent.params, more_params_bar)
 
-        origin = z0 if start is None else start.choose(start.solver_state.copy, z0)
-        origin = origin, origin, tree_zeros_like(origin), params
+        origin = z0, z0, tree_zeros_like(z0), params
         if dense_cotangent is None:
             forth, pull_forth, _ = jax.vjp(forward, *origin, has_aux=True)
             y0 = self._uncouple(y1, z0, forth)

@@ -2,15 +2,12 @@
 
 import abc
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import equinox as eqx
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .._custom_types import (
-    BoolScalarLike,
     Combine,
     DenseInfo,
     Params,
@@ -62,31 +59,6 @@ class Cotangent(eqx.Module):
     probe: Probe | None = None
 
 
-class Start(eqx.Module):
-    """The very state and solver state that a step began with, if that `is_known`, as it is
-    where the solve began. If not, then others of the same shapes.
-
-    Reconstructed states are off by rounding, which is as good as any other side of a kink
-    of the vector field, or of a quotient that is guarded where it is zero over zero; but
-    solves often begin at one.
-    """
-
-    is_known: BoolScalarLike
-    y: Y
-    solver_state: SolverState
-
-    def choose(
-        self,
-        known: PyTree[Array],
-        reconstructed: PyTree[Array],
-        where: BoolScalarLike = True,
-    ) -> PyTree[Array]:
-        """What was made of the known start, if it is one, and else, or not `where`, what
-        was reconstructed."""
-        pred = jnp.logical_and(self.is_known, where)
-        return jtu.tree_map(lambda k, r: jnp.where(pred, k, r), known, reconstructed)
-
-
 class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     """A solver that can undo and differentiate a step with the same evaluations of the
     vector field."""
@@ -102,7 +74,6 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
         solver_state: _SolverState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, _SolverState, Cotangent]:
         """Undo a step and pull a cotangent back through it.
 
@@ -114,8 +85,6 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
         - `cotangent`: at `t1`, with the sum of `params` so far.
         - `dense_cotangent`: the cotangent of the `dense_info`, with what is extra of it, or
             `None` where nothing was interpolated.
-        - `start`: the start of the step, which may be known. It serves to evaluate the
-            vector field there, and not to reconstruct it, as that is a check of the walk.
 
         **Returns:**
 
@@ -160,14 +129,21 @@ def backward_step_and_pullback(
     solver_state: SolverState,
     cotangent: Cotangent,
     dense_cotangent: DenseInfo | None,
-    start: Start | None = None,
 ) -> tuple[Y, SolverState, Cotangent]:
     """See `HasPullback`. By default the step is made again, and differentiated."""
     step = combine, params, t0, t1, y1, solver_state
     if isinstance(solver, HasPullback):
-        return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent, start)
-    y0, solver_state0, _, pull = linearise_step(solver, *step, start)
-    return y0, solver_state0, pull(cotangent, dense_cotangent)
+        return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
+    start, _, pull = linearise_step(solver, *step)
+    return *start, pull(cotangent, dense_cotangent)
+
+
+class Made(NamedTuple):
+    """What a step has made: the state and the floating-point arrays of the solver state at
+    its end, and what it interpolates with."""
+
+    end: tuple[Y, SolverState]
+    dense_info: DenseInfo
 
 
 def linearise_step(
@@ -178,20 +154,19 @@ def linearise_step(
     t1: RealScalarLike,
     y1: Y,
     solver_state: SolverState,
-    start: Start | None = None,
+    settle: Callable[[tuple[Y, SolverState]], tuple[Y, SolverState]] | None = None,
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
-) -> tuple[Y, SolverState, DenseInfo, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
-    """Undo a step, make it again, and return what it interpolated with and its pull-back.
+) -> tuple[tuple[Y, SolverState], Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
+    """Undo a step, make it again, and return where it begins, what was made, and its
+    pull-back.
 
-    It is made again from its `start`, if that is known. If `t0` and `t1` depend on
-    `params`, then `step_times` says how. Costs a backward step, a step, and the memory of
-    all the stages of a step.
+    It is made again from what `settle` makes of its start, if that is given. If `t0` and
+    `t1` depend on `params`, then `step_times` says how. Costs a backward step, a step, and
+    the memory of all the stages of a step.
     """
     terms, args = combine(params)
-    y0, solver_state0 = solver.backward_step(terms, t0, t1, y1, args, solver_state)
-    origin = y0, solver_state0
-    if start is not None:
-        origin = start.choose((start.y, start.solver_state), origin)
+    start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
+    origin = start if settle is None else settle(start)
     diff_state, nondiff_state = eqx.partition(origin[1], eqx.is_inexact_array)
 
     def step(y: Y, diff_state: PyTree, params: Params):
@@ -202,7 +177,7 @@ def linearise_step(
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
     outputs, pull_step = eqx.filter_vjp(step, origin[0], diff_state, params)
-    _, _, dense_info = outputs
+    y, end_state, dense_info = outputs
 
     def pull(cotangent: Cotangent, dense_cotangent: DenseInfo | None) -> Cotangent:
         if dense_cotangent is None:
@@ -210,4 +185,4 @@ def linearise_step(
         y, state, params = pull_step((cotangent.y, cotangent.solver_state, dense_cotangent))
         return Cotangent(y, state, tree_add(cotangent.params, params))
 
-    return y0, solver_state0, dense_info, pull
+    return start, Made((y, end_state), dense_info), pull

@@ -39,7 +39,7 @@ from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
 from .chain import scan
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
-from .pullback import Cotangent, HasPullback, Start
+from .pullback import Cotangent, HasPullback
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ class _Stage(NamedTuple):
     previous_time: Array
     drift_error: Array
     kick_error: Array
-    is_first: Array
 
 
 class AbstractSplitting(
@@ -306,7 +305,6 @@ class AbstractSplitting(
         solver_state: SplittingState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: Start | None = None,
     ) -> tuple[Y, SplittingState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
@@ -335,12 +333,7 @@ class AbstractSplitting(
             q_bar = tree_add(q_bar, more_q_bar)
             params_bar = tree_add(params_bar, more_params_bar)
             p = p.minus(tree_scale(h_p * stage.kick, force))
-            point = p.high
-            if start is not None:
-                _, known_p = _sums_of(start.y, start.solver_state)
-                kick = tree_scale(h_p * tableau.kicks[0], start.solver_state.force)
-                point = start.choose(known_p.plus(kick).high, point, stage.is_first)
-            velocity, pull = self._linearise(combine, 0, stage.drift_time, point, params)
+            velocity, pull = self._linearise(combine, 0, stage.drift_time, p.high, params)
             more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
             p_bar = tree_add(p_bar, more_p_bar)
             params_bar = tree_add(params_bar, more_params_bar)
@@ -497,5 +490,4 @@ def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -
         times[:-1],
         array(tableau.drift_error_weights[1:]),
         array(tableau.kick_error_weights[1:]),
-        jnp.arange(tableau.stages) == 0,
     )
