@@ -14,7 +14,7 @@ from .._custom_types import (
     IntScalarLike,
 )
 from .._diffrax import State
-from .._solver.capabilities import needs_restart, statistics, to_record
+from .._solver.capabilities import advance, needs_restart, statistics, to_record
 from .._tree import tree_replace
 from .branches import may_branch
 from .kept import Kept, least_spacing
@@ -127,19 +127,21 @@ def solve_and_record(
 def _may_branch(inputs: Inputs, problem: Problem) -> bool:
     """Whether the vector field, or what is saved, may have kinks."""
     context, t = inputs.context, jnp.asarray(problem.t0)
+    terms, args, solver = context.terms, context.args, problem.solver
 
     def field(y):
-        return problem.solver.func(context.terms, t, y, context.args)
+        try:
+            return solver.func(terms, t, y, args)
+        except NotImplementedError:
+            # The solver does not know it as a whole.
+            end = jnp.asarray(problem.init_state.tnext)
+            return advance(solver, terms, t, end, y, args, inputs.solver_state)[0]
 
     def save(y):
         fns = [fn for fn in context.save_fns if fn is not None]
-        return eqx.filter([fn(t, y, context.args) for fn in fns], eqx.is_inexact_array)
+        return eqx.filter([fn(t, y, args) for fn in fns], eqx.is_inexact_array)
 
-    try:
-        return may_branch(field, inputs.y0) or may_branch(save, inputs.y0)
-    except NotImplementedError:
-        # Of a solver that does not know the vector field as a whole.
-        return True
+    return may_branch(field, inputs.y0) or may_branch(save, inputs.y0)
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:
