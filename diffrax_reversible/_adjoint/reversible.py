@@ -64,8 +64,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     Entries of the state that rest where the solve began, to the last bit, are known to be
     there until something sets them off: so a gradient is on the side of a kink that the
     solve was on, though it began at one, as at zero with `relu`. For vector fields that
-    compare or take maxima, this costs an integer an entry of the state and the solver
-    state, and one evaluation more for each of a step in those in which anything is set off.
+    compare or take maxima, this takes an integer and a number for each entry of the state
+    and the solver state, and one evaluation more for each of a step in those in which
+    anything is set off.
     With a solver of implicit equations, a stage in such a step may be at the kink but for
     rounding, and the gradient on either side, under every adjoint.
 
