@@ -131,7 +131,7 @@ def _may_branch(inputs: Inputs, problem: Problem) -> bool:
 
     def field(y):
         try:
-            return solver.func(terms, t, y, args)
+            return eqx.filter(solver.func(terms, t, y, args), eqx.is_inexact_array)
         except NotImplementedError:
             # The solver does not know it as a whole.
             end = jnp.asarray(problem.init_state.tnext)
