@@ -111,6 +111,7 @@ def test_evaluations(solver, parts, at_start):
     assert both - forward == parts * 24 + at_start
 
 
+@pytest.mark.optimised
 def test_memory():
     """Does not grow with the depth, but for some times of steps."""
 

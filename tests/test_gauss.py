@@ -232,6 +232,7 @@ def test_dissipation():
         assert relative_error(ours, default) < 1e-6
 
 
+@pytest.mark.optimised
 def test_memory():
     """Is less than with the default adjoint, and does not grow with the number of steps."""
 

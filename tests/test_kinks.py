@@ -1,6 +1,8 @@
 """Vector fields that are not smooth where a solve begins, or rests for a while: gradients
 take the side of the kink that the solve was on, as the default adjoint's do."""
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -11,6 +13,8 @@ import diffrax_reversible as dr
 from diffrax_reversible._adjoint.branches import may_branch
 
 from .problems import relative_error, with_slow
+from .test_couplings import TwoStreams
+from .test_work import Counter
 
 
 def guarded(h):
@@ -130,6 +134,67 @@ def test_at_rest_for_a_while(name, steps):
         for adjoint in (dr.ReversibleAdjoint(), default)
     )
     assert relative_error(ours, theirs) < 1e-10
+
+
+def test_couplings_at_rest():
+    """Of a solver that does not know the vector field as a whole."""
+    f = lambda t, y, k: k[0] * jnp.maximum(t - 0.31, 0.0) - jax.nn.relu(y)
+    g = lambda t, y, k: k[1] * jnp.abs(y) * jnp.maximum(t - 0.61, 0.0)
+    terms, solver = (dfx.ODETerm(f), dfx.ODETerm(g)), TwoStreams()
+
+    def loss(inputs, adjoint):
+        y0, k = inputs
+        sol = dfx.diffeqsolve(terms, solver, 0.0, 1.0, 0.05, y0, k, adjoint=adjoint)
+        return jnp.sum(sol.ys[0] + sol.ys[1])
+
+    inputs = (jnp.zeros(2), jnp.zeros(2)), jnp.array([0.7, -0.4])
+    adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint(checkpoints=40)
+    ours, theirs = (jax.grad(loss)(inputs, adjoint) for adjoint in adjoints)
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_evaluations():
+    """One more for each of a step, and one by which growth is told, in the two steps in
+    which anything is set off."""
+    counter, y0 = Counter(), jnp.zeros(2)
+
+    def field(kink, t, y, k):
+        flow = jnp.maximum(t - jnp.array([0.0, 0.33]), 0.0)
+        return counter.one(t, y) * (k * flow - kink(y))
+
+    def evaluations(kink):
+        def loss(k):
+            term = dfx.ODETerm(ft.partial(field, kink))
+            adjoint = dr.ReversibleAdjoint()
+            sol = dfx.diffeqsolve(term, dr.ALF4(), 0.0, 1.0, 0.1, y0, k, adjoint=adjoint)
+            return jnp.sum(sol.ys)
+
+        return counter.during(jax.jit(jax.grad(loss)), jnp.array(0.7))[0]
+
+    assert evaluations(jnp.abs) == evaluations(jnp.square) + 2 * (5 + 1)
+
+
+@pytest.mark.optimised
+def test_memory():
+    """Is flat, and more than that of a smooth field by some states."""
+
+    def bytes_of(kink, max_steps):
+        def loss(y0):
+            field = lambda t, y, args: jnp.roll(y, 1) - kink(y)
+            sol = dfx.diffeqsolve(
+                *(dfx.ODETerm(field), dr.ALF4(), 0.0, 1.0, 0.1, y0),
+                adjoint=dr.ReversibleAdjoint(),
+                max_steps=max_steps,
+            )
+            return jnp.sum(sol.ys)
+
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones(SIZE)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    SIZE = 100_000
+    ours = bytes_of(jnp.abs, 4096)
+    assert bytes_of(jnp.abs, 10**6) < 1.05 * ours
+    assert ours - bytes_of(jnp.square, 4096) < 16 * 8 * SIZE
 
 
 def test_misses_are_not_hidden():

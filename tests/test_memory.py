@@ -10,6 +10,10 @@ import diffrax_reversible as dr
 from .problems import as_terms, COMPENSATED, FAMILIES, families, PID, SOLVERS, with_slow
 
 
+# Memory is that of what users compile.
+pytestmark = pytest.mark.optimised
+
+
 def field(t, y, scale):
     return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
 

@@ -156,6 +156,7 @@ def test_continued():
     assert_same_gradient(loss, perihelion(0.5))
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_memory_is_flat():
     """To the byte: in the length of the solve, and in the number of steps allowed."""
@@ -453,6 +454,7 @@ def test_weights_in_args_are_not_carried():
     assert size(state(None, lambda t, y, _: field(t, y, weights))) > 2500
 
 
+@pytest.mark.optimised
 def test_weights_in_terms_are_not_held():
     """Nor is what else of its state a controller hands on as it is."""
     size = 200

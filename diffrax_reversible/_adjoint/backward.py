@@ -1,7 +1,6 @@
 """The walk back along the steps of a solve, pulling cotangents along."""
 
 import dataclasses
-import functools as ft
 from typing import NamedTuple
 
 import equinox as eqx
@@ -46,8 +45,6 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     position = eqx.tree_at(lambda p: p.clock, position, clock)
     restarted, crossed = record.before(step)
     position = pull_step_outputs(walk, position, clock.end)
-    rest = walk.residuals.kept.rest
-    settle = None if rest is None else ft.partial(rest.settle, start=walk.start_states)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
     pulled = pull_step(walk, position, solver_state, step)
@@ -62,8 +59,7 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
             lambda: undo_jump(walk, crossed, clock.start, y0, state0, ct),
             lambda: (state0, ct),
         )
-        if settle is not None:
-            y0, state0 = settle(2 * step - 1, (y0, state0))
+        y0, state0 = walk.settle(2 * step - 1, (y0, state0))
     hidden = position.hidden
     if hidden is not None:
         hidden = tree_add(hidden, pulled.hidden)

@@ -51,9 +51,7 @@ def pull_step(
     t0, t1 = position.clock.start, position.clock.end
     state, rest = (position.y, solver_state), walk.residuals.kept.rest
     undone = walk.problem.solver, walk.combine, walk.params, t0, t1, *state
-    settle = None
-    if rest is not None:
-        settle = ft.partial(rest.settle, 2 * step, start=walk.start_states)
+    settle = ft.partial(walk.settle, 2 * step)
 
     def hidden(end):
         if rest is None:
@@ -64,7 +62,7 @@ def pull_step(
         return rest.moving(2 * step, off)
 
     def pulled(start, ct, cursors, dense_bar, end):
-        y0, state0 = start if settle is None else settle(start)
+        y0, state0 = settle(start)
         ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
         return PulledStep(y0, state0, ct, cursors, probe, hidden(end))
 
@@ -83,7 +81,8 @@ def pull_step(
             return pulled((y0, state0), bar, cursors, dense_bar, here)
 
         def undo_and_make():
-            start, made, pull = linearise_step(*undone, settle)
+            reads = dense_bar is not None
+            start, made, pull = linearise_step(*undone, settle, reads=reads)
             return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
 
         if rest is None:

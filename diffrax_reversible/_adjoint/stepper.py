@@ -24,8 +24,8 @@ def _trace_once(*step):
 
 
 def _advance_densely(*step):
-    """Traced once, though Diffrax asks for shapes several times. Like it Diffrax makes a
-    leaner loop if it sees that no step fails."""
+    """Traced once, though Diffrax asks for shapes several times. The result of a compiled
+    function is an array; Diffrax makes a leaner loop if it sees that no step fails."""
     outputs, result, succeeds = _trace_once(*step)
     return *outputs, RESULTS.successful if succeeds else result
 

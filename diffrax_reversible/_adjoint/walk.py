@@ -135,6 +135,13 @@ class Walk(eqx.Module):
     def start_states(self) -> tuple[Y, SolverState]:
         return self.inputs.y0, self.inputs.solver_state
 
+    def settle(
+        self, when: IntScalarLike, states: tuple[Y, SolverState]
+    ) -> tuple[Y, SolverState]:
+        """Reconstructed states, with what was at rest then as it was at the start."""
+        rest = self.residuals.kept.rest
+        return states if rest is None else rest.settle(when, states, self.start_states)
+
     @property
     def with_dense(self) -> bool:
         return self.dense_rows is not None or self.end_dense is not None

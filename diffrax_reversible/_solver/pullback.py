@@ -134,7 +134,8 @@ def backward_step_and_pullback(
     step = combine, params, t0, t1, y1, solver_state
     if isinstance(solver, HasPullback):
         return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
-    start, _, pull = linearise_step(solver, *step)
+    reads = dense_cotangent is not None
+    start, _, pull = linearise_step(solver, *step, reads=reads)
     return *start, pull(cotangent, dense_cotangent)
 
 
@@ -156,13 +157,15 @@ def linearise_step(
     solver_state: SolverState,
     settle: Callable[[tuple[Y, SolverState]], tuple[Y, SolverState]] | None = None,
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
+    reads: bool = True,
 ) -> tuple[tuple[Y, SolverState], Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
     """Undo a step, make it again, and return where it begins, what was made, and its
     pull-back.
 
     It is made again from what `settle` makes of its start, if that is given. If `t0` and
-    `t1` depend on `params`, then `step_times` says how. Costs a backward step, a step, and
-    the memory of all the stages of a step.
+    `t1` depend on `params`, then `step_times` says how. If nothing `reads` what it
+    interpolates with, then that is left out as far as it takes evaluations. Costs a
+    backward step, a step, and the memory of all the stages of a step.
     """
     terms, args = combine(params)
     start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
@@ -173,7 +176,8 @@ def linearise_step(
         terms, args = combine(params)
         state = eqx.combine(diff_state, nondiff_state)
         times = (t0, t1) if step_times is None else step_times(params)
-        y, _, dense_info, state, _ = advance_densely(solver, terms, *times, y, args, state)
+        made = advance_densely(solver, terms, *times, y, args, state, reads)
+        y, _, dense_info, state, _ = made
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
     outputs, pull_step = eqx.filter_vjp(step, origin[0], diff_state, params)

@@ -313,17 +313,8 @@ class AbstractSplitting(
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
         if dense_cotangent is not None:
-            cotangent = self._pull_derivatives(
-                combine,
-                params,
-                t1,
-                (t0, t1),
-                y1,
-                solver_state,
-                cotangent,
-                dense_cotangent,
-                1,
-            )
+            end = t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
+            cotangent = self._pull_derivatives(combine, params, *end)
 
         def stage(carry, stage: _Stage):
             q, p, q_bar, p_bar, force_bar, params_bar = carry
@@ -352,17 +343,8 @@ class AbstractSplitting(
         state_bar = _with_force(cotangent.solver_state, force_bar)
         cotangent = Cotangent((q_bar, p_bar), state_bar, params_bar)
         if dense_cotangent is not None:
-            cotangent = self._pull_derivatives(
-                combine,
-                params,
-                t0,
-                (t0, t1),
-                y0,
-                solver_state,
-                cotangent,
-                dense_cotangent,
-                0,
-            )
+            end = t0, (t0, t1), y0, solver_state, cotangent, dense_cotangent, 0
+            cotangent = self._pull_derivatives(combine, params, *end)
         return y0, solver_state, cotangent
 
     def _pull_derivatives(
