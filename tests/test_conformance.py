@@ -28,6 +28,7 @@ from diffrax_reversible._solver.pullback import (
 )
 from diffrax_reversible._tree import tree_zeros_like
 
+from .chains import Ruth, TwoStreams
 from .problems import (
     as_terms,
     as_vector,
@@ -45,7 +46,6 @@ from .problems import (
     SPLITTINGS,
     Y0,
 )
-from .test_couplings import Ruth, TwoStreams
 
 
 T0, T1 = jnp.array(0.2), jnp.array(0.5)

@@ -13,8 +13,8 @@ import diffrax_reversible as dr
 from diffrax_reversible._coefficients.gauss import gauss
 from diffrax_reversible._solver.affine import is_affine
 
+from .counter import Counter
 from .problems import relative_error, with_slow
-from .test_work import Counter
 
 
 SOLVERS = dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()

@@ -12,9 +12,9 @@ import pytest
 import diffrax_reversible as dr
 from diffrax_reversible._adjoint.branches import may_branch
 
+from .chains import TwoStreams
+from .counter import Counter
 from .problems import relative_error, with_slow
-from .test_couplings import TwoStreams
-from .test_work import Counter
 
 
 def guarded(h):

@@ -8,8 +8,8 @@ import pytest
 
 import diffrax_reversible as dr
 
+from .counter import Counter
 from .problems import PID, reference, relative_error, with_slow
-from .test_work import Counter
 
 
 Y0 = jnp.array([0.7, -0.4])

@@ -12,6 +12,7 @@ import diffrax_reversible as dr
 from diffrax_reversible._adjoint import steps
 from diffrax_reversible._adjoint.walk import Walk
 
+from .counter import Counter
 from .problems import (
     as_terms,
     FAMILIES,
@@ -25,7 +26,6 @@ from .problems import (
     Y0,
 )
 from .test_replays import final_of, gradient, pid, relaxation, STORE
-from .test_work import Counter
 
 
 TS = jnp.linspace(0.0, 3.0, 9)

@@ -10,6 +10,7 @@ import pytest
 import diffrax_reversible as dr
 from diffrax_reversible._adjoint import steps
 
+from .counter import Counter
 from .problems import (
     as_vector,
     kepler,
@@ -19,7 +20,6 @@ from .problems import (
     relative_error,
     with_slow,
 )
-from .test_work import Counter
 
 
 def pid(tol, **kwargs):

@@ -19,8 +19,8 @@ from diffrax_reversible._coefficients.splitting import (
     stormer_verlet,
 )
 
+from .counter import Counter
 from .problems import as_terms, NYSTROM, SPLITTINGS, with_slow
-from .test_work import Counter
 
 
 # With the number of stages.
