@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._tree import from_bits, is_complex, real_like, to_bits, tree_add
+from ._tree import from_bits, is_complex, real_like, to_bits, tree_add, tree_scale
 
 
 class Sum(eqx.Module):
@@ -45,11 +45,23 @@ class Sum(eqx.Module):
     def minus(self, p: PyTree[Array]) -> "Sum":
         return self._plus(p, -1)
 
-    def reflect(self, u: PyTree[Array]) -> "Sum":
-        """`2u` minus this."""
-        low = None if self.low is None else jtu.tree_map(jnp.negative, self.low)
-        negative = Sum(jtu.tree_map(jnp.negative, self.high), low, self.grid)
-        return negative.plus(jtu.tree_map(lambda x: 2 * x, u))
+    def scaled(self, a: float) -> "Sum":
+        """`a` times this; by 1 and -1 without rounding."""
+        if a == 1:
+            return self
+        if a == -1:
+            low = None if self.low is None else jtu.tree_map(jnp.negative, self.low)
+            return Sum(jtu.tree_map(jnp.negative, self.high), low, self.grid)
+        assert self.low is None
+        return Sum(tree_scale(a, self.high), None, None)
+
+    def divided(self, a: float) -> "Sum":
+        """`1 / a` times this; by 1 and -1 without rounding."""
+        if a in (1, -1):
+            return self.scaled(a)
+        assert self.low is None
+        quotient = lambda x: x / jnp.asarray(a, x.dtype)
+        return Sum(jtu.tree_map(quotient, self.high), None, None)
 
     def _plus(self, p: PyTree[Array], sign: int) -> "Sum":
         if self.low is None:

@@ -29,6 +29,7 @@ from .._isolated import isolated
 from .._tree import (
     larger,
     largest,
+    read_row,
     sum_of_magnitudes,
     tree_add,
     tree_axpy,
@@ -44,7 +45,7 @@ from .capabilities import (
     HasErrorScales,
     HasExtraDenseInfo,
 )
-from .chain import scan
+from .chain import Chain, run, undo, undo_and_pull, Update
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
@@ -157,25 +158,23 @@ class AbstractALF(
         control = term.contr(t0, t1)
         weights = watch_weights(self.tableau)
 
-        def sub_step(carry, sub: _SubStep):
-            k, v, sums, watch = carry
-            k = k.plus(tree_scale(control * sub.drift, v.high))
-            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
+        def collect(sides, sub: _SubStep, evaluated):
+            (sums, watch), (_, (u, _)) = sides, evaluated
             sums = {
                 name: tree_add(total, tree_outer(sub.weights[name], u))
                 for name, total in sums.items()
             }
-            watch = None if watch is None else watch.add(sub.watch, u)
-            return k, v.reflect(u), sums, watch
+            return sums, None if watch is None else watch.add(sub.watch, u)
 
         functionals = self._functionals()
         sums = {name: tree_outer(w[0], v0) for name, w in functionals.items()}
         watch = None
         if weights is not None:
             watch = DeviationWatch.start(weights[0], v0)
-        carry = (*sums_of(y0, solver_state), sums, watch)
-        sub_steps = self._sub_steps(functionals, t0, weights)
-        k, v, sums, watch = scan(sub_step, carry, sub_steps)
+        chain = self._chain(control, t0, t1, functionals, weights)
+        parts = sums_of(y0, solver_state)
+        (k, v), sides = run(chain, terms, args, parts, (sums, watch), collect)
+        sums, watch = sides
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
@@ -324,23 +323,18 @@ class AbstractALF(
         functionals: dict[str, np.ndarray],
     ) -> tuple[Y, ALFState, DenseInfo]:
         """Undo a step, and return the `functionals` of it, which do not involve `v_0`."""
-        term = as_ode_term(self, terms)
-        control = term.contr(t0, t1)
+        control = as_ode_term(self, terms).contr(t0, t1)
 
-        def sub_step(carry, sub: _SubStep):
-            k, v, sums = carry
-            u = self._field(term, t0 + sub.midpoint * (t1 - t0), k.high, args)
-            v = v.reflect(u)
-            sums = {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
-            return k.minus(tree_scale(control * sub.drift, v.high)), v, sums
+        def collect(sums, sub: _SubStep, evaluated):
+            _, (u, _) = evaluated
+            return {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
 
         assert all(w[0] == 0 for w in functionals.values())
         zeros = {name: tree_zeros_like(solver_state.v) for name in functionals}
         z, v = sums_of(y1, solver_state)
         k = z.minus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
-        carry = (k, v, zeros)
-        sub_steps = self._sub_steps(functionals, t0)
-        z, v, sums = scan(sub_step, carry, sub_steps, reverse=True)
+        chain = self._chain(control, t0, t1, functionals)
+        (z, v), sums = undo(chain, terms, args, (k, v), zeros, collect)
         y0, v0, low = split_sums(z, v)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
@@ -376,50 +370,43 @@ class AbstractALF(
             }
             assert all(w[0] == 0 for w in functionals.values())
 
-        def sub_step(carry, sub: _SubStep):
-            k, v, (k_bar, v_bar, params_bar), _ = carry
-            drift = control * sub.drift
-            t = t0 + sub.midpoint * (t1 - t0)
-            u, pull = self._linearise_field(combine, t, k.high, params)
-            v = v.reflect(u)
-            k = k.minus(tree_scale(drift, v.high))
-            pulled, more_params_bar = pull(tree_scale(2, v_bar))
-            k_bar = tree_add(k_bar, pulled)
-            v_bar = jtu.tree_map(jnp.subtract, tree_scale(drift, k_bar), v_bar)
-            v_bar = add_sums(sub.weights, v_bar)
-            return k, v, (k_bar, v_bar, tree_add(params_bar, more_params_bar)), pulled
+        def sides_bar(sub: _SubStep):
+            u_bar = tree_zeros_like(y1)
+            for name, weight in sub.weights.items():
+                u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
+            return None, (u_bar, None)
 
-        def add_sums(weights, v_bar):
-            for name, weight in weights.items():
-                v_bar = tree_axpy(weight, sums_cotangent[name], v_bar)
-            return v_bar
-
-        # Half of what the sums pull back to an evaluation is added to `v_bar` beforehand,
-        # and taken off afterwards, which has the sign of what comes next.
-        halves = {name: np.convolve(w, [0.5, 0.5]) for name, w in functionals.items()}
         last_drift = control * float(self.tableau.drifts[-1])
         z, v = sums_of(y1, solver_state)
         k = z.minus(tree_scale(last_drift, v.high))
         v_bar = tree_axpy(last_drift, cotangent.y, cotangent.solver_state.v)
-        v_bar = add_sums({name: w[-1] for name, w in halves.items()}, v_bar)
-        functionals = {name: w[:-1] for name, w in halves.items()}
-        bars = cotangent.y, v_bar, cotangent.params
-        sub_steps = self._sub_steps(functionals, t0)
-        carry = k, v, bars, tree_zeros_like(cotangent.y)
-        z, v, bars, pulled = scan(sub_step, carry, sub_steps, reverse=True)
-        y0, v0, low = split_sums(z, v)
-        z_bar, v_bar, params_bar = bars
+        chain = self._chain(control, t0, t1, functionals)
+        pulled = undo_and_pull(
+            chain,
+            combine,
+            params,
+            (k, v),
+            (cotangent.y, v_bar),
+            cotangent.params,
+            sides_bar if functionals else None,
+        )
+        y0, v0, low = split_sums(*pulled.parts)
+        z_bar, v_bar = pulled.bars
         first_drift = control * float(self.tableau.drifts[0])
         probe = None
         if self.tableau.deviation_weights is not None:
             # In the first sub-step, the last of the walk, before `v_bar` is reflected.
             vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
-            pulled = tree_scale(0.5, pulled)
-            y_bar = jtu.tree_map(jnp.subtract, z_bar, pulled)
-            probe = Probe(vf_bar, pulled, control, y_bar, outputs)
-        cotangent = Cotangent(
-            z_bar, with_v(cotangent.solver_state, v_bar), params_bar, probe
-        )
+            if functionals:
+                _, (side_bar, _) = sides_bar(read_row(chain.rows, 0))
+                vf_bar = tree_axpy(0.5, side_bar, vf_bar)
+            _, passed = pulled.first
+            assert passed is not None
+            passed = tree_scale(0.5, passed[0])
+            y_bar = jtu.tree_map(jnp.subtract, z_bar, passed)
+            probe = Probe(vf_bar, passed, control, y_bar, outputs)
+        state_bar = with_v(cotangent.solver_state, v_bar)
+        cotangent = Cotangent(z_bar, state_bar, pulled.params_bar, probe)
         if dense is not None:
             cotangent = self._pull_end(
                 combine, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
@@ -600,16 +587,32 @@ class AbstractALF(
         """Which of the fractions is the mid-point."""
         return self.tableau.continuous_extension.fractions.index(0.5)
 
-    def _sub_steps(
-        self, functionals: dict[str, np.ndarray], t0: RealScalarLike, watch_weights=None
-    ) -> _SubStep:
+    def _chain(
+        self,
+        control: RealScalarLike,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        functionals: dict[str, np.ndarray],
+        watch_weights: Array | None = None,
+    ) -> Chain:
+        """The sub-steps, which update `z` and `v`, without the drift after the last."""
+
+        def make_round(terms: AbstractTerm, args: Args, sub: _SubStep):
+            term, t = as_ode_term(self, terms), t0 + sub.midpoint * (t1 - t0)
+            evaluate = lambda k: (term.vf(t, k, args), None)
+            alike = lambda k: (self._field(term, t, k, args), None)
+            drift = Update(0, None, factor=control * sub.drift)
+            alike = alike if self.bitwise else None
+            return drift, Update(1, evaluate, scale=-1, factor=2, alike=alike)
+
         dtype = jnp.result_type(t0)
-        return _SubStep(
+        sub_steps = _SubStep(
             jnp.asarray(self.tableau.drifts[:-1], dtype),
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
             None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
         )
+        return Chain(make_round, sub_steps)
 
 
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:

@@ -1,27 +1,256 @@
-"""A step as a chain of like parts."""
+"""A step as a chain of updates of its parts: run, undone, and pulled back while undone."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._custom_types import Args, Combine, Params, RealScalarLike, Terms
+from .._exact_sum import Sum
+from .._tree import tree_add, tree_scale, tree_zeros_like
 
+
+class Update(NamedTuple):
+    """One link of a chain, which updates a part by a function of the others:
+
+        x[target] <- scale * x[target] + factor * u,    u, aux = evaluate(*others)
+
+    where `others` are all parts but the `target`, in their order.
+
+    - `evaluate`: `None` if there is one other part, which is `u` itself.
+    - `scale`: not zero, and 1 or -1 for sums that do not round.
+    - `factor`: does not depend on what the step is differentiated by.
+    - `alike`: `evaluate`, rounded alike wherever it stands, if sums are to be undone to
+        the last bit.
+    - `tap`: zeros which `evaluate` takes as its last argument, for the sake of their
+        cotangent.
+    """
+
+    target: int
+    evaluate: Callable[..., tuple[PyTree, PyTree]] | None
+    scale: float = 1.0
+    factor: RealScalarLike = 1.0
+    alike: Callable[..., tuple[PyTree, PyTree]] | None = None
+    tap: PyTree = None
+
+
+class Chain(NamedTuple):
+    """Rounds of a few updates, which differ by coefficients only.
+
+    - `make_round`: the updates of a round, from `(terms, args, row)`.
+    - `rows`: the coefficients, with one row for every round along the first axis; `None`
+        if there is just one round.
+    """
+
+    make_round: Callable[[Terms, Args, Any], Sequence[Update]]
+    rows: PyTree = None
+
+
+# The state and the solver state of a step, in parts of which an update changes one.
+Parts = tuple[Sum, ...]
+
+# The cotangents that one evaluation passed to `others` and to its tap.
+Passed = tuple[PyTree, ...]
+
+
+class Pulled(NamedTuple):
+    """What was before a chain, and the cotangents there.
+
+    - `first`: of every update of the first round, what its evaluation passed on; `None` if
+        nothing is evaluated.
+    """
+
+    parts: Parts
+    bars: tuple[PyTree, ...]
+    params_bar: Params
+    first: list[Passed | None]
+
+
+_Sides = TypeVar("_Sides")
 _Carry = TypeVar("_Carry")
 
+# What a round adds to the side outputs of a chain: from those so far, the row, and what
+# `evaluate` returned for every update.
+Collect = Callable[[_Sides, Any, list[tuple[PyTree, PyTree]]], _Sides]
 
-def scan(
-    part: Callable[[_Carry, Any], _Carry],
+
+def run(
+    chain: Chain,
+    terms: Terms,
+    args: Args,
+    parts: Parts,
+    sides: _Sides = None,
+    collect: Collect[_Sides] | None = None,
+) -> tuple[Parts, _Sides]:
+    """Make every update of a chain. Returns the parts after it, and the side outputs."""
+
+    def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
+        parts, sides = carry
+        evaluated = []
+        for update in chain.make_round(terms, args, row):
+            u, aux = _evaluate(update, parts)
+            increment = _times(update.factor, u)
+            part = parts[update.target].scaled(update.scale).plus(increment)
+            parts = _insert(_others(parts, update), update, part)
+            evaluated.append((u, aux))
+        return parts, sides if collect is None else collect(sides, row, evaluated)
+
+    return _scan(one_round, (parts, sides), chain.rows)
+
+
+def undo(
+    chain: Chain,
+    terms: Terms,
+    args: Args,
+    parts: Parts,
+    sides: _Sides = None,
+    collect: Collect[_Sides] | None = None,
+) -> tuple[Parts, _Sides]:
+    """Undo every update of a chain. Returns the parts before it, and the side outputs."""
+
+    def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
+        parts, sides = carry
+        evaluated = []
+        for update in reversed(chain.make_round(terms, args, row)):
+            u, aux = _evaluate(update, parts)
+            parts = _undone(parts, update, u)
+            evaluated.insert(0, (u, aux))
+        return parts, sides if collect is None else collect(sides, row, evaluated)
+
+    return _scan(one_round, (parts, sides), chain.rows, reverse=True)
+
+
+def undo_and_pull(
+    chain: Chain,
+    combine: Combine,
+    params: Params,
+    parts: Parts,
+    bars: tuple[PyTree, ...],
+    params_bar: Params,
+    sides_bar: Callable[[Any], Sequence[Any]] | None = None,
+) -> Pulled:
+    """Undo every update of a chain and pull cotangents back through it, with one evaluation
+    and one pull-back for each of its evaluations:
+
+        ū = factor * x̄[target] + what side outputs pull back to u,    x̄[target] *= scale,
+        others̄ += (∂u/∂others)ᵀ ū,    params̄ += (∂u/∂params)ᵀ ū
+
+    **Arguments:**
+
+    - `combine`, `params`: `terms, args = combine(params)`.
+    - `parts`, `bars`: after the chain, and their cotangents.
+    - `params_bar`: the cotangent of `params` so far.
+    - `sides_bar`: for a row, of every update what the side outputs pull back to
+        `(u, aux)`, or `None`.
+    """
+    terms, args = combine(params)
+
+    def pull_update(i, row, update, parts, u_bar, side_bar):
+        """What was evaluated, and its cotangent pulled back."""
+
+        def evaluate(params, *arguments):
+            terms, args = combine(params)
+            return chain.make_round(terms, args, row)[i].evaluate(*arguments)
+
+        arguments = params, *_arguments(update, parts)
+        if side_bar is None:
+            u, pull, _ = jax.vjp(evaluate, *arguments, has_aux=True)
+            params_bar, *passed = pull(u_bar)
+        else:
+            (u, _), pull = jax.vjp(evaluate, *arguments)
+            side_bar, aux_bar = side_bar
+            params_bar, *passed = pull((tree_add(u_bar, side_bar), aux_bar))
+        if update.alike is not None:
+            u, _ = _evaluate(update, parts)
+        return u, params_bar, tuple(passed)
+
+    def one_round(carry, row):
+        parts, bars, params_bar, _ = carry
+        updates = chain.make_round(terms, args, row)
+        more = [None] * len(updates) if sides_bar is None else sides_bar(row)
+        first: list[Passed | None] = [None] * len(updates)
+        for i in reversed(range(len(updates))):
+            update = updates[i]
+            bar = bars[update.target]
+            u_bar = _times(update.factor, bar)
+            if update.evaluate is None:
+                (u,), passed = _arguments(update, parts), (u_bar,)
+            else:
+                u, more_params_bar, passed = pull_update(
+                    i, row, update, parts, u_bar, more[i]
+                )
+                params_bar = tree_add(params_bar, more_params_bar)
+                first[i] = passed
+            others = tuple(map(tree_add, _others(bars, update), passed))
+            bars = _insert(others, update, _times(update.scale, bar))
+            parts = _undone(parts, update, u)
+        return parts, bars, params_bar, first
+
+    def like(update):
+        others = tree_zeros_like(_others(bars, update))
+        passed = others if update.tap is None else (*others, update.tap)
+        return None if update.evaluate is None else passed
+
+    row = jtu.tree_map(lambda x: x[0], chain.rows)
+    first = [like(update) for update in chain.make_round(terms, args, row)]
+    carry = parts, bars, params_bar, first
+    return Pulled(*_scan(one_round, carry, chain.rows, reverse=True))
+
+
+def as_sums(parts: tuple[PyTree, ...]) -> Parts:
+    """Which round."""
+    return tuple(Sum(part, None, None) for part in parts)
+
+
+def as_trees(parts: Parts) -> tuple[PyTree, ...]:
+    return tuple(part.high for part in parts)
+
+
+def _scan(
+    one_round: Callable[[_Carry, Any], _Carry],
     carry: _Carry,
-    parts: PyTree,
+    rows: PyTree,
     reverse: bool = False,
 ) -> _Carry:
-    """`carry = part(carry, x)` for every `x` along the first axis of `parts`.
-
-    Compiles faster than unrolling them, but if there is just one.
-    """
-    if len(jtu.tree_leaves(parts)[0]) == 1:
-        return part(carry, jtu.tree_map(lambda x: x[0], parts))
-    carry, _ = lax.scan(lambda c, x: (part(c, x), None), carry, parts, reverse=reverse)
+    """Compiles faster than unrolling the rounds, but if there is just one."""
+    if len(leaves := jtu.tree_leaves(rows)) == 0:
+        return one_round(carry, None)
+    if len(leaves[0]) == 1:
+        return one_round(carry, jtu.tree_map(lambda x: x[0], rows))
+    carry, _ = lax.scan(lambda c, x: (one_round(c, x), None), carry, rows, reverse=reverse)
     return carry
+
+
+def _evaluate(update: Update, parts: Parts) -> tuple[PyTree, PyTree]:
+    arguments = _arguments(update, parts)
+    evaluate = update.evaluate if update.alike is None else update.alike
+    return (*arguments, None) if evaluate is None else evaluate(*arguments)
+
+
+def _arguments(update: Update, parts: Parts) -> tuple[PyTree, ...]:
+    others = as_trees(_others(parts, update))
+    return others if update.tap is None else (*others, update.tap)
+
+
+def _undone(parts: Parts, update: Update, u: PyTree) -> Parts:
+    part, increment = parts[update.target], _times(update.factor, u)
+    if update.scale == -1:
+        part = part.scaled(-1).plus(increment)
+    else:
+        part = part.minus(increment).divided(update.scale)
+    return _insert(_others(parts, update), update, part)
+
+
+def _others(parts: tuple, update: Update) -> tuple:
+    return parts[: update.target] + parts[update.target + 1 :]
+
+
+def _insert(others: tuple, update: Update, part: PyTree) -> tuple:
+    return *others[: update.target], part, *others[update.target :]
+
+
+def _times(a: RealScalarLike, x: PyTree) -> PyTree:
+    return x if isinstance(a, int | float) and a == 1 else tree_scale(a, x)

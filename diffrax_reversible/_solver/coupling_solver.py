@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 from diffrax import LocalLinearInterpolation, RESULTS
+from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
@@ -17,11 +18,15 @@ from .._custom_types import (
     Y,
 )
 from .._tree import tree_add
-from .couplings import Coupling, Parts, run, undo, undo_and_pull
+from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull
+from .couplings import as_chain, Coupling
 from .pullback import Cotangent, HasPullback
 
 
 _SolverState = TypeVar("_SolverState")
+
+# The state and the solver state, in parts of which a coupling updates one.
+_Parts = tuple[PyTree[Array], ...]
 
 
 class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
@@ -70,7 +75,7 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         """No solver state."""
         del terms, t0, t1, y0, args
 
-    def split(self, y: Y, solver_state: _SolverState) -> Parts:
+    def split(self, y: Y, solver_state: _SolverState) -> _Parts:
         """The parts that couplings update, made of the state and the solver state."""
         del solver_state
         if not isinstance(y, tuple) or len(y) < 2:
@@ -81,7 +86,7 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
             )
         return y
 
-    def join(self, parts: Parts) -> tuple[Y, Any]:
+    def join(self, parts: _Parts) -> tuple[Y, Any]:
         """The inverse of `split`."""
         return parts, None
 
@@ -106,8 +111,8 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
     ) -> tuple[Y, None, DenseInfo, _SolverState, RESULTS]:
         del made_jump
         parts = self.split(y0, solver_state)
-        parts = run(self.couplings(terms, t0, t1, args), parts)
-        y1, solver_state = self.join(parts)
+        parts, _ = run(self._chain(t0, t1, parts), terms, args, as_sums(parts))
+        y1, solver_state = self.join(as_trees(parts))
         return y1, None, dict(y0=y0, y1=y1), solver_state, RESULTS.successful
 
     def backward_step(
@@ -120,7 +125,8 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         solver_state: _SolverState,
     ) -> tuple[Y, _SolverState]:
         parts = self.split(y1, solver_state)
-        return self.join(undo(self.couplings(terms, t0, t1, args), parts))
+        parts, _ = undo(self._chain(t0, t1, parts), terms, args, as_sums(parts))
+        return self.join(as_trees(parts))
 
     def backward_step_and_pullback(
         self,
@@ -133,22 +139,23 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, _SolverState, Cotangent]:
-        def make_chain(terms, args):
-            return self.couplings(terms, t0, t1, args)
-
         y_bar = cotangent.y
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y1"])
-        parts, bars, params_bar = undo_and_pull(
-            make_chain,
+        parts = self.split(y1, solver_state)
+        pulled = undo_and_pull(
+            self._chain(t0, t1, parts),
             combine,
             params,
-            self.split(y1, solver_state),
+            as_sums(parts),
             self.split(y_bar, cotangent.solver_state),
             cotangent.params,
         )
-        y0, solver_state = self.join(parts)
-        y_bar, state_bar = self.join(bars)
+        y0, solver_state = self.join(as_trees(pulled.parts))
+        y_bar, state_bar = self.join(pulled.bars)
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y0"])
-        return y0, solver_state, Cotangent(y_bar, state_bar, params_bar)
+        return y0, solver_state, Cotangent(y_bar, state_bar, pulled.params_bar)
+
+    def _chain(self, t0: RealScalarLike, t1: RealScalarLike, parts: _Parts) -> Chain:
+        return as_chain(lambda terms, args: self.couplings(terms, t0, t1, args), parts)

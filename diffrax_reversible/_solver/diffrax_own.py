@@ -2,7 +2,6 @@
 
 from typing import ClassVar, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
@@ -11,7 +10,6 @@ from diffrax import (
     ReversibleHeun,
     SemiImplicitEuler,
 )
-from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
@@ -22,9 +20,11 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._tree import tree_add
+from .._exact_sum import Sum
+from .._tree import tree_add, tree_zeros_like
 from .adapter import AbstractReversibleAdapter, as_reversible
 from .capabilities import HasRecord, KeepsStateAtJumps
+from .chain import as_sums, as_trees, Chain, undo, undo_and_pull, Update
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
 from .pullback import Cotangent, HasPullback
@@ -34,8 +34,10 @@ from .pullback import Cotangent, HasPullback
 _LeapfrogState: TypeAlias = tuple[RealScalarLike, Y]
 
 
-def _subtract(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(lambda x, y: x - y, x, y)
+def _leapfrog_parts(y1: Y, solver_state: _LeapfrogState) -> tuple[Sum, ...]:
+    """After a step."""
+    tm1, y0 = solver_state
+    return as_sums((y1, y0, jnp.asarray(tm1)))
 
 
 class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
@@ -82,9 +84,23 @@ class _LeapfrogMidpoint(
         args: Args,
         solver_state: _LeapfrogState,
     ) -> tuple[Y, _LeapfrogState]:
-        tm1, y0 = solver_state
-        ym1 = _subtract(y1, terms.vf_prod(t0, y0, args, terms.contr(tm1, t1)))
+        parts = _leapfrog_parts(y1, solver_state)
+        parts, _ = undo(self._chain(t0, t1), terms, args, parts)
+        ym1, y0, tm1 = as_trees(parts)
         return y0, (tm1, ym1)
+
+    def _chain(self, t0: RealScalarLike, t1: RealScalarLike) -> Chain:
+        """The update of the older state, by the younger one and where the older was."""
+
+        def make_round(terms: AbstractTerm, args: Args, row: None):
+            del row
+
+            def evaluate(y, tm1):
+                return terms.vf_prod(t0, y, args, terms.contr(tm1, t1)), None
+
+            return (Update(0, evaluate),)
+
+        return Chain(make_round)
 
     def backward_step_and_pullback(
         self,
@@ -98,22 +114,19 @@ class _LeapfrogMidpoint(
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, _LeapfrogState, Cotangent]:
         """One evaluation and one pull-back."""
-        tm1, y0 = solver_state
-
-        def increment(tm1, y, params):
-            terms, args = combine(params)
-            return terms.vf_prod(t0, y, args, terms.contr(tm1, t1))
-
-        increased, pull = jax.vjp(increment, jnp.asarray(tm1), y0, params)
         dense = dense_cotangent
         y1_bar = cotangent.y if dense is None else tree_add(cotangent.y, dense["y1"])
-        tm1_bar, pulled, params_bar = pull(y1_bar)
-        y0_bar = tree_add(cotangent.solver_state[1], pulled)
+        parts = _leapfrog_parts(y1, solver_state)
+        # Where the older state was is forgotten by the step.
+        bars = y1_bar, cotangent.solver_state[1], tree_zeros_like(parts[2].high)
+        pulled = undo_and_pull(
+            self._chain(t0, t1), combine, params, parts, bars, cotangent.params
+        )
+        (ym1, y0, tm1), (ym1_bar, y0_bar, tm1_bar) = as_trees(pulled.parts), pulled.bars
         if dense is not None:
             y0_bar = tree_add(y0_bar, dense["y0"])
-        params_bar = tree_add(cotangent.params, params_bar)
-        cotangent = Cotangent(y0_bar, (tm1_bar, y1_bar), params_bar)
-        return y0, (tm1, _subtract(y1, increased)), cotangent
+        cotangent = Cotangent(y0_bar, (tm1_bar, ym1_bar), pulled.params_bar)
+        return y0, (tm1, ym1), cotangent
 
     def to_record(self, solver_state: _LeapfrogState) -> RealScalarLike:
         return solver_state[0]

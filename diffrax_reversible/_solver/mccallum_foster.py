@@ -37,6 +37,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
+from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull, Update
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 from .pullback import Cotangent, HasProbe, HasPullback, Probe
@@ -205,23 +206,34 @@ class McCallumFoster(
             stages.append(term.vf_prod(t, stage, args, control))
         return stages
 
-    def _increment(
-        self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
-    ) -> tuple[Y, list[Y]]:
-        """`Ψ` from `t0` to `t1` at `y`, and the stages."""
-        first = self._first_stage(terms, t0, t1, y, args)
-        stages = self._stages(terms, t0, t1, y, args, first)
-        return _combine(self._tableau.b_sol, stages), stages
+    def _chain(
+        self, t0: RealScalarLike, t1: RealScalarLike, tap: tuple[Y, Y] | None = None
+    ) -> Chain:
+        """The two updates, of `y` and of `z`. Beside the first there are `Ψ` and its
+        stages.
 
-    def _couple(self, y0: Y, z0: Y, increment: Y) -> Y:
-        """`y1`."""
-        mix = lambda y, z, i: self.coupling * y + ((1 - self.coupling) * z + i)
-        return jtu.tree_map(mix, y0, z0, increment)
+        The `tap` tells what is passed to the first stage, and through it to the state.
+        """
 
-    def _uncouple(self, y1: Y, z0: Y, increment: Y) -> Y:
-        """`y0`."""
-        mix = lambda y, z, i: (y - ((1 - self.coupling) * z + i)) / self.coupling
-        return jtu.tree_map(mix, y1, z0, increment)
+        def make_round(terms: Terms, args: Args, row: None):
+            del row
+
+            def forth(z, tap=None):
+                first = z if tap is None else tree_add(z, tap[0])
+                first = self._first_stage(terms, t0, t1, first, args)
+                first = first if tap is None else tree_add(first, tap[1])
+                stages = self._stages(terms, t0, t1, z, args, first)
+                increment = _combine(self._tableau.b_sol, stages)
+                return tree_axpy(1 - self.coupling, z, increment), (increment, stages)
+
+            def back(y):
+                first = self._first_stage(terms, t1, t0, y, args)
+                stages = self._stages(terms, t1, t0, y, args, first)
+                return _combine(self._tableau.b_sol, stages), None
+
+            return Update(0, forth, self.coupling, tap=tap), Update(1, back, factor=-1)
+
+        return Chain(make_round)
 
     def _dense_info(self, y0: Y, z0: Y, increment: Y, stages: list[Y]) -> DenseInfo:
         offset = jtu.tree_map(jnp.subtract, y0, z0)
@@ -242,10 +254,12 @@ class McCallumFoster(
         solver_state: CoupledState,
     ) -> tuple[Y, Y, DenseInfo, CoupledState, RESULTS]:
         z0 = solver_state.copy
-        increment, stages = self._increment(terms, t0, t1, z0, args)
-        y1 = self._couple(y0, z0, increment)
-        back, _ = self._increment(terms, t1, t0, y1, args)
-        z1 = jtu.tree_map(jnp.subtract, z0, back)
+        collect = lambda sides, row, evaluated: evaluated
+        parts, evaluated = run(
+            self._chain(t0, t1), terms, args, as_sums((y0, z0)), [], collect
+        )
+        y1, z1 = as_trees(parts)
+        (_, (increment, stages)), _ = evaluated
         y_error = _combine(self._tableau.b_error, stages)
         dense_info = self._dense_info(y0, z0, increment, stages)
         separation = solver_state.separation.judge(y1, z1, y_error)
@@ -297,10 +311,10 @@ class McCallumFoster(
         args: Args,
         solver_state: CoupledState,
     ) -> tuple[Y, CoupledState]:
-        back, _ = self._increment(terms, t1, t0, y1, args)
-        z0 = tree_add(solver_state.copy, back)
-        increment, _ = self._increment(terms, t0, t1, z0, args)
-        return self._uncouple(y1, z0, increment), with_copy(solver_state, z0)
+        parts = as_sums((y1, solver_state.copy))
+        parts, _ = undo(self._chain(t0, t1), terms, args, parts)
+        y0, z0 = as_trees(parts)
+        return y0, with_copy(solver_state, z0)
 
     def backward_step_and_pullback(
         self,
@@ -315,55 +329,39 @@ class McCallumFoster(
     ) -> tuple[Y, CoupledState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, without those
         stages that nothing is read from."""
-
-        def backward(y, params):
-            terms, args = combine(params)
-            return self._increment(terms, t1, t0, y, args)
-
-        def forward(y, y_first, k_added, params):
-            # The first stage is told from the rest by whose cotangents are asked for.
-            terms, args = combine(params)
-            first = tree_add(self._first_stage(terms, t0, t1, y_first, args), k_added)
-            stages = self._stages(terms, t0, t1, y, args, first)
-            return _combine(self._tableau.b_sol, stages), stages
-
-        back, pull_back, _ = jax.vjp(backward, y1, params, has_aux=True)
-        z0 = tree_add(solver_state.copy, back)
-        z1_bar = cotangent.solver_state.copy
-        more_y_bar, more_params_bar = pull_back(tree_scale(-1, z1_bar))
-        y1_bar = tree_add(cotangent.y, more_y_bar)
-        params_bar = tree_add(cotangent.params, more_params_bar)
-
-        origin = z0, z0, tree_zeros_like(z0), params
-        if dense_cotangent is None:
-            forth, pull_forth, _ = jax.vjp(forward, *origin, has_aux=True)
-            y0 = self._uncouple(y1, z0, forth)
-            _, pull_couple = jax.vjp(self._couple, y0, z0, forth)
-            y0_bar, z0_bar, forth_bar = pull_couple(y1_bar)
-        else:
-            (forth, stages), pull_forth = jax.vjp(forward, *origin)
-            y0 = self._uncouple(y1, z0, forth)
-
-            def outputs(y0, z0, forth, stages):
-                dense_info = self._dense_info(y0, z0, forth, stages)
-                return self._couple(y0, z0, forth), dense_info
-
-            _, pull_outputs = jax.vjp(outputs, y0, z0, forth, stages)
-            y0_bar, z0_bar, *forth_bar = pull_outputs((y1_bar, dense_cotangent))
-            forth_bar = tuple(forth_bar)
-
-        more_z_bar, pulled, k_bar, more_params_bar = pull_forth(forth_bar)
-        z0_bar = tree_add(z1_bar, tree_add(z0_bar, tree_add(more_z_bar, pulled)))
+        sides_bar, dense_bars = None, tree_zeros_like((y1, y1))
+        if dense_cotangent is not None:
+            # It is linear, so that it does not matter where.
+            stages = [y1] * (len(self._tableau.c) + 1)
+            _, pull = jax.vjp(self._dense_info, y1, y1, y1, stages)
+            *dense_bars, increment_bar, stages_bar = pull(dense_cotangent)
+            aux_bar = increment_bar, stages_bar
+            sides_bar = lambda row: ((tree_zeros_like(y1), aux_bar), None)
+        pulled = undo_and_pull(
+            self._chain(t0, t1, tap=(tree_zeros_like(y1), tree_zeros_like(y1))),
+            combine,
+            params,
+            as_sums((y1, solver_state.copy)),
+            (cotangent.y, cotangent.solver_state.copy),
+            cotangent.params,
+            sides_bar,
+        )
+        y0, z0 = as_trees(pulled.parts)
+        y1_bar = tree_scale(1 / self.coupling, pulled.bars[0])
+        y0_bar, z0_bar = map(tree_add, pulled.bars, dense_bars)
+        passed, _ = pulled.first
+        assert passed is not None
+        _, (passed, k_bar) = passed
         outputs = _outputs(y1_bar, dense_cotangent)
         # The stage is the vector field times the length of the step.
         term = as_ode_term(self, combine(params)[0])
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
-        probe = Probe(vf_bar, pulled, control, tree_add(y0_bar, z0_bar), outputs)
+        probe = Probe(vf_bar, passed, control, tree_add(y0_bar, z0_bar), outputs)
         cotangent = Cotangent(
             y0_bar,
             with_copy(cotangent.solver_state, z0_bar),
-            tree_add(params_bar, more_params_bar),
+            pulled.params_bar,
             probe,
         )
         return y0, with_copy(solver_state, z0), cotangent

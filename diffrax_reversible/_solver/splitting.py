@@ -8,6 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 from jaxtyping import Array, PyTree
 
@@ -36,7 +37,7 @@ from .._tree import (
 from .affine import is_affine
 from .base import check_flags
 from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
-from .chain import scan
+from .chain import Chain, run, undo, undo_and_pull, Update
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 from .pullback import Cotangent, HasPullback
@@ -71,10 +72,10 @@ class _Stage(NamedTuple):
     drift_time: Array
     kick: Array
     kick_time: Array
-    # Of the kick before.
-    previous_time: Array
     drift_error: Array
     kick_error: Array
+    # One, and zero for all but the last kick.
+    is_last: Array
 
 
 class AbstractSplitting(
@@ -154,22 +155,19 @@ class AbstractSplitting(
         force0 = solver_state.force
         velocity0 = self._evaluate(term_q, t0, y0[1], args)
 
-        def stage(carry, stage: _Stage):
-            q, p, _, q_error, p_error = carry
-            velocity = self._evaluate(term_q, stage.drift_time, p.high, args)
-            q = q.plus(tree_scale(h_q * stage.drift, velocity))
-            force = self._evaluate(term_p, stage.kick_time, q.high, args)
-            p = p.plus(tree_scale(h_p * stage.kick, force))
+        def collect(sides, stage: _Stage, evaluated):
+            (q_error, p_error, _), ((velocity, _), (force, _)) = sides, evaluated
             q_error = tree_axpy(stage.drift_error, velocity, q_error)
             p_error = tree_axpy(stage.kick_error, force, p_error)
-            return q, p, force, q_error, p_error
+            return q_error, p_error, force
 
         q, p = _sums_of(y0, solver_state)
         p = p.plus(tree_scale(h_p * tableau.kicks[0], force0))
         q_error = tree_scale(tableau.drift_error_weights[0], velocity0)
         p_error = tree_scale(tableau.kick_error_weights[0], force0)
-        carry = (q, p, force0, q_error, p_error)
-        q, p, force, q_error, p_error = scan(stage, carry, _stages(tableau, t0, t1))
+        chain, sides = self._chain(h_q, h_p, t0, t1), (q_error, p_error, force0)
+        (q, p), sides = run(chain, terms, args, (q, p), sides, collect)
+        q_error, p_error, force = sides
         y1, low = _split_sums(q, p)
         # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
@@ -278,20 +276,12 @@ class AbstractSplitting(
         args: Args,
         solver_state: SplittingState,
     ) -> tuple[Y, SplittingState]:
-        tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
-
-        def stage(carry, stage: _Stage):
-            q, p, force = carry
-            p = p.minus(tree_scale(h_p * stage.kick, force))
-            velocity = self._evaluate(term_q, stage.drift_time, p.high, args)
-            q = q.minus(tree_scale(h_q * stage.drift, velocity))
-            return q, p, self._evaluate(term_p, stage.previous_time, q.high, args)
-
-        carry = (*_sums_of(y1, solver_state), solver_state.force)
-        q, p, force = scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
-        p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
+        chain = self._chain(h_q, h_p, t0, t1)
+        (q, p), _ = undo(chain, terms, args, _sums_of(y1, solver_state))
+        force = self._evaluate(term_p, t0, q.high, args)
+        p = p.minus(tree_scale(h_p * self.tableau.kicks[0], force))
         y0, low = _split_sums(q, p)
         return y0, SplittingState(force, low, jnp.array(False))
 
@@ -309,35 +299,30 @@ class AbstractSplitting(
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
         terms, args = combine(params)
-        tableau = self.tableau
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
         if dense_cotangent is not None:
             end = t1, (t0, t1), y1, solver_state, cotangent, dense_cotangent, 1
             cotangent = self._pull_derivatives(combine, params, *end)
 
-        def stage(carry, stage: _Stage):
-            q, p, q_bar, p_bar, force_bar, params_bar = carry
-            force, pull = self._linearise(combine, 1, stage.kick_time, q.high, params)
-            force_bar = tree_axpy(h_p * stage.kick, p_bar, force_bar)
-            more_q_bar, more_params_bar = pull(force_bar)
-            q_bar = tree_add(q_bar, more_q_bar)
-            params_bar = tree_add(params_bar, more_params_bar)
-            p = p.minus(tree_scale(h_p * stage.kick, force))
-            velocity, pull = self._linearise(combine, 0, stage.drift_time, p.high, params)
-            more_p_bar, more_params_bar = pull(tree_scale(h_q * stage.drift, q_bar))
-            p_bar = tree_add(p_bar, more_p_bar)
-            params_bar = tree_add(params_bar, more_params_bar)
-            q = q.minus(tree_scale(h_q * stage.drift, velocity))
-            return q, p, q_bar, p_bar, tree_zeros_like(force_bar), params_bar
+        def sides_bar(stage: _Stage):
+            """Of the force, the last of a step is held."""
+            force_bar = tree_scale(stage.is_last, cotangent.solver_state.force)
+            return None, (force_bar, None)
 
-        force_bar = cotangent.solver_state.force
-        carry = (*_sums_of(y1, solver_state), *cotangent.y, force_bar, cotangent.params)
-        carry = scan(stage, carry, _stages(tableau, t0, t1), reverse=True)
-        q, p, q_bar, p_bar, _, params_bar = carry
+        pulled = undo_and_pull(
+            self._chain(h_q, h_p, t0, t1),
+            combine,
+            params,
+            _sums_of(y1, solver_state),
+            cotangent.y,
+            cotangent.params,
+            sides_bar,
+        )
+        (q, p), (q_bar, p_bar), params_bar, _ = pulled
         force = self._evaluate(term_p, t0, q.high, args)
-        p = p.minus(tree_scale(h_p * tableau.kicks[0], force))
-        force_bar = tree_scale(h_p * tableau.kicks[0], p_bar)
+        p = p.minus(tree_scale(h_p * self.tableau.kicks[0], force))
+        force_bar = tree_scale(h_p * self.tableau.kicks[0], p_bar)
         y0, low = _split_sums(q, p)
         solver_state = SplittingState(force, low, jnp.array(False))
         state_bar = _with_force(cotangent.solver_state, force_bar)
@@ -390,23 +375,28 @@ class AbstractSplitting(
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
 
-    def _linearise(
-        self, combine: Combine, part: int, t: RealScalarLike, y: Y, params: Params
-    ):
-        """A vector field at `(t, y)` and its pull-back.
+    def _chain(
+        self,
+        h_q: RealScalarLike,
+        h_p: RealScalarLike,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+    ) -> Chain:
+        """The drifts and kicks, which update `q` and `p`, without the first kick."""
 
-        From one evaluation, but if `bitwise` from two.
-        """
+        def make_update(target: int, term: AbstractTerm, t, factor, args: Args):
+            evaluate = lambda y: (term.vf(t, y, args), None)
+            alike = lambda y: (self._evaluate(term, t, y, args), None)
+            alike = alike if self.bitwise else None
+            return Update(target, evaluate, factor=factor, alike=alike)
 
-        def field(y, params):
-            terms, args = combine(params)
-            return self._terms(terms)[part].vf(t, y, args)
+        def make_round(terms: _Terms, args: Args, stage: _Stage):
+            term_q, term_p = self._terms(terms)
+            drift = stage.drift_time, h_q * stage.drift
+            kick = stage.kick_time, h_p * stage.kick
+            return make_update(0, term_q, *drift, args), make_update(1, term_p, *kick, args)
 
-        vf, pull = jax.vjp(field, y, params)
-        if self.bitwise:
-            terms, args = combine(params)
-            vf = self._evaluate(self._terms(terms)[part], t, y, args)
-        return vf, pull
+        return Chain(make_round, _stages(self.tableau, t0, t1))
 
     def _terms(self, terms: _Terms) -> _Terms:
         term_q, term_p = terms
@@ -463,13 +453,13 @@ def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -
     array = lambda x: jnp.asarray(x, jnp.result_type(t0, t1))
     times = t0 + array(tableau.kick_times[1:-1]) * (t1 - t0)
     # The very float that the next step begins at.
-    times = jnp.concatenate([t0[None], times, t1[None]])
+    kick_times = jnp.concatenate([times, t1[None]])
     return _Stage(
         array(tableau.drifts),
         t0 + array(tableau.drift_times) * (t1 - t0),
         array(tableau.kicks[1:]),
-        times[1:],
-        times[:-1],
+        kick_times,
         array(tableau.drift_error_weights[1:]),
         array(tableau.kick_error_weights[1:]),
+        array(np.arange(len(tableau.drifts)) == len(tableau.drifts) - 1),
     )
