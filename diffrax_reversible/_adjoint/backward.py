@@ -17,7 +17,7 @@ from .._solver.capabilities import recall
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .between_steps import go_on, undo_jump
-from .drift import tolerance
+from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
@@ -194,6 +194,7 @@ def walk_back(
         nondiff,
         with_times,
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
+        replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_dense_times(walk, position, cotangent)

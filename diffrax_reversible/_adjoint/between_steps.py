@@ -1,6 +1,7 @@
 """What happens between two steps of the walk back: known states, restarts, jumps."""
 
 import dataclasses
+import math
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -47,10 +48,10 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     limit = step + jnp.where(held, 1, 0)
     known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays:
-        before = known.step
+        before, spacing = known.step, jnp.maximum(position.reach, 1)
         known, kept = lax.cond(
             eqxi.unvmap_any(replays),
-            lambda: _replay(walk, known, kept, step, replays, position.reach),
+            lambda: _replay(walk, known, kept, step, replays, spacing),
             lambda: (known, kept),
         )
         count = position.replayed + jnp.where(replays, known.step - before, 0)
@@ -61,7 +62,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
     if walk.repeats:
         # Else the steps are to be made again first, with states held in between.
-        goes_on = step - stop <= position.reach
+        goes_on = step - stop <= jnp.maximum(position.reach, 1)
         goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
         stop = jnp.where(replayed | goes_on, stop, step)
     stop = jnp.where(here, stop, position.stop)
@@ -74,11 +75,11 @@ def _replay(
     kept: Kept,
     step: IntScalarLike,
     replays: BoolScalarLike,
-    reach: IntScalarLike,
+    spacing: IntScalarLike,
 ) -> tuple[Known, Kept]:
     last = walk.residuals.count - 1, walk.residuals.record.last_end
     most = walk.residuals.end.num_steps
-    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
+    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, spacing)
     assert replayed.record is not None and kept.record is not None
     # Of the others nothing was written, nor held.
     record = replayed.record.where(replays, kept.record)
@@ -147,6 +148,9 @@ def _go_back(
     new = arrived.as_origin(walk.repeats)
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
+    if math.isfinite(walk.drift_tol) and walk.drift_tol < walk.replay_tol:
+        share = walk.drift_tol / walk.replay_tol
+        walked = [jnp.where(position.known, share * w, w) for w in walked]
     undone = position.undone + jnp.where(here, origin.step - position.step, 0)
     params_cotangent = None
     if walk.repeats:
@@ -199,9 +203,12 @@ def _judge(
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
     missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted))
-    missed = missed & (length > 1) & (reach > 1)
+    # Over single steps it goes at zero as at one: after a miss of more than one, come to
+    # before there was room for more states.
+    missed = missed & (length > 1) & (reach > 0)
     well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
-    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
+    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, jnp.where(reach > 1, 1, 0))
+    reach = jnp.where(here & jnp.logical_not(missed), jnp.maximum(reach, 1), reach)
     reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
     return missed, parted, jnp.minimum(reach, longest_reach)
 

@@ -16,6 +16,10 @@ from .validate import call, torn_steps
 # so much in double precision, gradients were off by 4e-4 at the most, see `drift_tol`.
 _default_tol = 1e-6
 
+# By this power of the machine epsilon a replay may differ from the solve, if it is more: by
+# as much rounding errors grow between restarts.
+_replays = 0.37
+
 _decades = range(-16, 9)
 
 
@@ -70,6 +74,14 @@ def tolerance(drift_tol: float | None, state: PyTree) -> float:
     # Arrays of the finer dtypes depend on those of the coarsest.
     coarseness = [eps(x) for x in _inexact_leaves(state)]
     return max([*coarseness, _default_tol**2]) ** 0.5
+
+
+def replay_tolerance(drift_tol: float | None, state: PyTree) -> float:
+    """By how much a replay may differ from the solve."""
+    tol = tolerance(drift_tol, state)
+    if drift_tol is not None:
+        return tol
+    return max([tol, *(eps(x) ** _replays for x in _inexact_leaves(state))])
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:

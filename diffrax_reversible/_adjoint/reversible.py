@@ -182,7 +182,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     of what it is at the known state before, or of what a step adds to it, whichever is the
     most; but no entry counts as less than `eps^(3/4)` of the largest of its array.
     Defaults to 1e-6, or to the square root of the machine epsilon of the coarsest array of
-    the state, if that is more: 3.5e-4 in float32. Gradients may be off by up to about 400
+    the state, if that is more: 3.5e-4 in float32. By default steps that are made again may
+    differ from those of the solve by `eps^0.37`, 2.8e-3 in float32, as rounding errors that
+    a restart puts an end to have grown by then. Gradients may be off by up to about 400
     times as much, where the problem is as sensitive to its state: the most that
     `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic and
     unstable problems.

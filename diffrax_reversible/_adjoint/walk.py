@@ -49,7 +49,8 @@ class Position(eqx.Module):
         differentiated of the solver state, if steps are not undone a second time.
     - `reach`: over how many steps the walk may go without a known state.
     - `parted`: how far a replay has been off a state that was known before.
-    - `drifts`: how far the walk has been off so far.
+    - `drifts`: how far the walk has been off so far, or a replay, as a part of what that
+        may be, of what the walk may be.
     - `undone`, `replayed`: how many steps were, so far.
     - `hidden`: by how much entries were off that have come to rest since the state was
         known last; `None` if it does not matter what was at rest.
@@ -121,8 +122,9 @@ class Walk(eqx.Module):
     params: Params
     nondiff: Context
     differentiates_times: bool = eqx.field(static=True)
-    # By how much known states may be missed.
+    # By how much known states may be missed, by the walk and by replays.
     drift_tol: float = eqx.field(static=True)
+    replay_tol: float = eqx.field(static=True)
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)
@@ -199,13 +201,17 @@ class Walk(eqx.Module):
     def drift(self, position: Position, true: tuple[Y, SolverState]):
         """How far the walk is off the true state and solver state."""
         terms, args = self.combine(self.params)
-        # Events may end a solve long before `t1`.
-        length = jnp.abs(self.residuals.end.tprev - self.problem.t0)
-        length = jnp.where(length == 0, 1, length)
         step = position.clock.start, position.clock.end
         y, solver_state = true
         origin = position.origin
         assert origin is not None
+        if self.repeats:
+            length = jnp.abs(origin.clock.start - position.clock.start)
+            length = jnp.maximum(length, jnp.abs(position.clock.end - position.clock.start))
+        else:
+            # Events may end a solve long before `t1`.
+            length = jnp.abs(self.residuals.end.tprev - self.problem.t0)
+        length = jnp.where(length == 0, 1, length)
         scales = error_scales(
             *(self.problem.solver, terms, *step, length, y, args, solver_state),
             *(origin.y, eqx.filter(origin.solver_state, eqx.is_inexact_array)),

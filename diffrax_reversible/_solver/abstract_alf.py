@@ -287,8 +287,8 @@ class AbstractALF(
         solver_state_end: ALFState,
     ) -> tuple[Y, ALFState]:
         """Of an entry of `y` no less than what the step adds to it, and of `v` no less than
-        what moves `y` as far as its size in the length of the solve: a solve may start at
-        zero, or at rest."""
+        what moves `y` as far as its size in `length`: a solve may start at zero, or at
+        rest."""
         # The `v` of the end is not needed, and need not be kept in memory.
         del args, solver_state_end
         step = tree_scale(as_ode_term(self, terms).contr(t0, t1), solver_state.v)

@@ -205,7 +205,8 @@ class HasErrorScales(AbstractReversibleSolver[_SolverState], Generic[_SolverStat
 
         - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
         - `t0`, `t1`: the step that begins there.
-        - `length`: of the solve, in time.
+        - `length`: of the walk back to there, in time, and at least of a step. So long do
+            errors of the solver state act.
         - `y0`, `solver_state`: what is known.
         - `y_end`, `solver_state_end`: what was known where the walk back began. Of the
             solver state there need not be more than its floating-point arrays.

@@ -21,9 +21,9 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import Sum
-from .._tree import tree_add, tree_zeros_like
+from .._tree import larger, tree_add, tree_zeros_like
 from .adapter import AbstractReversibleAdapter, as_reversible
-from .capabilities import HasRecord, KeepsStateAtJumps
+from .capabilities import HasErrorScales, HasRecord, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, undo, undo_and_pull, Update
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
@@ -40,7 +40,9 @@ def _leapfrog_parts(y1: Y, solver_state: _LeapfrogState) -> tuple[Sum, ...]:
     return as_sums((y1, y0, jnp.asarray(tm1)))
 
 
-class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
+class _ReversibleHeun(
+    AbstractReversibleAdapter[tuple[Y, VF]], HasErrorScales[tuple[Y, VF]]
+):
     """`ŷ1 = 2 y0 - ŷ0 + f(ŷ0) X` and `y1 = y0 + (f(ŷ0) + f(ŷ1)) X / 2`, of which the sum
     is `2 y1 = ŷ0 + ŷ1 + f(ŷ1) X`: Kidger, Foster, Li & Lyons (2021), arXiv:2105.13493.
 
@@ -64,6 +66,31 @@ class _ReversibleHeun(AbstractReversibleAdapter[tuple[Y, VF]]):
         vf0 = terms.vf(t0, yhat0, args)
         increment = terms.prod(tree_add(vf0, vf1), control)
         return jtu.tree_map(lambda y, i: y - 0.5 * i, y1, increment), (yhat0, vf0)
+
+    def error_scales(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        length: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: tuple[Y, VF],
+        y_end: Y,
+        solver_state_end: tuple[Y, VF],
+    ) -> tuple[Y, tuple[Y, VF]]:
+        """Of an entry of `y` and `ŷ` no less than what the step adds to it. Nothing of the
+        vector field, which is evaluated at `ŷ` here as there: where it comes close to zero,
+        as in a state of rest, its rounding errors are as large as itself."""
+        del length, args
+        yhat0, vf0 = solver_state
+        step = terms.prod(vf0, terms.contr(t0, t1))
+        y, yhat = (
+            jtu.tree_map(larger, *ys)
+            for ys in ((y0, step, y_end), (yhat0, step, solver_state_end[0]))
+        )
+        unbounded = lambda x: jnp.full(x.shape, jnp.inf, jnp.abs(x).dtype)
+        return y, (yhat, jtu.tree_map(unbounded, vf0))
 
 
 class _LeapfrogMidpoint(

@@ -252,7 +252,7 @@ class AbstractSplitting(
         solver_state_end: SplittingState,
     ) -> tuple[Y, SplittingState]:
         """Of an entry of `q` and `p` no less than what the step adds to it, and of the
-        force no less than what changes `p` by its size in the length of the solve."""
+        force no less than what changes `p` by its size in `length`."""
         # The force at the end is not needed, and need not be kept in memory.
         del solver_state_end
         term_q, term_p = self._terms(terms)

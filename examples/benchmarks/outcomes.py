@@ -9,7 +9,10 @@ made to store the trajectory:
 - either within 400 times the drift that `ReversibleAdjoint` allows by default: within 4e-4
   in float64, and 0.14 in float32;
 - or within three times of what rounding does to the stored one, that is of its distance
-  from the stored one in double precision.
+  from the stored one in double precision, and in double precision of its distance from
+  those of initial states that differ by one or two units in the last place. A solver that
+  cannot restart may grow to 1e80 where the solution is of the order of one, with sines in
+  its vector field, and two digits of its gradient are all that there is.
 
 The table has the smaller of the distances from the two, relative to the Euclidean norm, or
 why there is none:
@@ -219,11 +222,13 @@ def outcome(
     anyway: Callable[[], Gradient],
     stored: Gradient,
     reference: Gradient,
+    nudged: Callable[[], list[Gradient]],
     exact: Gradient,
     dtype,
 ) -> Outcome:
     """`anyway` is what would be returned if nothing were refused, `reference` is the stored
-    one in double precision, and `exact` that of the exact solution."""
+    one in double precision, `nudged` are those of other initial states, up to rounding, and
+    `exact` that of the exact solution."""
     precision = float(jnp.finfo(dtype).eps) ** 0.5
     allowed = max(precision, 1e-6)
     # Distances from what is not finite are NaN, and nothing is within them.
@@ -240,10 +245,22 @@ def outcome(
             return Outcome("other", True)
         error = distance(ours.grad, stored.grad)
         true_error = distance(ours.grad, reference.grad)
-        rounding = 3 * distance(stored.grad, reference.grad)
-    right = error <= 400 * allowed or true_error <= rounding
+        rounding = distance(stored.grad, reference.grad)
+        right = error <= 400 * allowed or true_error <= 3 * rounding
+        if not right:
+            others = [distance(other.grad, reference.grad) for other in nudged()]
+            right = true_error <= 3 * max(others)
     smaller = np.nanmin([error, true_error, np.inf])
     return Outcome("WRONG: " * (not right) + f"{smaller:.0e}", True, not right)
+
+
+def nudge(problem: Problem, solver, steps: int) -> list[Gradient]:
+    """With initial states that differ in the last bits."""
+    y0 = np.asarray(problem.y0, np.float64)
+    states = (y0 + ulps * np.spacing(y0) for ulps in (-2, -1, 1, 2))
+    return [
+        gradient(problem._replace(y0=y), solver, STORE, jnp.float64)(steps) for y in states
+    ]
 
 
 def sweep(problems, solvers, steps) -> list[tuple[str, str, str, list[Outcome]]]:
@@ -253,6 +270,7 @@ def sweep(problems, solvers, steps) -> list[tuple[str, str, str, list[Outcome]]]
         problem, solver = PROBLEMS[name], SOLVERS[solver_name]
         exact = gradient(problem, dfx.Dopri8(), STORE, jnp.float64, ACCURATE)(1000)
         reference = gradient(problem, solver, STORE, jnp.float64)
+        nudged = ft.partial(nudge, problem, solver)
         for dtype in DTYPES:
             ours, anyway, stored = (
                 gradient(problem, solver, adjoint, dtype)
@@ -260,7 +278,13 @@ def sweep(problems, solvers, steps) -> list[tuple[str, str, str, list[Outcome]]]
             )
             row = [
                 outcome(
-                    ours(n), ft.partial(anyway, n), stored(n), reference(n), exact, dtype
+                    ours(n),
+                    ft.partial(anyway, n),
+                    stored(n),
+                    reference(n),
+                    ft.partial(nudged, n),
+                    exact,
+                    dtype,
                 )
                 for n in steps
             ]
