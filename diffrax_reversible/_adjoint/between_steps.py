@@ -27,9 +27,11 @@ from .walk import longest_reach, Position, Walk
 
 
 # Fractions of the tolerance. The walk repeats a segment that misses a known state by more
-# than the first, which was tuned on `examples/benchmarks/outcomes.py`, and goes further at
-# once after a miss by less than the second.
-_repeated, _well = 1 / 64, 1 / 512
+# than the first, or by more than the second for all the steps of the solve, if that is
+# more, as misses of many segments add up. The former was tuned on
+# `examples/benchmarks/outcomes.py`, the latter on short solves in single precision. It goes
+# further at once after a miss by less than the third.
+_repeated, _repeated_of_all, _well = 1 / 64, 1 / 16, 1 / 512
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -202,7 +204,7 @@ def _judge(
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
-    missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted))
+    missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted, length))
     # Over single steps it goes at zero as at one: after a miss of more than one, come to
     # before there was room for more states.
     missed = missed & (length > 1) & (reach > 0)
@@ -213,8 +215,11 @@ def _judge(
     return missed, parted, jnp.minimum(reach, longest_reach)
 
 
-def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:
-    """By how much the walk may miss a known state before it repeats the segment.
+def _allowed(
+    walk: Walk, parted: Float[Array, ""], length: IntScalarLike
+) -> Float[Array, ""]:
+    """By how much the walk may miss a known state before it repeats the segment, of so many
+    steps.
 
     This is a fraction of the tolerance, so that gradients are more accurate than what is
     refused. It is more, up to the tolerance, where a replay differs from the solve by
@@ -224,7 +229,9 @@ def _allowed(walk: Walk, parted: Float[Array, ""]) -> Float[Array, ""]:
     terms, _ = walk.combine(walk.params)
     is_path = lambda x: isinstance(x, AbstractBrownianPath)
     random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
-    least = 1 if random else _repeated
+    count = jnp.maximum(walk.residuals.count, 1)
+    share = jnp.asarray(length, jnp.float32) / count.astype(jnp.float32)
+    least = 1 if random else jnp.maximum(_repeated, _repeated_of_all * share)
     return jnp.clip(parted, least * walk.drift_tol, walk.drift_tol)
 
 

@@ -45,14 +45,15 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     Where the walk comes to a known state, and where it ends, every entry is compared with
     what was there in the forward pass, whether the solver watches it or not. If any differs
-    by more than a 64th of `drift_tol` (by more than a replay differs from the solve, if
-    that is more, and with a Brownian path by more than `drift_tol`), then the walk goes
-    back to the state that was known before, the solve is replayed from the one that was
-    missed, with states held on the way, and the steps are undone once more. How many there
-    may be from one known state to the next is found as step sizes are: a quarter where one
-    is missed, twice as many where all is well. So contraction costs evaluations, and is no
-    error, unless there are no `checkpoints`. It is one if a single step, or all of them
-    without `checkpoints`, misses by `drift_tol`.
+    by more than a 64th of `drift_tol` (a 16th if the walk has undone the whole solve at
+    once; by more than a replay differs from the solve, if that is more; with a Brownian
+    path by more than `drift_tol`), then the walk goes back to the state that was known
+    before, the solve is replayed from the one that was missed, with states held on the way,
+    and the steps are undone once more. How many there may be from one known state to the
+    next is found as step sizes are: a quarter where one is missed, twice as many where all
+    is well. So contraction costs evaluations, and is no error, unless there are no
+    `checkpoints`. It is one if a single step, or all of them without `checkpoints`, misses
+    by `drift_tol`.
 
     Solvers that do not restart lose the solution itself where the flow contracts, as the
     second approximation that they carry along grows apart from the first, and nothing in
