@@ -88,10 +88,9 @@ def test_order(solver):
     assert between > solver.tableau.stages + 1 - 0.3
 
 
-@pytest.mark.parametrize("steps", with_slow((10_000,), (100_000,)))
 @every_solver
-def test_quadratic_invariants(solver, steps):
-    """Are kept over any number of steps: of a top, its energy and angular momentum."""
+def test_quadratic_invariants(solver):
+    """Are kept over 100,000 steps: of a top, its energy and angular momentum."""
     inertia = jnp.array([1.0, 2.0, 3.5])
 
     def top(t, y, args):
@@ -100,7 +99,7 @@ def test_quadratic_invariants(solver, steps):
     y0 = jnp.array([0.6, 0.7, 0.4])
     invariants = lambda y: np.array([y @ y, y @ (y / inertia)])
     end = dfx.diffeqsolve(
-        dfx.ODETerm(top), solver, 0.0, 0.1 * steps, 0.1, y0, max_steps=None
+        dfx.ODETerm(top), solver, 0.0, 10_000.0, 0.1, y0, max_steps=None
     ).ys[0]
     assert np.max(np.abs(end - y0)) > 1e-2
     assert np.max(np.abs(invariants(end) / invariants(y0) - 1)) < 1e-12

@@ -46,8 +46,10 @@ class _ReversibleHeun(
     """`ŷ1 = 2 y0 - ŷ0 + f(ŷ0) X` and `y1 = y0 + (f(ŷ0) + f(ŷ1)) X / 2`, of which the sum
     is `2 y1 = ŷ0 + ŷ1 + f(ŷ1) X`: Kidger, Foster, Li & Lyons (2021), arXiv:2105.13493.
 
-    One evaluation to undo a step. At a jump Diffrax evaluates the vector field at `y`, and
-    from then on that cannot be told.
+    One evaluation to undo a step. To pull a cotangent back as well takes two, and one
+    pull-back, as by the default adjoint: what the solver state holds of the vector field is
+    evaluated at both ends. At a jump Diffrax evaluates the vector field at `y`, and from
+    then on that cannot be told.
     """
 
     def backward_step(
