@@ -279,7 +279,6 @@ def main() -> None:
     assert abs(ours["grad"] - default["grad"]) < 1e-8 * default["grad"]
     assert ours["norm"] < 1e-12
     if ALL:
-        measure("Kvaerno5, solve only", DISSIPATIVE, after, False)
         measure("Kvaerno5, default adjoint", DISSIPATIVE, after)
     if not QUICK:
         explicit = measure("Tsit5, default adjoint", EXPLICIT, after)

@@ -1,7 +1,6 @@
 """What happens between two steps of the walk back: known states, restarts, jumps."""
 
 import dataclasses
-import math
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -27,11 +26,10 @@ from .walk import longest_reach, Position, Walk
 
 
 # Fractions of the tolerance. The walk repeats a segment that misses a known state by more
-# than the first, or by more than the second for all the steps of the solve, if that is
-# more, as misses of many segments add up. The former was tuned on
-# `examples/benchmarks/outcomes.py`, the latter on short solves in single precision. It goes
-# further at once after a miss by less than the third.
-_repeated, _repeated_of_all, _well = 1 / 64, 1 / 16, 1 / 512
+# than the first, which was tuned on `examples/benchmarks/outcomes.py`, or by more than the
+# second for all the steps of the solve, if that is more: the sum of what eight segments of
+# a longer solve may miss by. It goes further at once after a miss by less than the third.
+_repeated, _repeated_of_all, _well = 1 / 64, 1 / 8, 1 / 512
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -50,10 +48,10 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     limit = step + jnp.where(held, 1, 0)
     known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays:
-        before, spacing = known.step, jnp.maximum(position.reach, 1)
+        before = known.step
         known, kept = lax.cond(
             eqxi.unvmap_any(replays),
-            lambda: _replay(walk, known, kept, step, replays, spacing),
+            lambda: _replay(walk, known, kept, step, replays, position.reach),
             lambda: (known, kept),
         )
         count = position.replayed + jnp.where(replays, known.step - before, 0)
@@ -64,7 +62,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
     if walk.repeats:
         # Else the steps are to be made again first, with states held in between.
-        goes_on = step - stop <= jnp.maximum(position.reach, 1)
+        goes_on = step - stop <= position.reach
         goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
         stop = jnp.where(replayed | goes_on, stop, step)
     stop = jnp.where(here, stop, position.stop)
@@ -77,11 +75,11 @@ def _replay(
     kept: Kept,
     step: IntScalarLike,
     replays: BoolScalarLike,
-    spacing: IntScalarLike,
+    reach: IntScalarLike,
 ) -> tuple[Known, Kept]:
     last = walk.residuals.count - 1, walk.residuals.record.last_end
     most = walk.residuals.end.num_steps
-    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, spacing)
+    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
     assert replayed.record is not None and kept.record is not None
     # Of the others nothing was written, nor held.
     record = replayed.record.where(replays, kept.record)
@@ -150,7 +148,7 @@ def _go_back(
     new = arrived.as_origin(walk.repeats)
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
-    if math.isfinite(walk.drift_tol) and walk.drift_tol < walk.replay_tol:
+    if walk.drift_tol < walk.replay_tol:
         share = walk.drift_tol / walk.replay_tol
         walked = [jnp.where(position.known, share * w, w) for w in walked]
     undone = position.undone + jnp.where(here, origin.step - position.step, 0)
@@ -205,12 +203,9 @@ def _judge(
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
     missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted, length))
-    # Over single steps it goes at zero as at one: after a miss of more than one, come to
-    # before there was room for more states.
-    missed = missed & (length > 1) & (reach > 0)
+    missed = missed & (length > 1) & (reach > 1)
     well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
-    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, jnp.where(reach > 1, 1, 0))
-    reach = jnp.where(here & jnp.logical_not(missed), jnp.maximum(reach, 1), reach)
+    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
     reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
     return missed, parted, jnp.minimum(reach, longest_reach)
 

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._precision import eps
-from .._solver.entry_scales import units
+from .._solver.entry_scales import growth_power, units
 from .._tree import largest
 from .growth import least_share
 from .validate import call, torn_steps
@@ -15,10 +15,6 @@ from .validate import call, torn_steps
 # What is accepted by default, if the square root of the machine epsilon is not more: with
 # so much in double precision, gradients were off by 4e-4 at the most, see `drift_tol`.
 _default_tol = 1e-6
-
-# By this power of the machine epsilon a replay may differ from the solve, if it is more: by
-# as much rounding errors grow between restarts.
-_replays = 0.37
 
 _decades = range(-16, 9)
 
@@ -77,11 +73,13 @@ def tolerance(drift_tol: float | None, state: PyTree) -> float:
 
 
 def replay_tolerance(drift_tol: float | None, state: PyTree) -> float:
-    """By how much a replay may differ from the solve."""
+    """By how much a replay may differ from the solve, by default: by the inverse of the
+    factor that rounding errors grow by between restarts, if that is more than what the
+    walk may miss."""
     tol = tolerance(drift_tol, state)
     if drift_tol is not None:
         return tol
-    return max([tol, *(eps(x) ** _replays for x in _inexact_leaves(state))])
+    return max([tol, *(eps(x) ** -growth_power for x in _inexact_leaves(state))])
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:

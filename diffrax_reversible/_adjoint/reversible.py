@@ -45,7 +45,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     Where the walk comes to a known state, and where it ends, every entry is compared with
     what was there in the forward pass, whether the solver watches it or not. If any differs
-    by more than a 64th of `drift_tol` (a 16th if the walk has undone the whole solve at
+    by more than a 64th of `drift_tol` (an 8th if the walk has undone the whole solve at
     once; by more than a replay differs from the solve, if that is more; with a Brownian
     path by more than `drift_tol`), then the walk goes back to the state that was known
     before, the solve is replayed from the one that was missed, with states held on the way,
@@ -184,11 +184,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     most; but no entry counts as less than `eps^(3/4)` of the largest of its array.
     Defaults to 1e-6, or to the square root of the machine epsilon of the coarsest array of
     the state, if that is more: 3.5e-4 in float32. By default steps that are made again may
-    differ from those of the solve by `eps^0.37`, 2.8e-3 in float32, as rounding errors that
-    a restart puts an end to have grown by then. Gradients may be off by up to about 400
-    times as much, where the problem is as sensitive to its state: the most that
-    `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic and
-    unstable problems.
+    differ from those of the solve by `eps^0.37`, 2.8e-3 in float32. Gradients may be off by
+    up to about 400 times as much, where the problem is as sensitive to its state: the most
+    that `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic
+    and unstable problems.
 - `report`: a function, as `print`, that every gradient calls with a dictionary of how
     many steps it has undone (`undone_steps`: more than the solve has, if some were undone
     once more), and how many it has replayed (`replayed_steps`). Of a batch under `vmap` it

@@ -430,7 +430,7 @@ class AbstractALF(
         if self.tableau.deviation_weights is None:
             return None
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
-        _, pull = self._linearise_field(combine, t0, y0, params)
+        pull = self._field_pullback(combine, t0, y0, params)
         v_bar = cotangent.solver_state.v
         pulled, _ = pull(v_bar)
         return Probe(
@@ -523,7 +523,7 @@ class AbstractALF(
 
         def pull():
             point = y() if callable(y) else y
-            _, pull = self._linearise_field(combine, t, point, params)
+            pull = self._field_pullback(combine, t, point, params)
             return pull(vf_bar)
 
         some = sum(jnp.sum(leaf != 0) for leaf in jtu.tree_leaves(vf_bar))
@@ -536,21 +536,15 @@ class AbstractALF(
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
 
-    def _linearise_field(self, combine: Combine, t: RealScalarLike, k: Y, params: Params):
-        """The vector field at `(t, k)` and its pull-back.
-
-        From one evaluation, but if `bitwise` from two.
-        """
+    def _field_pullback(self, combine: Combine, t: RealScalarLike, k: Y, params: Params):
+        """The pull-back of the vector field at `(t, k)`."""
 
         def field(k, params):
             terms, args = combine(params)
             return as_ode_term(self, terms).vf(t, k, args)
 
-        u, pull = jax.vjp(field, k, params)
-        if self.bitwise:
-            terms, args = combine(params)
-            u = self._field(as_ode_term(self, terms), t, k, args)
-        return u, pull
+        _, pull = jax.vjp(field, k, params)
+        return pull
 
     def _start_watch(self, y: Y, v: VF) -> Deviation | None:
         """`None` if the deviation cannot be told."""

@@ -1,5 +1,6 @@
 """A step as a chain of updates of its parts: run, undone, and pulled back while undone."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -84,43 +85,25 @@ def run(
     parts: Parts,
     sides: _Sides = None,
     collect: Collect[_Sides] | None = None,
+    backwards: bool = False,
 ) -> tuple[Parts, _Sides]:
-    """Make every update of a chain. Returns the parts after it, and the side outputs."""
+    """Make every update of a chain, or undo it. Returns the parts, and the side outputs."""
+    change = _undone if backwards else _made
 
     def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
         parts, sides = carry
-        evaluated = []
-        for update in chain.make_round(terms, args, row):
-            u, aux = _evaluate(update, parts)
-            increment = _times(update.factor, u)
-            part = parts[update.target].scaled(update.scale).plus(increment)
-            parts = _insert(_others(parts, update), update, part)
-            evaluated.append((u, aux))
+        updates = list(enumerate(chain.make_round(terms, args, row)))
+        evaluated = [(None, None)] * len(updates)
+        for i, update in reversed(updates) if backwards else updates:
+            evaluated[i] = _evaluate(update, parts)
+            parts = change(parts, update, evaluated[i][0])
         return parts, sides if collect is None else collect(sides, row, evaluated)
 
-    return _scan(one_round, (parts, sides), chain.rows)
+    return _scan(one_round, (parts, sides), chain.rows, reverse=backwards)
 
 
-def undo(
-    chain: Chain,
-    terms: Terms,
-    args: Args,
-    parts: Parts,
-    sides: _Sides = None,
-    collect: Collect[_Sides] | None = None,
-) -> tuple[Parts, _Sides]:
-    """Undo every update of a chain. Returns the parts before it, and the side outputs."""
-
-    def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
-        parts, sides = carry
-        evaluated = []
-        for update in reversed(chain.make_round(terms, args, row)):
-            u, aux = _evaluate(update, parts)
-            parts = _undone(parts, update, u)
-            evaluated.insert(0, (u, aux))
-        return parts, sides if collect is None else collect(sides, row, evaluated)
-
-    return _scan(one_round, (parts, sides), chain.rows, reverse=True)
+# Side outputs are collected from the last round to the first.
+undo = ft.partial(run, backwards=True)
 
 
 def undo_and_pull(
@@ -148,25 +131,6 @@ def undo_and_pull(
     """
     terms, args = combine(params)
 
-    def pull_update(i, row, update, parts, u_bar, side_bar):
-        """What was evaluated, and its cotangent pulled back."""
-
-        def evaluate(params, *arguments):
-            terms, args = combine(params)
-            return chain.make_round(terms, args, row)[i].evaluate(*arguments)
-
-        arguments = params, *_arguments(update, parts)
-        if side_bar is None:
-            u, pull, _ = jax.vjp(evaluate, *arguments, has_aux=True)
-            params_bar, *passed = pull(u_bar)
-        else:
-            (u, _), pull = jax.vjp(evaluate, *arguments)
-            side_bar, aux_bar = side_bar
-            params_bar, *passed = pull((tree_add(u_bar, side_bar), aux_bar))
-        if update.alike is not None:
-            u, _ = _evaluate(update, parts)
-        return u, params_bar, tuple(passed)
-
     def one_round(carry, row):
         parts, bars, params_bar, _ = carry
         updates = chain.make_round(terms, args, row)
@@ -179,11 +143,18 @@ def undo_and_pull(
             if update.evaluate is None:
                 (u,), passed = _arguments(update, parts), (u_bar,)
             else:
-                u, more_params_bar, passed = pull_update(
-                    i, row, update, parts, u_bar, more[i]
-                )
+
+                def evaluate(params, *arguments, i=i):
+                    again = chain.make_round(*combine(params), row)[i].evaluate
+                    assert again is not None
+                    return again(*arguments)
+
+                arguments = params, *_arguments(update, parts)
+                u, (more_params_bar, *passed) = _pull(evaluate, arguments, u_bar, more[i])
+                if update.alike is not None:
+                    u, _ = _evaluate(update, parts)
                 params_bar = tree_add(params_bar, more_params_bar)
-                first[i] = passed
+                first[i] = passed = tuple(passed)
             others = tuple(map(tree_add, _others(bars, update), passed))
             bars = _insert(others, update, _times(update.scale, bar))
             parts = _undone(parts, update, u)
@@ -198,6 +169,20 @@ def undo_and_pull(
     first = [like(update) for update in chain.make_round(terms, args, row)]
     carry = parts, bars, params_bar, first
     return Pulled(*_scan(one_round, carry, chain.rows, reverse=True))
+
+
+def _pull(
+    evaluate: Callable[..., tuple[PyTree, PyTree]],
+    arguments: tuple[PyTree, ...],
+    u_bar: PyTree,
+    side_bar: tuple[PyTree, PyTree] | None,
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """What is evaluated, and the cotangents of the arguments."""
+    if side_bar is None:
+        u, pull, _ = jax.vjp(evaluate, *arguments, has_aux=True)
+        return u, pull(u_bar)
+    (u, _), pull = jax.vjp(evaluate, *arguments)
+    return u, pull((tree_add(u_bar, side_bar[0]), side_bar[1]))
 
 
 def as_sums(parts: tuple[PyTree, ...]) -> Parts:
@@ -233,6 +218,11 @@ def _evaluate(update: Update, parts: Parts) -> tuple[PyTree, PyTree]:
 def _arguments(update: Update, parts: Parts) -> tuple[PyTree, ...]:
     others = as_trees(_others(parts, update))
     return others if update.tap is None else (*others, update.tap)
+
+
+def _made(parts: Parts, update: Update, u: PyTree) -> Parts:
+    part = parts[update.target].scaled(update.scale).plus(_times(update.factor, u))
+    return _insert(_others(parts, update), update, part)
 
 
 def _undone(parts: Parts, update: Update, u: PyTree) -> Parts:

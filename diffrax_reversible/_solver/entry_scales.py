@@ -9,7 +9,7 @@ from .._precision import eps
 # Restart where a deviation has grown by this power of the machine epsilon since the last
 # restart, as by so much rounding errors grow in the walk back: to about a hundredth of the
 # square root of the machine epsilon.
-_growth = -0.37
+growth_power = -0.37
 # No entry is taken for smaller than this power of the machine epsilon of the largest.
 _least_scale = 0.75
 _sample_size = 1024
@@ -52,4 +52,4 @@ def largest_entry(x: Array) -> Float[Array, ""]:
 def has_grown(relative: Float[Array, ""], seed: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether a deviation has grown as much since it was the `seed` as may be walked
     back."""
-    return relative > eps(relative) ** _growth * seed
+    return relative > eps(relative) ** growth_power * seed

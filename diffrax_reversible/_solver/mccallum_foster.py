@@ -347,6 +347,7 @@ class McCallumFoster(
             sides_bar,
         )
         y0, z0 = as_trees(pulled.parts)
+        # As it was before the first update scaled it, the last to be undone.
         y1_bar = tree_scale(1 / self.coupling, pulled.bars[0])
         y0_bar, z0_bar = map(tree_add, pulled.bars, dense_bars)
         passed, _ = pulled.first
