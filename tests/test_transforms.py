@@ -166,13 +166,26 @@ def test_implicit():
     assert abs(grad - 1) < 1e-10
 
 
-def test_progress_meter():
-    from_meter = jax.grad(
-        lambda y0: jnp.sum(
-            solve(y0, W, progress_meter=dfx.TextProgressMeter(minimum_increase=1.0)).ys ** 2
-        )
-    )(BATCH[0])
-    assert relative_error(from_meter, jax.grad(loss)(BATCH[0], W)) < 1e-14
+@pytest.mark.parametrize("batched", (False, True), ids=("one", "batch"))
+def test_progress_meter(batched, capsys):
+    """The backward pass shows its progress, as the solve does."""
+
+    def with_meter(y0):
+        meter = dfx.TextProgressMeter(minimum_increase=0.3)
+        return jnp.sum(solve(y0, W, progress_meter=meter).ys ** 2)
+
+    y0 = BATCH if batched else BATCH[0]
+    gradient = jax.grad(lambda y0: loss(y0, W))
+    shown = jax.grad(with_meter)
+    if batched:
+        gradient, shown = jax.vmap(gradient), jax.vmap(shown)
+    assert relative_error(shown(y0), gradient(y0)) < 1e-14
+    jax.effects_barrier()
+    percents = [float(line.rstrip("%")) for line in capsys.readouterr().out.split()]
+    starts = [i for i, percent in enumerate(percents) if percent == 0]
+    assert len(starts) == 2
+    for part in percents[: starts[1]], percents[starts[1] :]:
+        assert part == sorted(part) and part[-1] == 100 and len(part) > 3
 
 
 HESSIANS = {

@@ -63,6 +63,7 @@ def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
     hidden = position.hidden
     if hidden is not None:
         hidden = tree_add(hidden, pulled.hidden)
+    position = walk.show_progress(position, clock.start)
     no = jnp.array(False)
     return tree_replace(
         lambda p: (
@@ -199,7 +200,10 @@ def walk_back(
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_dense_times(walk, position, cotangent)
     position = walk.start(position)
+    meter = problem.progress_meter
+    position = dataclasses.replace(position, meter=meter.init())
     position = _undo_all(walk, position)
+    meter.close(position.meter)
     position = pull_start(walk, position)
     position = _pull_init(walk, position)
     return _walked(position, perturbed)

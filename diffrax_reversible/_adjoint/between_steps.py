@@ -172,6 +172,7 @@ def _go_back(
         parted=parted,
         undone=undone,
         replayed=position.replayed,
+        meter=position.meter,
         hidden=jtu.tree_map(lambda x: jnp.where(here, 0, x), position.hidden),
         drifts=[
             jnp.maximum(d, jnp.where(counts, w, 0))

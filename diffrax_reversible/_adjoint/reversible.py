@@ -101,6 +101,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     1e-10. Here it is an error, with the solvers that restart: no entry must have grown
     in steps in which the vector field contracts what grew.
 
+    A `progress_meter` shows the backward pass as well, from 0 % to 100 % once more.
+
     If the walk misses a state for good, then the gradient is an error, or with
     `diffeqsolve(..., throw=False)` it is NaN.
     """

@@ -5,6 +5,7 @@ import math
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
@@ -56,6 +57,7 @@ class Position(eqx.Module):
         known last; `None` if it does not matter what was at rest.
     - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
         second time.
+    - `meter`: the state of the progress meter.
     """
 
     step: IntScalarLike
@@ -76,6 +78,7 @@ class Position(eqx.Module):
     replayed: IntScalarLike = 0
     hidden: PyTree | None = None
     params_cotangent: Params | None = None
+    meter: PyTree = None
 
     def as_origin(self, whole: bool) -> "Position":
         """What is to be known of it once the walk has gone on."""
@@ -89,6 +92,7 @@ class Position(eqx.Module):
             replayed=None,
             hidden=None,
             params_cotangent=None,
+            meter=None,
         )
         if whole:
             return here
@@ -188,6 +192,14 @@ class Walk(eqx.Module):
         drifts = jax.eval_shape(self.drift, position, self.start_states)
         no_drift = [jnp.zeros(d.shape, d.dtype) for d in drifts]
         return dataclasses.replace(position, drifts=no_drift)
+
+    def show_progress(self, position: Position, t: RealScalarLike) -> Position:
+        """Step the progress meter to `t`."""
+        end, t0 = self.residuals.end.tprev, self.problem.t0
+        length = jnp.where(end == t0, 1, end - t0)
+        progress = lax.stop_gradient(jnp.clip((end - t) / length, 0, 1))
+        meter = self.problem.progress_meter.step(position.meter, progress)
+        return dataclasses.replace(position, meter=meter)
 
     def tells_growth(self, position: Position) -> bool:
         """Whether the solver tells how cotangents are pulled back."""
