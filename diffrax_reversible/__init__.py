@@ -8,6 +8,8 @@ from ._controller.base import (
     AbstractReversibleStepSizeController as AbstractReversibleStepSizeController,
 )
 from ._controller.step_density import StepDensityController as StepDensityController
+from ._explain.explain import explain as explain
+from ._explain.explanation import Explanation as Explanation
 from ._solver import diffrax_own as _diffrax_own  # noqa: F401
 from ._solver.abstract_alf import AbstractALF as AbstractALF
 from ._solver.adapter import (

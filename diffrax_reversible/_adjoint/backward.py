@@ -1,7 +1,8 @@
 """The walk back along the steps of a solve, pulling cotangents along."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -165,6 +166,7 @@ def walk_back(
     residuals: Residuals,
     cotangent: State,
     drift_tol: float | None,
+    watch: Callable[[dict[str, Any]], None] | None,
 ) -> Walked:
     """Undo every step of a solve, and pull the cotangent of its outputs back.
 
@@ -176,6 +178,7 @@ def walk_back(
     - `cotangent`: as the final state of the solve, with `None` for zero.
     - `drift_tol`: by how much known states may be missed. Where there is room for others in
         between, the steps are undone once more, before it is told that they were.
+    - `watch`: what to call at every known state.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
@@ -196,6 +199,7 @@ def walk_back(
         with_times,
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
+        watch,
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_dense_times(walk, position, cotangent)

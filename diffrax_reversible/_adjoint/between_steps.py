@@ -145,6 +145,10 @@ def _go_back(
             lambda: _judge(walk, position, arrived, walked, here),
             lambda: (missed, parted, reach),
         )
+    if len(walked) > 0:
+        worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
+        miss = worst / walk.drift_tol
+        walk.tell(here, arrived, position.restarted, miss, missed)
     new = arrived.as_origin(walk.repeats)
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)

@@ -110,6 +110,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
     drift_tol: float | None = eqx.field(default=None, converter=_as_python)
     report: Callable[[dict[str, int]], None] | None = None
+    watch: Callable[[dict[str, Any]], None] | None = None
 
     def __check_init__(self):
         count, tol = self.checkpoints, self.drift_tol
@@ -125,11 +126,13 @@ class ReversibleAdjoint(AbstractAdjoint):
                 "known when the solve is compiled, or `None` for the square root of the "
                 "machine epsilon."
             )
-        if not (self.report is None or callable(self.report)):
-            raise ValueError(
-                f"`ReversibleAdjoint(report={self.report})` must be a function, as `print` "
-                "is, or `None`."
-            )
+        for name in ("report", "watch"):
+            value = getattr(self, name)
+            if not (value is None or callable(value)):
+                raise ValueError(
+                    f"`ReversibleAdjoint({name}={value})` must be a function, as `print` "
+                    "is, or `None`."
+                )
 
     def loop(
         self,
@@ -170,7 +173,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             passed_solver_state=passed_solver_state,
             passed_controller_state=passed_controller_state,
         )
-        settings = Settings(self.checkpoints, self.drift_tol, self.report, throw)
+        settings = Settings(
+            self.checkpoints, self.drift_tol, self.report, self.watch, throw
+        )
         return reversible_loop(inputs, problem, settings)
 
 
@@ -194,6 +199,11 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     many steps it has undone (`undone_steps`: more than the solve has, if some were undone
     once more), and how many it has replayed (`replayed_steps`). Of a batch under `vmap` it
     is called for each member. With more `checkpoints` fewer steps are replayed.
+- `watch`: a function that the backward pass calls at every known state, with a dictionary:
+    how many steps come before (`step`), the time (`t`), whether the solver was restarted
+    there (`restarted`), by how much the backward pass missed the state, as a fraction of
+    `drift_tol` (`miss`), and whether it undoes the last segment again for that reason
+    (`repeated`). [`diffrax_reversible.explain`][] shows them.
 
 **Raises:**
 

@@ -1,7 +1,7 @@
 """A solve, and its gradient by walking it back, as JAX sees them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     checkpoints: int | None
     drift_tol: float | None
     report: Callable[[dict[str, int]], None] | None
+    watch: Callable[[dict[str, Any]], None] | None
     throw: bool
 
 
@@ -82,7 +83,9 @@ def _solve_bwd(
 ):
     state_cotangent: State = cotangent[0]
     tol, throw = settings.drift_tol, settings.throw
-    walked = walk_back(inputs, perturbed, problem, residuals, state_cotangent, tol)
+    walked = walk_back(
+        inputs, perturbed, problem, residuals, state_cotangent, tol, settings.watch
+    )
     torn = residuals.record.torn
     if throw:
         # As Diffrax raises it from the solution, which need not be used.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -129,6 +131,8 @@ class Walk(eqx.Module):
     # By how much known states may be missed, by the walk and by replays.
     drift_tol: float = eqx.field(static=True)
     replay_tol: float = eqx.field(static=True)
+    # Called wherever the walk comes to a known state.
+    watch: Callable[[dict[str, Any]], None] | None = eqx.field(static=True)
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)
@@ -200,6 +204,34 @@ class Walk(eqx.Module):
         progress = lax.stop_gradient(jnp.clip((end - t) / length, 0, 1))
         meter = self.problem.progress_meter.step(position.meter, progress)
         return dataclasses.replace(position, meter=meter)
+
+    def tell(
+        self,
+        here: BoolScalarLike,
+        position: Position,
+        restarted: BoolScalarLike,
+        miss: RealScalarLike,
+        repeated: BoolScalarLike,
+    ) -> None:
+        """Tell whoever watches of a known state that the walk has come to, if `here`."""
+        watch = self.watch
+        if watch is None:
+            return
+
+        def on_host(here, step, t, restarted, miss, repeated):
+            if here:
+                watch(
+                    dict(
+                        step=int(step),
+                        t=float(t),
+                        restarted=bool(restarted),
+                        miss=float(miss),
+                        repeated=bool(repeated),
+                    )
+                )
+
+        t = position.clock.start
+        jax.debug.callback(on_host, here, position.step, t, restarted, miss, repeated)
 
     def tells_growth(self, position: Position) -> bool:
         """Whether the solver tells how cotangents are pulled back."""

@@ -1,0 +1,169 @@
+"""Why a solve or its gradient is slow, large, or refused."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from diffrax import AbstractSolver, Solution
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from .._adjoint.reversible import ReversibleAdjoint
+from .._precision import eps
+from .advice import _default, advise
+from .attempts import Attempts, RecordingController
+from .explanation import Explanation, solver_name
+from .gradient import Solve, sum_of_squares, temporary_bytes
+from .rivals import compare, default_rivals, reason
+
+
+def explain(
+    terms: PyTree,
+    solver: AbstractSolver,
+    t0: Any,
+    t1: Any,
+    dt0: Any,
+    y0: PyTree,
+    args: PyTree = None,
+    *,
+    loss: Callable[[Solution], jax.Array] = sum_of_squares,
+    rivals: tuple[AbstractSolver, ...] | None = None,
+    **settings: Any,
+) -> Explanation:
+    """Explain why a solve or its gradient is slow, large, or refused.
+
+    Call it in place of [`diffrax.diffeqsolve`][], with the same arguments, and print what
+    it returns:
+
+        print(diffrax_reversible.explain(terms, solver, t0, t1, dt0, y0, args, ...))
+
+    It solves, differentiates, and tells which steps were taken and rejected, where the
+    solver was restarted, how far the backward pass missed known states, what memory the
+    gradient takes beside [`diffrax.RecursiveCheckpointAdjoint`][], and what to change.
+    Call it outside of `jax.jit`, `jax.vmap` and `jax.grad`, for one member of a batch.
+
+    **Arguments:**
+
+    - `terms` to `args`, and `settings`: as for `diffeqsolve`. The default adjoint is
+        `ReversibleAdjoint()`.
+    - `loss`: the scalar function of the solution that is differentiated, with respect to
+        `y0`, `args` and `terms`. Defaults to the sum of squares of all that was saved.
+    - `rivals`: solvers to compare with, each under `ReversibleAdjoint()`; `()` for none.
+        Defaults to those of this package for the same kind of `terms`, if steps are
+        constant or by a `PIDController`. Their errors are those of what is saved, beside a
+        finer solve by the last of them.
+
+    **Returns:**
+
+    An [`diffrax_reversible.Explanation`][].
+
+    **Raises:**
+
+    - `ValueError` if arguments are traced.
+    - Whatever `diffeqsolve` raises for its arguments. If the solve does not succeed, or if
+        its gradient is refused, then the explanation tells why.
+
+    **Cost:**
+
+    About ten compilations, and a few runs of each.
+    """
+    solve = Solve(terms, solver, t0, t1, dt0, y0, args, settings, loss)
+    _check_concrete(solve)
+    adjoint = settings.get("adjoint", ReversibleAdjoint())
+    solve = solve.but(adjoint=adjoint)
+    failed, attempts, num_restarts = _solve(solve)
+    known, report, refused = _differentiate(solve, adjoint)
+    rivals = default_rivals(solve) if rivals is None else rivals
+    explanation = Explanation(
+        _title(solve),
+        failed,
+        attempts,
+        num_restarts,
+        known,
+        report.get("undone_steps"),
+        report.get("replayed_steps"),
+        refused,
+        _memory(solve, adjoint, refused),
+        compare(solve, rivals),
+        [],
+    )
+    dtypes = [eps(y) for y in jtu.tree_leaves(solve.differentiated[0])]
+    single = max(dtypes, default=0.0) > 1e-8
+    advice = advise(explanation, solver, _tolerance(settings), single)
+    return dataclasses.replace(explanation, advice=advice)
+
+
+def _check_concrete(solve: Solve) -> None:
+    everything = solve.t0, solve.t1, solve.dt0, solve.y0, solve.args, solve.terms
+    if any(isinstance(x, Tracer) for x in jtu.tree_leaves(everything)):
+        raise ValueError(
+            "`explain` was called with traced values. It measures a solve as it runs: call "
+            "it outside of `jax.jit`, `jax.vmap` and `jax.grad`."
+        )
+
+
+def _title(solve: Solve) -> str:
+    leaves = jtu.tree_leaves(solve.differentiated[0])
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
+    names = solver_name(solve.solver), *dtypes, type(controller).__name__
+    return f"{', '.join(names)}, t from {float(solve.t0):g} to {float(solve.t1):g}"
+
+
+def _solve(solve: Solve) -> tuple[str | None, Attempts, int]:
+    """Why it fails, what steps are tried, and how many restarts there are."""
+    notes = []
+    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
+    recording = RecordingController(controller, notes.append)
+    recorded = solve.but(stepsize_controller=recording, throw=False)
+    sol = eqx.filter_jit(recorded.run)(solve.differentiated)
+    jax.block_until_ready(sol.ys)
+    jax.effects_barrier()
+    direction = 1.0 if solve.t1 >= solve.t0 else -1.0
+    restarts = int(sol.stats.get("num_restarts", 0))
+    failed = None if dfx.is_okay(sol.result) else dfx.RESULTS[sol.result]
+    return failed, Attempts.of(notes, direction), restarts
+
+
+def _differentiate(
+    solve: Solve, adjoint: Any
+) -> tuple[list[dict[str, Any]], dict[str, int], str | None]:
+    """The known states, the counts of the backward pass, and why it is refused."""
+    known, reports = [], []
+    if isinstance(adjoint, ReversibleAdjoint):
+        adjoint = dataclasses.replace(adjoint, watch=known.append, report=reports.append)
+    solve = solve.but(adjoint=adjoint)
+    refused = None
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(solve.value))(solve.differentiated))
+    except Exception as e:
+        refused = reason(e)
+    jax.effects_barrier()
+    known.sort(key=lambda state: -state["step"])
+    return known, reports[-1] if len(reports) > 0 else {}, refused
+
+
+def _memory(solve: Solve, adjoint: Any, refused: str | None) -> dict[str, int | None]:
+    memory = {"solve": temporary_bytes(solve.compile_solve())}
+    default = dfx.RecursiveCheckpointAdjoint()
+    for name, other in (("gradient", adjoint), (_default, default)):
+        try:
+            memory[name] = temporary_bytes(solve.compile_gradient(other))
+        except Exception:
+            # Which is told of elsewhere, or is not of this package.
+            memory[name] = None
+    return memory
+
+
+def _tolerance(settings: dict[str, Any]) -> float:
+    """The relative tolerance of a `PIDController`."""
+    controller = settings.get("stepsize_controller")
+    while isinstance(controller, dfx.ClipStepSizeController):
+        controller = controller.controller
+    if isinstance(controller, dfx.PIDController):
+        return float(controller.rtol)
+    return float("inf")

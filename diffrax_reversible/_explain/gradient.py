@@ -1,0 +1,83 @@
+"""A solve as it was passed to `explain`, and its gradient."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import AbstractAdjoint, AbstractSolver, diffeqsolve, Solution
+from jaxtyping import PyTree
+
+
+def sum_of_squares(sol: Solution) -> jax.Array:
+    """Of everything that was saved."""
+    leaves = jtu.tree_leaves(eqx.filter(sol.ys, eqx.is_inexact_array))
+    return jnp.asarray(sum(jnp.sum(jnp.abs(y) ** 2) for y in leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class Solve:
+    """The arguments of a call of `diffeqsolve`, and what is differentiated of it."""
+
+    terms: PyTree
+    solver: AbstractSolver
+    t0: Any
+    t1: Any
+    dt0: Any
+    y0: PyTree
+    args: PyTree
+    settings: dict[str, Any]
+    loss: Callable[[Solution], jax.Array]
+
+    def but(self, **changes: Any) -> "Solve":
+        """With another solver, step size, or other settings."""
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {k: v for k, v in changes.items() if k in names}
+        settings = {k: v for k, v in changes.items() if k not in names}
+        return dataclasses.replace(self, **fields, settings=self.settings | settings)
+
+    @property
+    def differentiated(self) -> PyTree:
+        return eqx.filter((self.y0, self.args, self.terms), eqx.is_inexact_array)
+
+    def run(self, differentiated: PyTree) -> Solution:
+        everything = self.y0, self.args, self.terms
+        y0, args, terms = eqx.combine(differentiated, everything)
+        ends = self.t0, self.t1, self.dt0
+        return diffeqsolve(terms, self.solver, *ends, y0, args, **self.settings)
+
+    def value(self, differentiated: PyTree) -> jax.Array:
+        return self.loss(self.run(differentiated))
+
+    def compile_solve(self) -> Any:
+        return jax.jit(self.value).lower(self.differentiated).compile()
+
+    def compile_gradient(self, adjoint: AbstractAdjoint) -> Any:
+        solve = self.but(adjoint=adjoint)
+        return jax.jit(jax.grad(solve.value)).lower(self.differentiated).compile()
+
+    def states(self) -> np.ndarray:
+        """Everything that is saved, in one row."""
+        ys = eqx.filter_jit(self.run)(self.differentiated).ys
+        leaves = jtu.tree_leaves(eqx.filter(ys, eqx.is_inexact_array))
+        return np.concatenate([np.ravel(y) for y in leaves])
+
+    def milliseconds(self, compiled: Any, repeats: int = 5) -> float:
+        """The median wall time of what was compiled, after it has run once."""
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(self.differentiated))
+            times.append(1e3 * (time.perf_counter() - start))
+        return float(np.median(times[1:]))
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Compiled temporary memory, or `None` where XLA does not tell."""
+    memory = compiled.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes

@@ -1,0 +1,109 @@
+"""What other solvers would take for the same solve."""
+
+from typing import NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import AbstractSolver, AbstractStepSizeController
+
+from .._adjoint.reversible import ReversibleAdjoint
+from .._precision import eps
+from .._solver.alf import ALF4, ALF6, ALF8
+from .._solver.hamiltonian import BlanesMoan4, BlanesMoan6, KahanLi8, StormerVerlet
+from .._solver.mccallum_foster import McCallumFoster
+from .gradient import Solve, temporary_bytes
+
+
+# Of the finer solve.
+_most_steps = 100_000
+
+
+class Rival(NamedTuple):
+    """One solver.
+
+    - `milliseconds`, `bytes`: of a gradient.
+    - `error`: of what is saved, as a fraction of its largest entry.
+    - `refused`: why there is no gradient, or `None`.
+    """
+
+    solver: AbstractSolver
+    milliseconds: float = float("nan")
+    bytes: int | None = None
+    error: float = float("nan")
+    refused: str | None = None
+
+
+def default_rivals(solve: Solve) -> tuple[AbstractSolver, ...]:
+    """The solvers of this package that take the same `terms` as the solver of `solve`, or
+    none if its steps are given."""
+    if _refine(solve, 1) is None:
+        return ()
+    structure = solve.solver.term_structure
+    if structure == StormerVerlet().term_structure:
+        return StormerVerlet(), BlanesMoan4(), BlanesMoan6(), KahanLi8()
+    if isinstance(solve.terms, dfx.ODETerm):
+        runge_kutta = McCallumFoster(dfx.Tsit5()), McCallumFoster(dfx.Dopri8())
+        return ALF4(), ALF6(), ALF8(), *runge_kutta
+    return ()
+
+
+def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
+    """The same solve by each of `solvers`, beside a finer one by the last of them."""
+    if len(solvers) == 0:
+        return []
+    finer = _refine(solve.but(solver=solvers[-1]), 1e-3)
+    assert finer is not None
+    try:
+        reference = finer.states()
+    except Exception:
+        # With so many steps, say. Then there are no errors to compare.
+        reference = np.array(np.nan)
+    return [_measure(solve.but(solver=solver), reference) for solver in solvers]
+
+
+def _measure(solve: Solve, reference: np.ndarray) -> Rival:
+    try:
+        error = np.max(np.abs(solve.states() - reference)) / np.max(np.abs(reference))
+        compiled = solve.compile_gradient(ReversibleAdjoint())
+        milliseconds = solve.milliseconds(compiled)
+    except Exception as e:
+        return Rival(solve.solver, refused=reason(e))
+    return Rival(solve.solver, milliseconds, temporary_bytes(compiled), float(error))
+
+
+def reason(error: Exception) -> str:
+    """The message of an error, without what JAX and Equinox add."""
+    text = str(error)
+    for mark in ("EquinoxRuntimeError: ", "EqxRuntimeError: "):
+        text = text.split(mark)[-1]
+    return text.strip().split("\n\n")[0].replace("\n", " ")
+
+
+def _refine(solve: Solve, factor: float) -> Solve | None:
+    """With tolerances `factor` times as large, or steps an eighth as long where they are
+    fixed; `None` if steps are given otherwise."""
+    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
+    if isinstance(controller, dfx.ConstantStepSize):
+        return solve if factor == 1 else solve.but(dt0=solve.dt0 / 8, max_steps=None)
+    least = 32 * max(eps(y) for y in jtu.tree_leaves(solve.differentiated[0]))
+    controller = _tighten(controller, factor, least)
+    if controller is None:
+        return None
+    return solve.but(stepsize_controller=controller, max_steps=_most_steps)
+
+
+def _tighten(
+    controller: AbstractStepSizeController, factor: float, least: float
+) -> AbstractStepSizeController | None:
+    if isinstance(controller, dfx.PIDController):
+        old = controller.rtol, controller.atol
+        new = [jnp.minimum(tol, jnp.maximum(factor * tol, least)) for tol in old]
+        return eqx.tree_at(lambda c: (c.rtol, c.atol), controller, new)
+    if isinstance(controller, dfx.ClipStepSizeController):
+        inner = _tighten(controller.controller, factor, least)
+        if inner is not None:
+            return eqx.tree_at(lambda c: c.controller, controller, inner)
+    return None

@@ -1,0 +1,135 @@
+"""`explain` tells what a solve and its gradient do, and its advice helps."""
+
+import dataclasses
+import re
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffrax_reversible as dr
+from diffrax_reversible._explain.advice import advise
+from diffrax_reversible._explain.attempts import Attempts
+from diffrax_reversible._explain.rivals import Rival
+
+
+PID = dfx.PIDController(rtol=1e-4, atol=1e-4)
+CONTRACTING = dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t)))
+
+
+def contracting(call, solver, t0=0.0, t1=3.0, **settings):
+    settings = dict(stepsize_controller=PID, adjoint=dr.ReversibleAdjoint()) | settings
+    return call(CONTRACTING, solver, t0, t1, None, jnp.array([1.0]), 40.0, **settings)
+
+
+@pytest.mark.parametrize("ends", ((0.0, 3.0), (0.0, -0.3)), ids=("forwards", "backwards"))
+def test_steps(ends):
+    explanation = contracting(dr.explain, dr.ALF4(), *ends, rivals=())
+    stats = contracting(dfx.diffeqsolve, dr.ALF4(), *ends).stats
+    start, end, accepted = explanation.attempts
+    assert np.sum(accepted) == stats["num_accepted_steps"]
+    assert np.sum(~accepted) == stats["num_rejected_steps"]
+    start, end = start[accepted], end[accepted]
+    assert (start[0], end[-1]) == ends
+    np.testing.assert_array_equal(start[1:], end[:-1])
+    assert explanation.num_restarts == stats["num_restarts"]
+    assert explanation.failed is None
+    assert f"{np.sum(accepted)} accepted, {np.sum(~accepted)} rejected" in str(explanation)
+
+
+def test_known_states_and_checkpoints(tmp_path):
+    """Every restart is seen, and the number of checkpoints that is advised is enough."""
+
+    def explain(checkpoints):
+        adjoint = dr.ReversibleAdjoint(checkpoints)
+        return contracting(dr.explain, dr.ALF4(), adjoint=adjoint, rivals=())
+
+    replaying = explain(1)
+    restarted = {state["step"] for state in replaying.known_states if state["restarted"]}
+    assert len(restarted) == replaying.num_restarts > 5
+    assert replaying.known_states[-1]["step"] == 0
+    assert replaying.replayed_steps > 0
+    (checkpoints,) = re.findall(r"checkpoints=(\d+)", "".join(replaying.advice))
+    enough = explain(int(checkpoints))
+    assert enough.replayed_steps == 0
+    assert not any("checkpoints=" in sentence for sentence in enough.advice)
+    replaying.plot(tmp_path / "explained.png")
+    assert (tmp_path / "explained.png").stat().st_size > 10_000
+
+
+def test_refused():
+    adjoint = dr.ReversibleAdjoint(drift_tol=1e-18)
+    explanation = contracting(dr.explain, dr.ALF4(), adjoint=adjoint, rivals=())
+    assert explanation.failed is None
+    assert "missed a state" in explanation.refused
+    assert explanation.refused in str(explanation)
+    assert explanation.advice[0].startswith("The gradient is refused")
+
+
+def test_failed():
+    explanation = contracting(dr.explain, dr.ALF4(), max_steps=10, rivals=())
+    assert "max_steps" in explanation.failed
+    assert explanation.failed in str(explanation)
+    assert len(explanation.attempts.accepted) == 10
+    assert explanation.advice[0].startswith("The solve itself does not succeed")
+
+
+def kepler(t, y, args):
+    q, v = y
+    return v, -q / jnp.sum(q**2) ** 1.5
+
+
+def test_errors_of_rivals():
+    y0 = jnp.array([0.4, 0.0]), jnp.array([0.0, 2.0])
+    fine = dfx.PIDController(rtol=1e-8, atol=1e-8)
+    explanation = dr.explain(
+        dfx.ODETerm(kepler),
+        dr.ALF4(),
+        *(0.0, 2 * np.pi, None, y0),
+        stepsize_controller=fine,
+        rivals=(dr.ALF4(), dr.ALF6()),
+    )
+    # After one period the planet is where it began.
+    for rival in explanation.rivals:
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(kepler),
+            rival.solver,
+            *(0.0, 2 * np.pi, None, y0),
+            stepsize_controller=fine,
+        )
+        off = [np.max(np.abs(y[-1] - y0)) for y, y0 in zip(sol.ys, y0, strict=True)]
+        assert rival.error == pytest.approx(max(off) / 2, rel=0.01)
+        assert rival.milliseconds > 0 and rival.bytes > 0
+
+
+@pytest.mark.parametrize(
+    "own, others, advised",
+    (
+        (Rival(dr.ALF4(), 5.0, 1, 1e-5), [Rival(dr.ALF6(), 3.0, 1, 5e-6)], "ALF6()"),
+        (Rival(dr.ALF4(), 5.0, 1, 1e-5), [Rival(dr.ALF6(), 4.9, 1, 5e-6)], None),
+        (Rival(dr.ALF4(), 5.0, 1, 1e-5), [Rival(dr.ALF6(), 3.0, 1, 5e-3)], None),
+        (Rival(dr.ALF4(), 5.0, 1, 1e-7), [Rival(dr.ALF6(), 3.0, 1, 5e-6)], "ALF6()"),
+        (Rival(dr.ALF4(), refused="No."), [Rival(dr.ALF6(), 9.0, 1, 5e-6)], "ALF6()"),
+    ),
+    ids=("faster", "as fast", "off", "within the tolerance", "refused"),
+)
+def test_advised_solver(own, others, advised):
+    """Of two solvers, with an error of 1e-4 asked for."""
+    attempts = Attempts.of([(0.0, 1.0, True)], 1.0)
+    counts = (0, [], 1, 0, None)
+    explanation = dr.Explanation("", None, attempts, *counts, {}, [own, *others], [])
+    (sentence,) = advise(explanation, own.solver, tolerance=1e-4, single=False)
+    assert ("`solver=" in sentence) == (advised is not None)
+    assert advised is None or advised in sentence
+
+
+def test_traced():
+    with pytest.raises(ValueError, match="outside of `jax.jit`"):
+        jax.jit(lambda t1: contracting(dr.explain, dr.ALF4(), t1=t1))(3.0)
+
+
+def test_fields_are_documented():
+    for field in dataclasses.fields(dr.Explanation):
+        assert f"`{field.name}`" in dr.Explanation.__doc__
