@@ -1,6 +1,7 @@
 """A gradient that grows where the solution contracts is refused, and no other."""
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,3 +170,60 @@ def test_what_sums_over_the_steps_do_not_see():
     assert np.isnan(jax.grad(loss, 1)(k, y0)).any()
     want = implicit(slow_manifold, y0, 3.0)[1]
     assert relative_error(jax.grad(loss)(k, y0), want) < 1e-3
+
+
+def test_many_entries_in_single_precision():
+    """Of a batch of networks in one state some entries are next to zero, and others are
+    passed on to them."""
+    net = eqx.nn.MLP(64, 64, 64, 1, jnp.tanh, dtype=jnp.float32, key=jax.random.key(0))
+    net = jax.tree.map(lambda x: 4 * x if eqx.is_array(x) else x, net)
+    params, static = eqx.partition(net, eqx.is_array)
+    y0 = jax.random.normal(jax.random.key(1), (1024, 64), jnp.float32)
+
+    def loss(params, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, params: jax.vmap(eqx.combine(params, static))(y)),
+            dr.ALF4(),
+            *(0.0, jnp.float32(1.0), jnp.float32(0.1), y0, params),
+            adjoint=adjoint,
+            throw=False,
+        )
+        return jnp.sum(jnp.tanh(sol.ys))
+
+    grads = [
+        jax.jit(jax.grad(lambda params, adjoint=adjoint: loss(params, adjoint)))(params)
+        for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+    ]
+    assert relative_error(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("eccentricity", with_slow((0.5,), (0.3, 0.7)))
+def test_residuals_of_an_orbit(eccentricity):
+    """Whose cotangents cancel and grow from one output to the next, in large steps."""
+    e = eccentricity
+    y0 = jnp.array([1 + e, 0.0]), jnp.array([0.0, ((1 - e) / (1 + e)) ** 0.5])
+    ts = jnp.asarray(np.sort(np.random.default_rng(0).uniform(0, 2 * np.pi, 30)))
+
+    def positions(y0, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(kepler),
+            dr.ALF6(),
+            *(0.0, ts[-1], None, y0),
+            saveat=dfx.SaveAt(ts=ts),
+            stepsize_controller=dfx.PIDController(1e-8, 1e-8),
+            adjoint=adjoint,
+            throw=False,
+        )
+        return sol.ys[0]
+
+    default = dfx.RecursiveCheckpointAdjoint()
+    fitted = jax.jit(lambda y0: positions(y0, default))(y0)
+    noise = 1e-6 * np.random.default_rng(1).normal(size=(20, *fitted.shape))
+
+    def gradients(adjoint):
+        def loss(y0, data):
+            return jnp.mean((positions(y0, adjoint) - data) ** 2)
+
+        return jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(y0, fitted[None] + noise)
+
+    assert relative_error(gradients(dr.ReversibleAdjoint()), gradients(default)) < 1e-6

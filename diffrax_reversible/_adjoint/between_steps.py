@@ -17,6 +17,7 @@ from .._custom_types import (
     SolverState,
     Y,
 )
+from .._precision import eps
 from .._solver.capabilities import before_jump, CanRestart, cross_jump
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
@@ -30,6 +31,9 @@ from .walk import longest_reach, Position, Walk
 # second for all the steps of the solve, if that is more: the sum of what eight segments of
 # a longer solve may miss by. It goes further at once after a miss by less than the third.
 _repeated, _repeated_of_all, _well = 1 / 64, 1 / 8, 1 / 512
+# Rounding errors in machine epsilons of the largest entry of an array: what makes no
+# difference to a gradient, and what a single step may make.
+_rounding, _rounding_of_step = 4, 16
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -101,11 +105,18 @@ def _come_to(
             lambda: _undo_restart(walk, known, ct, restarted),
             lambda: (state, ct),
         )
+    assert position.origin is not None
+    single = position.origin.step - position.step == 1
     walked = walk.drift(position, (known.y, state))
+    beside = walk.drift(position, (known.y, state), _beside_rounding(walk, single))
+    if walk.repeats:
+        # There is no shorter way back, and the solve itself rounds as much.
+        walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]
     # Beside the state a solver carries rounding errors that grow, up to a restart, and are
     # not the same when a step is made again.
     of_y = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
-    walked[of_y:] = [jnp.where(position.known, 0, w) for w in walked[of_y:]]
+    for misses in (walked, beside):
+        misses[of_y:] = [jnp.where(position.known, 0, w) for w in misses[of_y:]]
     clock = position.clock
     controller_state = clock.controller_state
     if walk.residuals.record.outermost is not None:
@@ -122,7 +133,7 @@ def _come_to(
         known=position.known | here,
         restarted=position.restarted & jnp.logical_not(here),
     )
-    return _go_back(walk, position, arrived, walked, here)
+    return _go_back(walk, position, arrived, walked, beside, here)
 
 
 def _go_back(
@@ -130,6 +141,7 @@ def _go_back(
     position: Position,
     arrived: Position,
     walked: list[Float[Array, ""]],
+    beside: list[Float[Array, ""]],
     here: BoolScalarLike,
 ) -> Position:
     """Where the walk has `arrived` at a known state, if this element is `here`; or
@@ -142,7 +154,7 @@ def _go_back(
         # In a conditional, for XLA not to repeat all this for every array that is chosen.
         missed, parted, reach = lax.cond(
             eqxi.unvmap_any(here),
-            lambda: _judge(walk, position, arrived, walked, here),
+            lambda: _judge(walk, position, arrived, walked, beside, here),
             lambda: (missed, parted, reach),
         )
     if len(walked) > 0:
@@ -191,6 +203,7 @@ def _judge(
     position: Position,
     arrived: Position,
     walked: list[Float[Array, ""]],
+    beside: list[Float[Array, ""]],
     here: BoolScalarLike,
 ) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
     """Whether the walk has missed a known state, how far a replay has been off so far, and
@@ -198,7 +211,9 @@ def _judge(
     origin, drifts, reach = position.origin, position.drifts, position.reach
     assert origin is not None and drifts is not None
     # NaN if the walk has overflowed.
-    off = [w.astype(jnp.float32) for w in walked]
+    off = [w.astype(jnp.float32) for w in beside]
+    worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
+    right = worst <= walk.drift_tol
     if walk.residuals.record.outermost is not None:
         # Recorded times are off only where the solve was replayed.
         off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
@@ -207,12 +222,33 @@ def _judge(
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
-    missed = here & so_far & jnp.logical_not(off <= _allowed(walk, parted, length))
+    right = right & (off <= _allowed(walk, parted, length))
+    missed = here & so_far & jnp.logical_not(right)
     missed = missed & (length > 1) & (reach > 1)
-    well = here & (off <= _well * walk.drift_tol) & (2 * length >= reach)
+    well = max(_well * walk.drift_tol, _rounding * _coarsest(walk))
+    well = (off <= well) & (worst <= _repeated_of_all * walk.drift_tol)
+    well = here & well & (2 * length >= reach)
     fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
     reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
     return missed, parted, jnp.minimum(reach, longest_reach)
+
+
+def _coarsest(walk: Walk) -> float:
+    """The machine epsilon of the coarsest array of the state."""
+    leaves = jtu.tree_leaves(eqx.filter(walk.start_states, eqx.is_inexact_array))
+    return max((eps(leaf) for leaf in leaves), default=0.0)
+
+
+def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
+    """The part of the largest entry of an array that every entry counts for, where it is
+    decided whether steps are undone once more, and whether a `single` step is missed.
+
+    An entry of a vector field is a sum, and its rounding errors are those of the terms, not
+    of the entry. With this part, so many epsilons of the largest entry are no miss.
+    """
+    rounding = _coarsest(walk) * jnp.where(single, _rounding_of_step, _rounding)
+    allowed = walk.drift_tol * jnp.where(single, 1, _repeated)
+    return rounding / jnp.maximum(allowed, rounding)
 
 
 def _allowed(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._custom_types import RealScalarLike
 from .._precision import eps
 from .._solver.entry_scales import growth_power, units
 from .._tree import largest
@@ -53,11 +54,18 @@ _messages = [
 ]
 
 
-def drift(reconstructed: PyTree, true: PyTree, scales: PyTree) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error of an entry as a fraction of its scale."""
+def drift(
+    reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike = 0.0
+) -> list[Float[Array, ""]]:
+    """For every leaf, the largest error of an entry as a fraction of its scale, or of the
+    `least` part of the largest scale, if that is more."""
 
     def leaf_drift(r, t, scale):
-        return largest(jnp.abs(r - t) / units(scale))
+        scale = units(scale)
+        # A scale is infinite where entries are not compared.
+        floor = jnp.asarray(least, scale.dtype) * largest(scale)
+        scale = jnp.maximum(scale, jnp.where(least > 0, floor, 0))
+        return largest(jnp.abs(r - t) / scale)
 
     leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
     return [leaf_drift(*leaf) for leaf in leaves]

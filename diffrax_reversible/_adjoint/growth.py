@@ -31,6 +31,8 @@ _remembered = 0.97
 _least = 4.0
 # Of growth that may have been passed on by other entries, this much counts.
 _passed_on = 3.0
+# What an entry has grown by counts this much after a step in which it is seen to be slow.
+_acquitted = 0.25
 # A share of an array of the gradient that may be made up of what has grown. If the state
 # that the solve starts from is not differentiated, a share of what the array has ever been:
 # what has grown changes sign from step to step, and sums over the steps hardly see it.
@@ -97,10 +99,17 @@ class Growth(eqx.Module):
             known = size == units(size)
             by = y_bar / units(size)
             unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
-            by = jnp.where(unstable, by, jnp.minimum(by, _passed_on))
+            # One step proves nothing: of thousands of entries some are next to zero, where
+            # the quotient is of any size, just before others are passed on to them.
+            factor = factor.astype(by.dtype)
+            most = jnp.where(unstable, _passed_on * factor, _passed_on)
+            # An entry that has not decayed, and of which the quotient is that of a slow
+            # mode, is not made of what grows in fast ones.
+            slow = jnp.logical_not(contracts) & (2 * by > 1)
+            by = jnp.minimum(by, most)
             by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
-            by = jnp.where(known, by, 1)
-            return jnp.maximum(factor.astype(by.dtype) * by, 1)
+            by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
+            return jnp.maximum(factor * by, 1)
 
         factors = jtu.tree_map(
             grow,

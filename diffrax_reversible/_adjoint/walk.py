@@ -242,8 +242,11 @@ class Walk(eqx.Module):
         probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
         return probe is not None
 
-    def drift(self, position: Position, true: tuple[Y, SolverState]):
-        """How far the walk is off the true state and solver state."""
+    def drift(
+        self, position: Position, true: tuple[Y, SolverState], least: RealScalarLike = 0.0
+    ) -> list[Float[Array, ""]]:
+        """How far the walk is off the true state and solver state, where no entry counts
+        for less than the `least` part of the largest of its array."""
         terms, args = self.combine(self.params)
         step = position.clock.start, position.clock.end
         y, solver_state = true
@@ -264,4 +267,4 @@ class Walk(eqx.Module):
         if position.hidden is not None:
             settled, others = eqx.partition(reconstructed, eqx.is_inexact_array)
             reconstructed = eqx.combine(tree_add(settled, position.hidden), others)
-        return drift(reconstructed, true, scales)
+        return drift(reconstructed, true, scales, least)
