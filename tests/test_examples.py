@@ -1,7 +1,8 @@
 """Every example runs, and ends by printing `OK` after it has checked its claims: some in
-part, with `--quick`."""
+part, with `--quick`. Every one has a figure that is small enough to be committed."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path, tmp_path):
     # A copy, so that what it plots does not end up in the source tree.
@@ -25,6 +27,15 @@ def test_example(path, tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"
     assert script.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_figure(path):
+    name = f"figures/{path.stem}.png"
+    assert 10_000 < (FOLDER / name).stat().st_size < 100_000
+    rows = re.findall(r"^\|.*$", (FOLDER / "README.md").read_text(), re.M)
+    (row,) = (row for row in rows if f"]({path.name})" in row)
+    assert name in row
 
 
 # `outcomes.py`: no gradient is wrong. `work_precision.py`: no error is more than 30 times
@@ -39,6 +50,7 @@ BENCHMARKS = with_slow(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark(name):
     """In a part of it."""

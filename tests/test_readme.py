@@ -111,7 +111,7 @@ def test_support_table():
 
 
 def test_commands():
-    assert command("example").endswith("examples/01_planet_orbit.py")
+    assert command("example").endswith("examples/01_any_depth.py")
     assert command("tests").endswith("-m pytest --quiet")
     for marker in ("example", "tests"):
         assert command(marker).startswith("python3 -m venv .venv && .venv/bin/pip install")

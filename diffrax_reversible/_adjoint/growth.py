@@ -31,6 +31,8 @@ _remembered = 0.97
 _least = 4.0
 # Of growth that may have been passed on by other entries, this much counts.
 _passed_on = 3.0
+# Beside the largest of its array.
+_next_to_zero = 0.1
 # What an entry has grown by counts this much after a step in which it is seen to be slow.
 _acquitted = 0.25
 # A share of an array of the gradient that may be made up of what has grown. If the state
@@ -99,10 +101,13 @@ class Growth(eqx.Module):
             known = size == units(size)
             by = y_bar / units(size)
             unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
-            # One step proves nothing: of thousands of entries some are next to zero, where
-            # the quotient is of any size, just before others are passed on to them.
+            # Of thousands of entries some are next to zero, where the quotient is of any
+            # size, just before others are passed on to them: of these, a single step proves
+            # nothing.
             factor = factor.astype(by.dtype)
-            most = jnp.where(unstable, _passed_on * factor, _passed_on)
+            next_to_zero = strength < _next_to_zero * largest(strength)
+            most = jnp.where(next_to_zero, _passed_on * factor, jnp.inf)
+            most = jnp.where(unstable, most, _passed_on)
             # An entry that has not decayed, and of which the quotient is that of a slow
             # mode, is not made of what grows in fast ones.
             slow = jnp.logical_not(contracts) & (2 * by > 1)

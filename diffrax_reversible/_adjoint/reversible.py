@@ -53,9 +53,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     next is found as step sizes are: a quarter where one is missed, twice as many where all
     is well. An entry of a vector field is a sum, and rounds as its terms do: a miss of four
     machine epsilons of the largest entry of its array is not undone once more, and one of
-    16 in a single step is no error. So contraction costs evaluations, and is no error, unless there are no
-    `checkpoints`. It is one if a single step, or all of them without `checkpoints`, misses
-    by `drift_tol`.
+    16 in a single step is no error. So contraction costs evaluations, and is no error,
+    unless there are no `checkpoints`. It is one if a single step, or all of them without
+    `checkpoints`, misses by `drift_tol`.
 
     Solvers that do not restart lose the solution itself where the flow contracts, as the
     second approximation that they carry along grows apart from the first, and nothing in

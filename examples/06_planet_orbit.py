@@ -13,7 +13,7 @@ default adjoint of Diffrax. Beside them stands the classical fit of a Kepler ell
 
 Units: astronomical units, and years / 2π, in which the constant of gravity is about
 one. Takes a bit more than a minute on two cores, or half of that with `--quick`, which
-leaves the network out. Writes `01_planet_orbit.png`.
+leaves the network out. Writes `06_planet_orbit.png`.
 """
 
 import argparse
