@@ -107,8 +107,10 @@ def _come_to(
         )
     assert position.origin is not None
     single = position.origin.step - position.step == 1
-    walked = walk.drift(position, (known.y, state))
-    beside = walk.drift(position, (known.y, state), _beside_rounding(walk, single))
+    true = known.y, state
+    scales = walk.scales(position, true)
+    walked = walk.drift(position, true, scales)
+    beside = walk.drift(position, true, scales, _beside_rounding(walk, single))
     if walk.repeats:
         # There is no shorter way back, and the solve itself rounds as much.
         walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]
