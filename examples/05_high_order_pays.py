@@ -1,4 +1,4 @@
-"""High order pays: train force fields on accurate orbits, five to thirty times faster.
+"""High order pays: train force fields on accurate orbits with far fewer evaluations.
 
 A reversible solver trains a neural differential equation without storing its trajectory.
 The first one for neural networks was the asynchronous leapfrog, which has order 2: here
@@ -15,8 +15,8 @@ energy. The known law is given, and a small network learns the difference.
   constant steps.
 - Each solver then trains the same network on the same data, for the same number of
   updates. An accurate solver judges every learned force on held-out trajectories.
-- At noise of 1e-6, `ALF4` and `ALF6` need less than a fifth of the evaluations of `ALF2`,
-  for the same held-out error. At 1e-2 there is little or nothing to gain.
+- At noise of 1e-6, `ALF4` and `ALF6` need less than a fifth of the evaluations of `ALF2`.
+  At 1e-2 there is little or nothing to gain.
 - Larger steps are no way out for `ALF2`: at the cost of `ALF4` it learns a wrong force.
 
 `ALF2` is trained for the first updates only. Its remaining time is extrapolated, from its
