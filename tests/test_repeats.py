@@ -10,6 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 from diffrax_reversible._adjoint import steps
+from diffrax_reversible._adjoint.drift import Drift
 from diffrax_reversible._adjoint.walk import Walk
 
 from .counter import Counter
@@ -34,14 +35,14 @@ TS = jnp.linspace(0.0, 3.0, 9)
 @pytest.fixture
 def misses(monkeypatch):
     """As if the walk missed every state that is known more than three steps before."""
-    drift = Walk.drift
+    drifts = Walk.drifts
 
-    def drift_of_long_segments(self, position, *args):
-        drifts = drift(self, position, *args)
+    def drifts_of_long_segments(self, position, *args):
         far = position.origin.step - position.step > 3
-        return [d + jnp.where(far, 1, 0).astype(d.dtype) for d in drifts]
+        add = lambda x: x + jnp.where(far, 1, 0).astype(x.dtype)
+        return [Drift(*map(add, drift)) for drift in drifts(self, position, *args)]
 
-    monkeypatch.setattr(Walk, "drift", drift_of_long_segments)
+    monkeypatch.setattr(Walk, "drifts", drifts_of_long_segments)
 
 
 def loss_of(case, saveat, **kwargs):
@@ -167,13 +168,13 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
 def test_misses_below_the_tolerance(noisy, monkeypatch):
     """Are undone once more, but not along a Brownian path, which a replay may evaluate to
     something that is as far from what the solve had."""
-    drift = Walk.drift
+    drifts = Walk.drifts
 
     def half_the_tolerance(self, *args):
-        drifts = drift(self, *args)
-        return [jnp.maximum(d, self.drift_tol / 2) for d in drifts]
+        most = lambda x: jnp.maximum(x, self.drift_tol / 2)
+        return [Drift(*map(most, drift)) for drift in drifts(self, *args)]
 
-    monkeypatch.setattr(Walk, "drift", half_the_tolerance)
+    monkeypatch.setattr(Walk, "drifts", half_the_tolerance)
     field, path = Counter(), None
     if noisy:
         path = dfx.VirtualBrownianTree(0, 2, 1e-3, (2,), key=jax.random.key(0))

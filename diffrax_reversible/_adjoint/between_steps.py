@@ -21,6 +21,7 @@ from .._precision import eps
 from .._solver.capabilities import before_jump, CanRestart, cross_jump
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
+from .drift import Drift
 from .kept import Kept
 from .known import Known
 from .walk import longest_reach, Position, Walk
@@ -106,11 +107,9 @@ def _come_to(
             lambda: (state, ct),
         )
     assert position.origin is not None
-    single = position.origin.step - position.step == 1
-    true = known.y, state
-    scales = walk.scales(position, true)
-    walked = walk.drift(position, true, scales)
-    beside = walk.drift(position, true, scales, _beside_rounding(walk, single))
+    single = position.origin.step - position.step <= 1
+    misses = walk.drifts(position, (known.y, state), _beside_rounding(walk, single))
+    walked, beside = ([getattr(m, name) for m in misses] for name in Drift._fields)
     if walk.repeats:
         # There is no shorter way back, and the solve itself rounds as much.
         walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]

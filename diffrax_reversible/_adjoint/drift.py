@@ -1,6 +1,9 @@
 """How far the walk back missed the state that the solve had started from."""
 
+from typing import NamedTuple
+
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
@@ -54,21 +57,30 @@ _messages = [
 ]
 
 
-def drift(
-    reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike = 0.0
-) -> list[Float[Array, ""]]:
-    """For every leaf, the largest error of an entry as a fraction of its scale, or of the
-    `least` part of the largest scale, if that is more."""
+class Drift(NamedTuple):
+    """The largest error of an entry of an array, as a fraction of its scale, and `beside`
+    the largest one: of its scale or a part of the largest scale, whichever is more."""
 
-    def leaf_drift(r, t, scale):
-        scale = units(scale)
-        # A scale is infinite where entries are not compared.
+    by_entry: Float[Array, ""]
+    beside: Float[Array, ""]
+
+
+def drifts(
+    reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike
+) -> list[Drift]:
+    """For every leaf, where `least` is the part of the largest scale."""
+
+    def of_leaf(r, t, scale):
+        scale, error = units(scale), jnp.abs(r - t)
         floor = jnp.asarray(least, scale.dtype) * largest(scale)
-        scale = jnp.maximum(scale, jnp.where(least > 0, floor, 0))
-        return largest(jnp.abs(r - t) / scale)
+        both = error / scale, error / jnp.maximum(scale, floor)
+        # Together, for XLA not to hold the scales.
+        zeros = jnp.zeros((2,), scale.dtype)
+        larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]))
+        return Drift(*lax.reduce(both, tuple(zeros), larger, tuple(range(error.ndim))))
 
     leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
-    return [leaf_drift(*leaf) for leaf in leaves]
+    return [of_leaf(*leaf) for leaf in leaves]
 
 
 def tolerance(drift_tol: float | None, state: PyTree) -> float:

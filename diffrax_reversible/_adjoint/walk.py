@@ -27,7 +27,7 @@ from .._solver.capabilities import error_scales
 from .._solver.pullback import Cotangent, HasProbe
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
-from .drift import drift
+from .drift import Drift, drifts
 from .forward import Residuals
 from .growth import Growth
 from .outputs import Cursor, Output
@@ -193,10 +193,8 @@ class Walk(eqx.Module):
         if self.repeats:
             params_bar = tree_zeros_like(position.cotangent.params)
             position = dataclasses.replace(position, params_cotangent=params_bar)
-        true = self.start_states
-        scales = jax.eval_shape(self.scales, position, true)
-        drifts = jax.eval_shape(self.drift, position, true, scales)
-        no_drift = [jnp.zeros(d.shape, d.dtype) for d in drifts]
+        drifts = jax.eval_shape(self.drifts, position, self.start_states)
+        no_drift = [jnp.zeros((), d.by_entry.dtype) for d in drifts]
         return dataclasses.replace(position, drifts=no_drift)
 
     def show_progress(self, position: Position, t: RealScalarLike) -> Position:
@@ -244,8 +242,14 @@ class Walk(eqx.Module):
         probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
         return probe is not None
 
-    def scales(self, position: Position, true: tuple[Y, SolverState]) -> PyTree[Array]:
-        """What errors are measured by, where the true state and solver state are known."""
+    def drifts(
+        self,
+        position: Position,
+        true: tuple[Y, SolverState],
+        least: RealScalarLike = 0.0,
+    ) -> list[Drift]:
+        """How far the walk is off the true state and solver state, and the same where no
+        entry counts for less than the `least` part of the largest of its array."""
         terms, args = self.combine(self.params)
         step = position.clock.start, position.clock.end
         y, solver_state = true
@@ -258,22 +262,12 @@ class Walk(eqx.Module):
             # Events may end a solve long before `t1`.
             length = jnp.abs(self.residuals.end.tprev - self.problem.t0)
         length = jnp.where(length == 0, 1, length)
-        return error_scales(
+        scales = error_scales(
             *(self.problem.solver, terms, *step, length, y, args, solver_state),
             *(origin.y, eqx.filter(origin.solver_state, eqx.is_inexact_array)),
         )
-
-    def drift(
-        self,
-        position: Position,
-        true: tuple[Y, SolverState],
-        scales: PyTree[Array],
-        least: RealScalarLike = 0.0,
-    ) -> list[Float[Array, ""]]:
-        """How far the walk is off the true state and solver state, where no entry counts
-        for less than the `least` part of the largest of its array."""
         reconstructed = position.y, position.solver_state
         if position.hidden is not None:
             settled, others = eqx.partition(reconstructed, eqx.is_inexact_array)
             reconstructed = eqx.combine(tree_add(settled, position.hidden), others)
-        return drift(reconstructed, true, scales, least)
+        return drifts(reconstructed, true, scales, least)

@@ -293,8 +293,10 @@ class AbstractALF(
         del args, solver_state_end
         step = tree_scale(as_ode_term(self, terms).contr(t0, t1), solver_state.v)
         y_scale = jtu.tree_map(larger, y0, step, y_end)
+        # A product, which XLA computes again rather than to hold it.
+        frequency = 1 / length
         v_scale = jtu.tree_map(
-            lambda v, y: larger(v, y / jnp.asarray(length, y.dtype)),
+            lambda v, y: larger(v, y * jnp.asarray(frequency, y.dtype)),
             solver_state.v,
             y_scale,
         )
