@@ -370,6 +370,12 @@ REFUSALS = (
         ("`ReversibleAdjoint(report=True)`", "must be a function"),
     ),
     (
+        "settings: a watch that is no function",
+        lambda: dr.ReversibleAdjoint(watch="states"),
+        ValueError,
+        ("`ReversibleAdjoint(watch=states)`", "must be a function"),
+    ),
+    (
         "settings: a traced coupling",
         lambda: traced(lambda x: dict(solver=dr.McCallumFoster(dfx.Tsit5(), 0.9 * x))),
         ValueError,

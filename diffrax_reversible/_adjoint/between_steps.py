@@ -17,11 +17,10 @@ from .._custom_types import (
     SolverState,
     Y,
 )
-from .._precision import eps
 from .._solver.capabilities import before_jump, CanRestart, cross_jump
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
-from .drift import Drift
+from .drift import coarsest_eps, Drift
 from .kept import Kept
 from .known import Known
 from .walk import longest_reach, Position, Walk
@@ -226,18 +225,12 @@ def _judge(
     right = right & (off <= _allowed(walk, parted, length))
     missed = here & so_far & jnp.logical_not(right)
     missed = missed & (length > 1) & (reach > 1)
-    well = max(_well * walk.drift_tol, _rounding * _coarsest(walk))
+    well = max(_well * walk.drift_tol, _rounding * coarsest_eps(walk.start_states))
     well = (off <= well) & (worst <= _repeated_of_all * walk.drift_tol)
     well = here & well & (2 * length >= reach)
     fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
     reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
     return missed, parted, jnp.minimum(reach, longest_reach)
-
-
-def _coarsest(walk: Walk) -> float:
-    """The machine epsilon of the coarsest array of the state."""
-    leaves = jtu.tree_leaves(eqx.filter(walk.start_states, eqx.is_inexact_array))
-    return max((eps(leaf) for leaf in leaves), default=0.0)
 
 
 def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
@@ -247,7 +240,8 @@ def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
     An entry of a vector field is a sum, and its rounding errors are those of the terms, not
     of the entry. With this part, so many epsilons of the largest entry are no miss.
     """
-    rounding = _coarsest(walk) * jnp.where(single, _rounding_of_step, _rounding)
+    epsilons = jnp.where(single, _rounding_of_step, _rounding)
+    rounding = coarsest_eps(walk.start_states) * epsilons
     allowed = walk.drift_tol * jnp.where(single, 1, _repeated)
     return rounding / jnp.maximum(allowed, rounding)
 

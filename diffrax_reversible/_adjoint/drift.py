@@ -88,8 +88,7 @@ def tolerance(drift_tol: float | None, state: PyTree) -> float:
     if drift_tol is not None:
         return drift_tol
     # Arrays of the finer dtypes depend on those of the coarsest.
-    coarseness = [eps(x) for x in _inexact_leaves(state)]
-    return max([*coarseness, _default_tol**2]) ** 0.5
+    return max(coarsest_eps(state), _default_tol**2) ** 0.5
 
 
 def replay_tolerance(drift_tol: float | None, state: PyTree) -> float:
@@ -99,7 +98,12 @@ def replay_tolerance(drift_tol: float | None, state: PyTree) -> float:
     tol = tolerance(drift_tol, state)
     if drift_tol is not None:
         return tol
-    return max([tol, *(eps(x) ** -growth_power for x in _inexact_leaves(state))])
+    return max(tol, coarsest_eps(state) ** -growth_power)
+
+
+def coarsest_eps(state: PyTree) -> float:
+    """The machine epsilon of the coarsest array; zero if there is none."""
+    return max((eps(x) for x in _inexact_leaves(state)), default=0.0)
 
 
 def _inexact_leaves(tree: PyTree) -> list[Array]:

@@ -202,10 +202,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     once more), and how many it has replayed (`replayed_steps`). Of a batch under `vmap` it
     is called for each member. With more `checkpoints` fewer steps are replayed.
 - `watch`: a function that the backward pass calls at every known state, with a dictionary:
-    how many steps come before (`step`), the time (`t`), whether the solver was restarted
-    there (`restarted`), by how much the backward pass missed the state, as a fraction of
-    `drift_tol` (`miss`), and whether it undoes the last segment again for that reason
-    (`repeated`). [`diffrax_reversible.explain`][] shows them.
+    how many steps come before (`step`), the time (`t`, or `-t` if `t1 < t0`), whether the
+    solver was restarted there (`restarted`), by how much the backward pass missed the
+    state, as a fraction of `drift_tol` (`miss`), and whether it undoes the last segment
+    again for that reason (`repeated`). [`diffrax_reversible.explain`][] shows them.
 
 **Raises:**
 

@@ -4,7 +4,7 @@ import math
 
 from diffrax import AbstractSolver
 
-from .explanation import Explanation, solver_name
+from .explanation import default_gradient, Explanation, solver_name
 from .rivals import Rival
 
 
@@ -90,7 +90,7 @@ def _of_repeats(explanation: Explanation, single: bool) -> str | None:
 
 
 def _of_memory(explanation: Explanation) -> str | None:
-    ours, default = (explanation.memory.get(k) for k in ("gradient", _default))
+    ours, default = (explanation.memory.get(k) for k in ("gradient", default_gradient))
     if ours is None or default is None or ours <= default:
         return None
     return (
@@ -99,16 +99,13 @@ def _of_memory(explanation: Explanation) -> str | None:
     )
 
 
-_default = "gradient with RecursiveCheckpointAdjoint"
-
-
 def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) -> str | None:
     """The fastest gradient of no larger error, or of one that is within the tolerance."""
     own = [rival for rival in rivals if solver_name(rival.solver) == solver_name(solver)]
     able = [rival for rival in rivals if math.isfinite(rival.error)]
     if len(own) == 0 or len(able) == 0:
         return None
-    (own,) = own
+    own = own[0]
     works = math.isfinite(own.error)
     enough = tolerance if math.isfinite(tolerance) else 0.0
     if works:

@@ -7,16 +7,17 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, Solution
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from .._adjoint.drift import coarsest_eps
 from .._adjoint.reversible import ReversibleAdjoint
-from .._precision import eps
-from .advice import _default, advise
+from .advice import advise
 from .attempts import Attempts, RecordingController
-from .explanation import Explanation, solver_name
+from .explanation import default_gradient, Explanation, solver_name
 from .gradient import Solve, sum_of_squares, temporary_bytes
 from .rivals import compare, default_rivals, reason
 
@@ -71,6 +72,7 @@ def explain(
 
     About ten compilations, and a few runs of each.
     """
+    y0 = jtu.tree_map(jnp.asarray, y0)
     solve = Solve(terms, solver, t0, t1, dt0, y0, args, settings, loss)
     _check_concrete(solve)
     adjoint = settings.get("adjoint", ReversibleAdjoint())
@@ -87,13 +89,12 @@ def explain(
         report.get("undone_steps"),
         report.get("replayed_steps"),
         refused,
-        _memory(solve, adjoint, refused),
+        _memory(solve, adjoint),
         compare(solve, rivals),
         [],
     )
-    dtypes = [eps(y) for y in jtu.tree_leaves(solve.differentiated[0])]
-    single = max(dtypes, default=0.0) > 1e-8
-    advice = advise(explanation, solver, _tolerance(settings), single)
+    single = coarsest_eps(y0) > 1e-8
+    advice = advise(explanation, solver, _tolerance(solve.controller), single)
     return dataclasses.replace(explanation, advice=advice)
 
 
@@ -109,24 +110,21 @@ def _check_concrete(solve: Solve) -> None:
 def _title(solve: Solve) -> str:
     leaves = jtu.tree_leaves(solve.differentiated[0])
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
-    names = solver_name(solve.solver), *dtypes, type(controller).__name__
+    names = solver_name(solve.solver), *dtypes, type(solve.controller).__name__
     return f"{', '.join(names)}, t from {float(solve.t0):g} to {float(solve.t1):g}"
 
 
 def _solve(solve: Solve) -> tuple[str | None, Attempts, int]:
     """Why it fails, what steps are tried, and how many restarts there are."""
     notes = []
-    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
-    recording = RecordingController(controller, notes.append)
+    recording = RecordingController(solve.controller, notes.append)
     recorded = solve.but(stepsize_controller=recording, throw=False)
     sol = eqx.filter_jit(recorded.run)(solve.differentiated)
     jax.block_until_ready(sol.ys)
     jax.effects_barrier()
-    direction = 1.0 if solve.t1 >= solve.t0 else -1.0
     restarts = int(sol.stats.get("num_restarts", 0))
     failed = None if dfx.is_okay(sol.result) else dfx.RESULTS[sol.result]
-    return failed, Attempts.of(notes, direction), restarts
+    return failed, Attempts.of(notes, solve.direction), restarts
 
 
 def _differentiate(
@@ -144,13 +142,14 @@ def _differentiate(
         refused = reason(e)
     jax.effects_barrier()
     known.sort(key=lambda state: -state["step"])
+    known = [state | dict(t=solve.direction * state["t"]) for state in known]
     return known, reports[-1] if len(reports) > 0 else {}, refused
 
 
-def _memory(solve: Solve, adjoint: Any, refused: str | None) -> dict[str, int | None]:
+def _memory(solve: Solve, adjoint: Any) -> dict[str, int | None]:
     memory = {"solve": temporary_bytes(solve.compile_solve())}
     default = dfx.RecursiveCheckpointAdjoint()
-    for name, other in (("gradient", adjoint), (_default, default)):
+    for name, other in (("gradient", adjoint), (default_gradient, default)):
         try:
             memory[name] = temporary_bytes(solve.compile_gradient(other))
         except Exception:
@@ -159,9 +158,8 @@ def _memory(solve: Solve, adjoint: Any, refused: str | None) -> dict[str, int | 
     return memory
 
 
-def _tolerance(settings: dict[str, Any]) -> float:
+def _tolerance(controller: dfx.AbstractStepSizeController) -> float:
     """The relative tolerance of a `PIDController`."""
-    controller = settings.get("stepsize_controller")
     while isinstance(controller, dfx.ClipStepSizeController):
         controller = controller.controller
     if isinstance(controller, dfx.PIDController):

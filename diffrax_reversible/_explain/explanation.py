@@ -9,6 +9,10 @@ from .attempts import Attempts
 from .rivals import Rival
 
 
+# Of `Explanation.memory`.
+default_gradient = "gradient with RecursiveCheckpointAdjoint"
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What a solve and its gradient do. `print` shows it as text, and `plot` draws it.

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax import AbstractAdjoint, AbstractSolver, diffeqsolve, Solution
+from diffrax import (
+    AbstractAdjoint,
+    AbstractSolver,
+    AbstractStepSizeController,
+    ConstantStepSize,
+    diffeqsolve,
+    Solution,
+)
 from jaxtyping import PyTree
 
 
@@ -40,6 +47,15 @@ class Solve:
         fields = {k: v for k, v in changes.items() if k in names}
         settings = {k: v for k, v in changes.items() if k not in names}
         return dataclasses.replace(self, **fields, settings=self.settings | settings)
+
+    @property
+    def controller(self) -> AbstractStepSizeController:
+        return self.settings.get("stepsize_controller", ConstantStepSize())
+
+    @property
+    def direction(self) -> float:
+        """Of time. Solvers only see it increase: in `direction * t`."""
+        return 1.0 if self.t1 >= self.t0 else -1.0
 
     @property
     def differentiated(self) -> PyTree:

@@ -1,16 +1,16 @@
 """What other solvers would take for the same solve."""
 
+import contextlib
 from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractSolver, AbstractStepSizeController
 
+from .._adjoint.drift import coarsest_eps
 from .._adjoint.reversible import ReversibleAdjoint
-from .._precision import eps
 from .._solver.alf import ALF4, ALF6, ALF8
 from .._solver.hamiltonian import BlanesMoan4, BlanesMoan6, KahanLi8, StormerVerlet
 from .._solver.mccallum_foster import McCallumFoster
@@ -54,13 +54,13 @@ def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
     """The same solve by each of `solvers`, beside a finer one by the last of them."""
     if len(solvers) == 0:
         return []
+    # Without a finer solve there are no errors to compare.
+    reference = np.array(np.nan)
     finer = _refine(solve.but(solver=solvers[-1]), 1e-3)
-    assert finer is not None
-    try:
-        reference = finer.states()
-    except Exception:
-        # With so many steps, say. Then there are no errors to compare.
-        reference = np.array(np.nan)
+    if finer is not None:
+        # It may take too many steps.
+        with contextlib.suppress(Exception):
+            reference = finer.states()
     return [_measure(solve.but(solver=solver), reference) for solver in solvers]
 
 
@@ -85,11 +85,10 @@ def reason(error: Exception) -> str:
 def _refine(solve: Solve, factor: float) -> Solve | None:
     """With tolerances `factor` times as large, or steps an eighth as long where they are
     fixed; `None` if steps are given otherwise."""
-    controller = solve.settings.get("stepsize_controller", dfx.ConstantStepSize())
-    if isinstance(controller, dfx.ConstantStepSize):
+    if isinstance(solve.controller, dfx.ConstantStepSize):
         return solve if factor == 1 else solve.but(dt0=solve.dt0 / 8, max_steps=None)
-    least = 32 * max(eps(y) for y in jtu.tree_leaves(solve.differentiated[0]))
-    controller = _tighten(controller, factor, least)
+    least = 32 * coarsest_eps(solve.y0)
+    controller = _tighten(solve.controller, factor, least)
     if controller is None:
         return None
     return solve.but(stepsize_controller=controller, max_steps=_most_steps)
