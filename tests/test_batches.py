@@ -1,7 +1,10 @@
 """Batches in which every member does something else: each has the solution and the gradient
 that it has alone."""
 
+import functools as ft
+
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +91,52 @@ def test_every_member_as_alone(solver, jumps):
     expected["too many steps"] = dfx.RESULTS.max_steps_reached
     expected["smallest step reached"] = dfx.RESULTS.dt_min_reached
     assert codes == {name: result._value for name, result in expected.items()}
+
+
+def test_outputs_where_a_member_takes_no_steps():
+    """All that Diffrax writes after the last step, by members that take and do not take
+    one, and that reach `SaveAt(steps=2)` at their end and do not."""
+    net = lambda t, y, rate: jnp.sin(rate * y) + jnp.cos(t)
+    save = lambda t, y, rate: t * y + rate
+    subs = (
+        dfx.SubSaveAt(t0=True, t1=True, ts=jnp.zeros(3), fn=save),
+        dfx.SubSaveAt(ts=jnp.zeros(2)),
+        dfx.SubSaveAt(t1=True, steps=2),
+        dfx.SubSaveAt(t1=True, steps=1),
+    )
+
+    def loss(adjoint, y0, rate, t1):
+        ts = t1 * jnp.array([0.3, 0.7, 1.0])
+        saveat = dfx.SaveAt(subs=subs)
+        where = lambda s: (s.subs[0].ts, s.subs[1].ts)
+        saveat = eqx.tree_at(where, saveat, (ts, ts[1:]))
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(net),
+            dr.ALF4(),
+            0.0,
+            t1,
+            jnp.array(0.1),
+            y0,
+            rate,
+            saveat=saveat,
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        leaves = jax.tree.leaves(sol.ys)
+        weights = [jnp.arange(1.0, y.size + 1).reshape(y.shape) for y in leaves]
+        pairs = zip(weights, leaves, strict=True)
+        return sum(jnp.sum(jnp.where(jnp.isfinite(y), w * y**2, 0)) for w, y in pairs)
+
+    ends = jnp.array([0.0, 0.35, 0.4])
+    start = jnp.array([[0.5, -0.2, 0.1], [1.0, 0.3, -0.4], [0.2, 0.6, 0.7]])
+
+    def gradients(adjoint):
+        grad = jax.grad(ft.partial(loss, adjoint), argnums=(0, 1))
+        return jax.jit(jax.vmap(grad, (0, None, 0)))(start, jnp.array(1.3), ends)
+
+    expected = gradients(dfx.RecursiveCheckpointAdjoint())
+    for ours, default in zip(gradients(dr.ReversibleAdjoint()), expected, strict=True):
+        assert relative_error(ours, default) < 1e-12
 
 
 @pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)

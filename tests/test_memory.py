@@ -167,6 +167,32 @@ def test_saved_outputs():
     assert states(40) - states(10) < 2.1 * 30
 
 
+@pytest.mark.parametrize("t1", (False, True))
+def test_saved_outputs_of_a_batch(t1):
+    """In a batch of gradients, no more for each output than under the default adjoint, and
+    no more than the output and its cotangent."""
+    size, batch = 16, 8
+
+    def each(solver, adjoint):
+        def of(count):
+            saveat = dfx.SaveAt(ts=jnp.linspace(0, 1, count), t1=t1)
+
+            def loss(y0):
+                terms, times = dfx.ODETerm(lambda t, y, args: jnp.sin(y)), (0.0, 1.0, 0.1)
+                kwargs = dict(saveat=saveat, adjoint=adjoint, stepsize_controller=PID)
+                return jnp.sum(dfx.diffeqsolve(terms, solver, *times, y0, **kwargs).ys ** 2)
+
+            y0 = jax.ShapeDtypeStruct((batch, size), jnp.float64)
+            compiled = jax.jit(jax.vmap(jax.grad(loss))).lower(y0).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        return (of(3_000) - of(1_000)) / 2_000
+
+    ours = each(dr.ALF4(), dr.ReversibleAdjoint())
+    assert ours <= 1.01 * each(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
+    assert ours < 2.1 * 8 * size * batch
+
+
 def test_default_adjoint_needs_more():
     """What is measured would show a stored trajectory."""
     ours, default = (

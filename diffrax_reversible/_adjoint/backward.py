@@ -23,7 +23,12 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
-from .pull_outputs import pull_dense_times, pull_start, pull_step_outputs
+from .pull_outputs import (
+    pull_dense_times,
+    pull_last,
+    pull_start,
+    pull_step_outputs,
+)
 from .pull_step import pull_step
 from .replay import Replayer
 from .steps import Record
@@ -202,6 +207,7 @@ def walk_back(
         watch,
     )
     position = _at_the_end(residuals, cotangent, pulled)
+    position = pull_last(walk, position)
     position = pull_dense_times(walk, position, cotangent)
     position = walk.start(position)
     meter = problem.progress_meter

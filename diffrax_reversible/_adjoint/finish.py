@@ -1,4 +1,4 @@
-"""The gradient of what happens after the last step."""
+"""The gradient of locating an event after the last step."""
 
 from typing import NamedTuple
 
@@ -42,39 +42,39 @@ def pull_finish(
 ) -> PulledFinish:
     """Pull the cotangent of the final state back to the end of the last step.
 
-    Between them Diffrax locates the event that ended the solve, by a root find that it
-    differentiates implicitly, takes back what was saved after it, and writes the outputs
-    of `SaveAt(t1=True)`.
+    If an event may have ended the solve, Diffrax locates it between them, by a root find
+    that it differentiates implicitly, takes back what was saved after it, and writes the
+    outputs of `SaveAt(t1=True)`. Otherwise that is left to `pull_last`.
     """
     end, with_event = residuals.end, problem.finds_roots
     # The time of an event depends on more than times.
     with_ts = with_times or with_event
-    written = [
-        (saved.ts if with_ts else None, tree_zeros_like(ys))
-        for saved, ys in zip(save_states(end), residuals.zero_ys(), strict=True)
-    ]
     bars = {}
     for i, saved in enumerate(save_states(cotangent)):
         bar = (saved.ts if with_ts else None, saved.ys)
         if len(jtu.tree_leaves(bar)) > 0:
-            bars[i] = materialise(bar, written[i])
-    dense_info = end.event_dense_info if with_event else None
-    if len(bars) == 0:
-        return PulledFinish([], *tree_zeros_like((end.y, params, dense_info)))
+            ts = save_states(end)[i].ts if with_ts else None
+            bars[i] = materialise(bar, (ts, residuals.ys_structs[i]))
 
-    written = {i: written[i] for i in bars}
-    differentiable = _Finish(inputs, nondiff, problem, residuals, with_ts)
+    def outputs(bars: dict[int, Row]) -> list[Output]:
+        subs, fns = sub_saveats(problem.saveat), inputs.context.save_fns
+        with_ts = lambda ts: ts if with_times else None
+        return [
+            Output(subs[i], (with_ts(ts), ys), i, fns[i] is None)
+            for i, (ts, ys) in bars.items()
+        ]
+
+    dense_info = end.event_dense_info if with_event else None
+    if not with_event or len(bars) == 0:
+        zeros = tree_zeros_like((end.y, params, dense_info))
+        return PulledFinish(outputs(bars), *zeros)
+    zero_ys = residuals.zero_ys()
+    written = {i: (save_states(end)[i].ts, zero_ys[i]) for i in bars}
+    differentiable = _Finish(inputs, nondiff, problem, residuals)
     _, pull = jax.vjp(differentiable, end.y, written, dense_info, params)
     y_bar, rows, dense_bar, params_bar = pull(bars)
-    subs = sub_saveats(problem.saveat)
-    outputs = []
-    for i, (ts_bar, ys_bar) in rows.items():
-        rows = (ts_bar if with_times else None, ys_bar)
-        saves_state = inputs.context.save_fns[i] is None
-        outputs.append(Output(subs[i], rows, i, saves_state))
-    if with_event:
-        y_bar = _poison_rejected(residuals, dense_bar, y_bar)
-    return PulledFinish(outputs, y_bar, params_bar, dense_bar)
+    y_bar = _poison_rejected(residuals, dense_bar, y_bar)
+    return PulledFinish(outputs(rows), y_bar, params_bar, dense_bar)
 
 
 class _Finish(NamedTuple):
@@ -84,10 +84,9 @@ class _Finish(NamedTuple):
     nondiff: Context
     problem: Problem
     residuals: Residuals
-    with_ts: bool
 
     def __call__(
-        self, y: Y, written: dict[int, Row], dense_info: DenseInfo | None, params: Params
+        self, y: Y, written: dict[int, Row], dense_info: DenseInfo, params: Params
     ) -> dict[int, Row]:
         """From what was `written` before, by the outputs that have a cotangent."""
         context: Context = eqx.combine(params, self.nondiff)
@@ -98,10 +97,7 @@ class _Finish(NamedTuple):
         start = Inputs(y, self.inputs.solver_state, context)
         final = finish(start, self.problem.at(context.times), state, ys)
         return {
-            i: (
-                saved.ts if self.with_ts else None,
-                eqx.filter(saved.ys, eqx.is_inexact_array),
-            )
+            i: (saved.ts, eqx.filter(saved.ys, eqx.is_inexact_array))
             for i, saved in enumerate(save_states(final))
             if i in written
         }
@@ -110,26 +106,23 @@ class _Finish(NamedTuple):
         self,
         y: Y,
         written: dict[int, Row],
-        dense_info: DenseInfo | None,
+        dense_info: DenseInfo,
         times: Times,
     ) -> State:
         """The state after the last step, with what is differentiated of it."""
         end = self.residuals.end
         state = eqx.tree_at(lambda s: (s.y, s.tprev), end, (y, times.of(end.tprev)))
-        if self.problem.finds_roots:
-            assert end.event_tprev is not None and end.event_tnext is not None
-            state = eqx.tree_at(
-                lambda s: (s.event_tprev, s.event_tnext, s.event_dense_info),
-                state,
-                (times.of(end.event_tprev), times.of(end.event_tnext), dense_info),
-            )
-        if self.with_ts:
-            state = eqx.tree_at(
-                lambda s: [save_states(s)[i].ts for i in written],
-                state,
-                [ts for ts, _ in written.values()],
-            )
-        return state
+        assert end.event_tprev is not None and end.event_tnext is not None
+        state = eqx.tree_at(
+            lambda s: (s.event_tprev, s.event_tnext, s.event_dense_info),
+            state,
+            (times.of(end.event_tprev), times.of(end.event_tnext), dense_info),
+        )
+        return eqx.tree_at(
+            lambda s: [save_states(s)[i].ts for i in written],
+            state,
+            [ts for ts, _ in written.values()],
+        )
 
 
 def _poison_rejected(residuals: Residuals, dense_bar: DenseInfo, y_bar: Y) -> Y:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -57,6 +58,36 @@ def pull_into_state(
     if growth is not None:
         growth = growth.expect(y_bar)
     return tree_replace(lambda p: (p.cotangent, p.growth), position, (ct, growth))
+
+
+def pull_last(walk: Walk, position: Position) -> Position:
+    """Outputs that Diffrax writes after the last step, unless it locates an event: those of
+    `SaveAt(t1=True)`, and of `SaveAt(ts=...)` if `t0 == t1`."""
+    problem, end = walk.problem, walk.residuals.end
+    if problem.finds_roots:
+        return position
+    no_steps = problem.t0 == problem.t1
+    for output, cursor in zip(walk.outputs, position.cursors, strict=True):
+        sub, save_index = output.sub, cursor.save_index
+        if sub.ts is not None and len(sub.ts) > 0:
+            first, count = save_index, len(sub.ts)
+
+            def pull_ts(position, output=output, first=first, count=count):
+                row = output.sum_of_rows(first, count, no_steps)
+                return pull_into_state(walk, position, output, row, lambda times: times.t0)
+
+            position = lax.cond(
+                eqxi.unvmap_any(no_steps), pull_ts, lambda position: position, position
+            )
+            save_index = save_index + jnp.where(no_steps, count, 0)
+        if sub.t1 and sub.steps != 1:
+            written = True
+            if sub.steps > 1:
+                written = end.num_accepted_steps % sub.steps != 0
+            row = output.row(save_index, written)
+            time = lambda times: times.of(end.tprev)
+            position = pull_into_state(walk, position, output, row, time)
+    return position
 
 
 def pull_start(walk: Walk, position: Position) -> Position:

@@ -64,18 +64,33 @@ class AbstractInterruptedSolver(
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
-        """Restart or cross a jump where it is due, and `advance`."""
-        solver_state, _, _ = interrupt(
-            self,
-            terms,
-            t0,
-            y0,
-            args,
-            solver_state,
-            needs_restart(self, solver_state),
-            made_jump,
-        )
-        return advance_densely(self, terms, t0, t1, y0, args, solver_state)
+        """Restart or cross a jump where it is due, and `advance`.
+
+        Differentiated, it stores nothing but what it begins with. So XLA compiles the step
+        as where it is not differentiated, and it rounds alike: the default adjoint of
+        Diffrax repeats steps, and decides on them again.
+        """
+        succeeds = False
+
+        def step(terms, t0, t1, y0, args, solver_state):
+            nonlocal succeeds
+            solver_state, _, _ = interrupt(
+                self,
+                terms,
+                t0,
+                y0,
+                args,
+                solver_state,
+                needs_restart(self, solver_state),
+                made_jump,
+            )
+            *outputs, result = advance_densely(self, terms, t0, t1, y0, args, solver_state)
+            succeeds = result is RESULTS.successful
+            return outputs, result
+
+        step = eqx.filter_checkpoint(step, prevent_cse=False)
+        outputs, result = step(terms, t0, t1, y0, args, solver_state)
+        return *outputs, RESULTS.successful if succeeds else result
 
 
 class CanRestart(AbstractInterruptedSolver[_SolverState], Generic[_SolverState]):

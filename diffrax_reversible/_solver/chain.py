@@ -99,10 +99,6 @@ def run(
             parts = change(parts, update, evaluated[i][0])
         return parts, sides if collect is None else collect(sides, row, evaluated)
 
-    # Differentiated, a round stores nothing but what it began with. So XLA compiles it as
-    # where it is not differentiated, and it rounds alike: the default adjoint of Diffrax
-    # makes steps again, and decides on them again.
-    one_round = jax.checkpoint(one_round, prevent_cse=False)
     return _scan(one_round, (parts, sides), chain.rows, reverse=backwards)
 
 
