@@ -26,13 +26,22 @@ def as_reversible(solver: AbstractSolver) -> AbstractReversibleSolver:
 
     This is a registry, a `functools.singledispatch` on the type of the solver. To use an
     existing solver that is not an `AbstractReversibleSolver`, register a class that adds
-    the inverse of its step,
+    the inverse of its step. For a solver with the `backward_step` that was proposed for
+    Diffrax in its pull request 727 (https://github.com/patrick-kidger/diffrax/pull/727),
 
-        class MyInverse(diffrax_reversible.AbstractReversibleAdapter):
+        from diffrax_reversible import AbstractReversibleAdapter, as_reversible
+
+
+        class FromBackwardStep(AbstractReversibleAdapter):
             def backward_step(self, terms, t0, t1, y1, args, solver_state):
-                ...  # in terms of `self.solver`
+                # In place of None there may be earlier times, which few solvers need.
+                y0, _, solver_state, _ = self.solver.backward_step(
+                    terms, t0, t1, y1, args, None, solver_state, made_jump=False
+                )
+                return y0, solver_state
 
-        diffrax_reversible.as_reversible.register(MySolver, MyInverse)
+
+        as_reversible.register(MySolver, FromBackwardStep)
 
     and pass `solver=MySolver()` and `adjoint=ReversibleAdjoint()` as usual. Subclasses of
     `MySolver` are included. The solver state is that of `MySolver.init`.
