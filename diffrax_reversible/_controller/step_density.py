@@ -136,7 +136,9 @@ class StepDensityController(
     method keeps the long-time behaviour that it has with constant steps: on a reversible
     system, such as a planetary system, the error of the energy does not drift.
 
-    `ReversibleAdjoint` does not record the steps: the backward pass recomputes them.
+    `ReversibleAdjoint` does not record the steps (except with `diffrax.LeapfrogMidpoint`):
+    the backward pass recomputes them, so that compiled memory is the same to the byte for
+    any number of steps.
     Gradients hold the steps fixed.
 
     The length changes by at most a factor of four from one step to the next. Steps follow

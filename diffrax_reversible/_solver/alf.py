@@ -58,7 +58,12 @@ class ALF4(AbstractALF):
     once per `λ T = 10`, and more often if steps are close to the limit of stability. Every
     entry of the state is watched on its own scale: its largest magnitude so far, but at
     least `eps^(3/4)` of the largest entry of its array, as smaller values may be rounding.
-    In arrays of more than 2,048 entries, about 1,024 are watched.
+    In arrays of more than 2,048 entries, about 1,024 are watched. A deviation that shows in
+    none of these is missed, and the solution may be wrong. Its gradient is then an error,
+    as the backward pass compares every entry.
+
+    The `λ` above is that of the direction that contracts fastest. Chaotic problems need as
+    many restarts as dissipative ones, conservative ones few or none.
 
     The error estimate is the largest of three. Two of them count for steps close to the
     limit of stability, where the first may miss the error. On `y' = λ y` the estimate is at
@@ -99,6 +104,9 @@ class ALF6(AbstractALF):
 
     Algebraically reversible: undoing a step takes twenty evaluations, and is exact up to
     rounding. It restarts as `ALF4` does, and the same bound holds for its error estimate.
+    Explicit reversible methods without restarts overflow on Lorenz' equations over a time
+    of 10. With 100 steps per unit of time this solver takes at most 12 restarts for an
+    error below 1e-6.
 
     Example:
 
@@ -184,12 +192,17 @@ class ALF(AbstractALF):
 rounding = """\
 - `compensated`: whether sums have twice the precision and do not round. The backward pass
     then differs from the forward pass only as far as the vector field does when it is
-    evaluated again. For single precision, and for long or chaotic solves. It costs the
+    evaluated again. For single precision, and for long or chaotic solves, where rounding
+    errors of plain sums grow in the backward pass. In float32 the gradient is then about as
+    accurate as with the default adjoint, or more so. It costs the
     memory of up to five more states, seven where steps are rejected, and about thirty
     operations per entry of the state and sub-step.
 - `bitwise`: as `compensated`, and the vector field is compiled separately, so that the
     backward pass reconstructs every state to the last bit. It costs one more evaluation
     per sub-step in the backward pass.
+    Reason: where a vector field is differentiated, XLA may compile it in another way, fuse
+    a multiplication with an addition, or replace a division by a power.
+    Tests: on CPUs, over a million steps. GPUs were not tried.
     Limits: Let `M` be the largest entry of an array at the start of the solve, and `p` the
     bits of precision. Entries smaller than `2^(-3p/4) M` may differ by `2^(-7p/4) M`.
     States must not outgrow `M` by `2^(p/4 - 2)` (2,000 in float64, 16 in float32), or sums

@@ -33,7 +33,7 @@ class StormerVerlet(AbstractSplitting):
 
     Algebraically reversible: undoing a step takes as many evaluations, and is exact up to
     rounding. Where the flow contracts nothing grows but rounding errors, so there are no
-    restarts.
+    restarts. Over any number of equal steps the energy stays close to its initial value.
 
     Example:
 
