@@ -1,4 +1,4 @@
-"""Type aliases; those that Diffrax has too are Diffrax's own."""
+"""Type aliases; those that Diffrax defines too are imported from it."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -21,5 +21,5 @@ Terms: TypeAlias = PyTree[AbstractTerm]
 VF: TypeAlias = PyTree[Array]
 Y: TypeAlias = PyTree[Array]
 
-# `(terms, args)` from those of their leaves that are differentiated, and the others.
+# Rebuilds `(terms, args)` from their differentiated leaves.
 Combine: TypeAlias = Callable[[Params], tuple[Terms, Args]]

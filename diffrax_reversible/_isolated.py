@@ -1,4 +1,4 @@
-"""Computations that round alike wherever they stand."""
+"""Computations that round alike wherever they are compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,18 @@ from ._custom_types import RealScalarLike
 
 
 def isolated(fn: Callable, t: RealScalarLike, *args) -> Any:
-    """`fn(t, *args)`, in a computation of its own.
+    """`fn(t, *args)`, compiled separately from its surroundings.
 
-    That is a branch of a conditional of which the compiler does not know that it is
-    always taken, even where it knows `t`. It cannot mix it with what stands around, which
-    in the walk back is something else than in the forward pass, and so it rounds alike.
+    The call is a branch of a conditional. The branch is always taken, but the compiler does
+    not know that, even where it knows `t`. So it cannot fuse the call with the surrounding
+    operations, which differ between forward and backward pass, and the call rounds alike in
+    both.
     """
     structs = jax.eval_shape(fn, t, *args)
 
     def never(*_):
         return jtu.tree_map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), structs)
 
-    # The same for all elements of a batch, or both branches would be evaluated.
+    # One predicate for the whole batch: otherwise both branches would be evaluated.
     always = lax.optimization_barrier(eqxi.unvmap_any(t == t))
     return lax.cond(always, lambda *a: fn(*a), never, t, *args)

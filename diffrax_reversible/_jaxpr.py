@@ -1,21 +1,21 @@
-"""What is seen of a function in its jaxpr."""
+"""Properties of a function that its jaxpr shows."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 
-# With the inputs of what is called.
+# Their inputs are those of the jaxpr that they call.
 _calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 
 def meets(
     jaxpr, moving: set, names: set[str], trusted: frozenset[str] = frozenset()
 ) -> bool:
-    """Whether any of the operations that depend on the `moving` variables has one of the
-    `names`, or makes integers or Booleans.
+    """Whether an operation that depends on the `moving` variables has one of the `names`,
+    or returns integers or Booleans.
 
-    - `trusted`: names of compiled functions that are not looked into.
+    - `trusted`: names of compiled functions that are not searched.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -29,7 +29,7 @@ def meets(
         if name in names or (discrete and name not in _calls):
             return True
         for inner in _inner(equation.params):
-            # In a loop, whatever is carried may move in the end.
+            # In a loop, every carried variable may depend on the moving ones in the end.
             inputs = inner.invars
             if name in _calls:
                 pairs = zip(inputs, equation.invars, strict=True)
@@ -40,7 +40,7 @@ def meets(
 
 
 def _inner(params: dict[str, Any]) -> list:
-    """The computations within an operation, such as a loop."""
+    """The jaxprs within an operation, such as a loop."""
     values = [x for v in params.values() for x in (v if isinstance(v, tuple) else (v,))]
     values = [getattr(value, "jaxpr", value) for value in values]
     return [value for value in values if hasattr(value, "eqns")]

@@ -1,7 +1,7 @@
 """The precision of floating-point arrays, real or complex.
 
-As Python floats, which have no dtype: before NumPy 2, a power of a NumPy scalar in single
-precision is one in double.
+Results are Python floats, which have no dtype: before NumPy 2, a power of a NumPy scalar in
+single precision has double precision.
 """
 
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ from ._custom_types import RealScalarLike
 def total_derivative(g: Callable, field: Callable, length: RealScalarLike = 1) -> Callable:
     """`d/dt g(t, y(t))` as a function of `(t, y)`, with `y' = field(t, y)`.
 
-    If `field` is times `length`, then so is the derivative.
+    If `field` is multiplied by `length`, then so is the derivative.
     """
 
     def derivative(t, y):
@@ -23,10 +23,10 @@ def total_derivative(g: Callable, field: Callable, length: RealScalarLike = 1) -
 
 
 def total_derivatives(field: Callable, count: int) -> Callable:
-    """`field` and its first `count` derivatives along the solution, as a function of
-    `(t, y)` that returns all of them.
+    """A function of `(t, y)` that returns `field` and its first `count` derivatives along
+    the solution.
 
-    One from the other, so that each but the last is evaluated once.
+    Each is computed from the one before, so that all but the last are evaluated once.
     """
 
     def up_to(lower):

@@ -31,7 +31,7 @@ def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
 
 
 def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
-    """The product of every weight with `x`, along a first axis."""
+    """The product of every weight with `x`, stacked along a first axis."""
 
     def product(x):
         return jnp.asarray(weights, x.dtype).reshape((-1,) + (1,) * x.ndim) * x[None]
@@ -40,13 +40,13 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
 
 
 def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
-    """`equinox.tree_at`, also of what is `None`."""
+    """`equinox.tree_at`, which here can replace `None` too."""
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
 
 
 def read_row(rows: PyTree[Array], i: IntScalarLike) -> PyTree[Array]:
-    """Of every array the `i`-th row, where `i` is not negative."""
-    # Unsigned, for no instructions to be spent on indices that count from the end.
+    """The `i`-th row of every array, for `i >= 0`."""
+    # Unsigned: otherwise XLA spends instructions on indices that count from the end.
     i = jnp.asarray(i).astype(jnp.uint32)
     return jtu.tree_map(
         lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), rows
@@ -56,7 +56,7 @@ def read_row(rows: PyTree[Array], i: IntScalarLike) -> PyTree[Array]:
 def write_row(
     rows: PyTree[Array], i: IntScalarLike, row: PyTree[Array], pred: BoolScalarLike
 ) -> PyTree[Array]:
-    """With another `i`-th row, where `i` is not negative, if `pred`."""
+    """Replace the `i`-th row of every array, for `i >= 0`, if `pred`."""
     i = jnp.asarray(i).astype(jnp.uint32)
     row = jtu.tree_map(lambda n, o: jnp.where(pred, n, o), row, read_row(rows, i))
     return jtu.tree_map(
@@ -65,12 +65,12 @@ def write_row(
 
 
 def tree_zeros_like(x: PyTree[Any]) -> PyTree[Any]:
-    """Zeros for every floating-point leaf, `None` for every other."""
+    """Zeros for every floating-point array, `None` for every other leaf."""
     return jtu.tree_map(jnp.zeros_like, eqx.filter(x, eqx.is_inexact_array))
 
 
 def largest(x: PyTree[Array]) -> PyTree[Float[Array, ""]]:
-    """The largest entry of every array."""
+    """The largest magnitude in every array."""
     return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), x)
 
 
@@ -80,7 +80,7 @@ def larger(*xs: Array) -> Array:
 
 
 def sum_of_magnitudes(x: PyTree[Array], parts: Iterable[PyTree[Array]]) -> PyTree[Array]:
-    """Of several PyTrees like `x`; zeros if there are none."""
+    """The sum of the magnitudes of `parts`, PyTrees like `x`; zeros if there are none."""
     zeros = jtu.tree_map(lambda x: jnp.zeros_like(jnp.abs(x)), x)
     add = lambda total, part: jtu.tree_map(lambda t, p: t + jnp.abs(p), total, part)
     return ft.reduce(add, parts, zeros)
@@ -91,12 +91,12 @@ def is_complex(x: Any) -> bool:
 
 
 def real_like(x: Array) -> jax.ShapeDtypeStruct:
-    """Of the precision of `x`, which may be complex."""
+    """A real array of the shape and precision of `x`, which may be complex."""
     return jax.ShapeDtypeStruct(x.shape, jnp.finfo(x.dtype).dtype)
 
 
 def to_real(x: PyTree[Array]) -> PyTree[Array]:
-    """Complex arrays as their real and imaginary parts, along a first axis."""
+    """Complex arrays as their real and imaginary parts, stacked along a first axis."""
     return jtu.tree_map(lambda x: jnp.stack([x.real, x.imag]) if is_complex(x) else x, x)
 
 
@@ -106,9 +106,10 @@ def from_real(x: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
 
 
 def to_bits(x: PyTree[Array]) -> PyTree[Array]:
-    """As integers, which are not differentiated, nor compared with in the walk back.
+    """The bits as integers, which are neither differentiated nor compared in the backward
+    pass.
 
-    Real and imaginary parts along a first axis.
+    Real and imaginary parts are stacked along a first axis.
     """
 
     def convert(x):

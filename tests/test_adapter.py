@@ -1,7 +1,8 @@
 """Solvers of others under `ReversibleAdjoint`, by a registry."""
 
-import pathlib
+import inspect
 import re
+import textwrap
 
 import diffrax as dfx
 import equinox as eqx
@@ -49,10 +50,9 @@ class Staggered(dfx.AbstractSolver):
         return y0, dict(y0=y0, y1=y1), z0, dfx.RESULTS.successful
 
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-# The lines that register it stand in the README.
-(LINES,) = re.findall(r"```python\n([^`]*backward_step.*?)```", README.read_text(), re.S)
-exec(LINES, dict(MySolver=Staggered))
+# The lines that register it stand in the docstring of `as_reversible`.
+LINES = re.findall("^    .*", inspect.getdoc(dr.as_reversible), re.M)
+exec(textwrap.dedent("\n".join(LINES)), dict(MySolver=Staggered))
 
 
 class Subclass(Staggered):

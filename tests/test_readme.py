@@ -1,4 +1,4 @@
-"""What README, changelog and package metadata say is so."""
+"""What the READMEs, changelog and package metadata say is so."""
 
 import importlib
 import pathlib
@@ -17,15 +17,31 @@ from .test_refusals import REFUSALS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+READMES = (
+    "README.md",
+    "examples/README.md",
+    "examples/benchmarks/README.md",
+    "tests/README.md",
+)
 
 
-def section(title):
-    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.S | re.M)[1]
+def table(file, title):
+    """The rows of the first table after the heading, without its own."""
+    text = (ROOT / file).read_text()
+    text = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", text, re.S | re.M)[1]
+    rows = re.search(r"^(\|.*\n)+", text, re.M)[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def table(text):
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|"]
-    return [[cell.strip() for cell in row] for row in rows[2:]]
+def solver_table(title):
+    rows = table("examples/benchmarks/README.md", title)
+    return {name.strip("`"): cells for name, *cells in rows}
+
+
+def anchors(file):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", (ROOT / file).read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
 
 def command(marker):
@@ -55,8 +71,7 @@ def test_quick_example(tmp_path):
 
 
 def test_solver_table():
-    first_table, *_ = section("Solvers").split("There is one more evaluation")
-    rows = {row[0].strip("`"): row[1:] for row in table(first_table)}
+    rows = solver_table("For any ordinary differential equation")
     assert set(rows) == {type(solver).__name__ for solver in SOLVERS}
     for solver in SOLVERS:
         order, embedded, evaluations, dense, _ = rows[type(solver).__name__]
@@ -70,9 +85,7 @@ def test_solver_table():
 
 
 def test_hamiltonian_table():
-    _, text = section("Solvers").split("### For separable Hamiltonian systems")
-    text, *_ = text.split("\n### ")
-    rows = {row[0].strip("`"): row[1:] for row in table(text)}
+    rows = solver_table("For separable Hamiltonian systems")
     assert set(rows) == {type(solver).__name__ for solver in SPLITTINGS}
     for solver in SPLITTINGS:
         order, embedded, evaluations, dense, _ = rows[type(solver).__name__]
@@ -81,6 +94,17 @@ def test_hamiltonian_table():
         assert int(evaluations) == solver.tableau.stages
         degree = {2: "cubic", 4: "cubic", 6: "quintic", 8: "septic"}[int(order)]
         assert dense == f"{degree}, order {order}"
+
+
+def test_gauss_table():
+    rows = solver_table("For stiff oscillations")
+    assert set(rows) == {"ImplicitMidpoint", "Gauss4", "Gauss6"}
+    for name, (order, embedded, stages, dense) in rows.items():
+        solver = getattr(dr, name)()
+        assert int(order) == solver.order(None)
+        assert int(embedded) == solver.error_order(None) - 1
+        assert int(stages) == solver.tableau.stages
+        assert dense == f"degree {stages}, order {stages}"
 
 
 def runs_by_default(test):
@@ -97,7 +121,7 @@ def runs_by_default(test):
 def test_support_table():
     """Every line has a test that is run by default, and what the table refuses is what
     `test_refusals.py` shows to be refused."""
-    rows = table(section("What `ReversibleAdjoint` supports"))
+    rows = table("tests/README.md", "What `ReversibleAdjoint` supports")
     assert {answer for _, answer, _ in rows} == {"yes", "refused"}
     for what, answer, test in rows:
         file, function = test.strip("`").split("::")
@@ -123,6 +147,17 @@ def test_version_and_changelog():
     versions = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert versions[0] == "Unreleased"
     assert versions[1] == metadata["version"]
+    assert re.search(r"version = {(.*?)}", README)[1] == metadata["version"]
+
+
+@pytest.mark.parametrize("file", READMES)
+def test_links(file):
+    """Those to files and headings of the repository."""
+    for link in re.findall(r"\]\((?!https?:)(.*?)\)", (ROOT / file).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / file).parent / path if path else ROOT / file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_examples_table():

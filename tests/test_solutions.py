@@ -215,7 +215,7 @@ def test_entries_next_to_zero_are_not_refused(solver):
     ids=repr,
 )
 def test_solvers_that_do_not_restart(solver, error):
-    """What the README says of them."""
+    """What `examples/benchmarks/README.md` says of them."""
     sol = dfx.diffeqsolve(
         dfx.ODETerm(relaxation), solver, 0.0, 20.0, 0.1, jnp.array(1.0), 1.0
     )

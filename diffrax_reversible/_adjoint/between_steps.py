@@ -165,7 +165,7 @@ def _go_back(
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
     if walk.drift_tol < walk.replay_tol:
-        # What a single step misses by does not grow, as the walk goes on from what is known.
+        # The miss of a single step does not grow: the walk goes on from what is known.
         single = walk.repeats & (origin.step - position.step <= 1)
         looser = position.known | single
         share = walk.drift_tol / walk.replay_tol

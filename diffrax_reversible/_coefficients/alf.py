@@ -12,10 +12,10 @@ def mirror(half: list[float], *middle: float) -> tuple[float, ...]:
 def from_splitting(a: list[float], b: list[float]) -> tuple[float, ...]:
     r"""ALF sub-steps from the coefficients of a splitting method.
 
-    The ALF map at `h = 0` is the reflection `R: v -> 2 f(z) - v`. With `Φ_h = R Ψ_h`
-    successive sub-steps are alternately a method `Ψ` and its adjoint method `Ψ*`, and a
+    The ALF map at `h = 0` is the reflection `R: v -> 2 f(z) - v`. With `Φ_h = R Ψ_h`,
+    successive sub-steps alternate between a method `Ψ` and its adjoint method `Ψ*`. A
     composition of `Ψ_{β_i h}` and `Ψ*_{α_i h}` has the order of the splitting method
-    `a_1, b_1, a_2, ...` when `β_1 = a_1`, `α_1 = b_1 - β_1`, `β_2 = a_2 - α_1`, and so on
+    `a_1, b_1, a_2, ...` if `β_1 = a_1`, `α_1 = b_1 - β_1`, `β_2 = a_2 - α_1`, and so on
     (McLachlan 1995, doi:10.1137/0916010; Hairer, Lubich & Wanner 2006, section V.3).
 
     **Arguments:**
@@ -61,9 +61,9 @@ alf6 = ALFTableau(
     error_scale=3e-3,
 )
 
-# Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9: 17 stages, order 8. Single ALF
-# steps would stall at order 4, since the map at `h = 0` is not the identity; pairs of
-# half steps are a symmetric method near the identity, and reach the full order.
+# Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9: 17 stages, order 8. On single ALF
+# steps these coefficients stall at order 4, since the map at `h = 0` is not the identity.
+# Pairs of half steps are a symmetric method near the identity and reach the full order.
 _gamma = [
     0.13020248308889008087881763,
     0.56116298177510838456196441,

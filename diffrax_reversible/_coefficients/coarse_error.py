@@ -1,10 +1,10 @@
-"""Error estimates for steps next to the limit of stability.
+"""Error estimates for steps close to the limit of stability.
 
-For small steps an error estimate is a multiple of the leading term of an error. For large
-ones it need not resemble the error at all: on `y' = λ y` it is a polynomial in `z = h λ`,
-which may vanish where the step is unstable. The fine estimate of order 3 of five sub-steps
-does so near `z = -3` and `z = -6`, and is less than a twentieth of the error on all that is
-between. Two more estimates bound it from below.
+For small steps an error estimate is a multiple of the leading term of the error. For large
+steps it need not resemble the error: on `y' = λ y` it is a polynomial in `z = h λ`, which
+may vanish where the step is unstable. The fine estimate, of order 3, of five sub-steps
+vanishes near `z = -3` and `z = -6`, and in between it is less than a twentieth of the
+error. Two more estimates bound it from below.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,27 @@ from .linear_response import left_half_plane, LinearResponse
 from .order_conditions import null_space_of
 
 
-# The coarse estimate counts in full where it exceeds this fraction of what the two slopes
-# at the ends of the step add up to. Where it is smaller, it is reduced by this power of the
-# quotient, which leaves the fine estimate its order.
+# The coarse estimate counts in full where it exceeds `threshold` times the sum of the
+# slopes at both ends of the step. Where it is smaller, it is reduced by this `power` of the
+# quotient, which preserves the order of the fine estimate.
 threshold = 0.1
 power = 2
 
-# The estimate by the deviation counts beyond this multiple of the fine one.
+# The estimate by the deviation counts as far as it exceeds this multiple of the fine one.
 usual_deviation = 0.5
 
-# With a margin to the quarter of the error that is asked for where that exceeds 1e-3.
+# Estimates have to be a quarter of an error that exceeds 1e-3; 0.3 leaves a margin.
 _fraction = 0.3
 _least_error = 1e-3
 _radius = 15.0
 _fitted_radius = 6.0
-# Points per unit of `|z|`, and angles.
+# Points per unit of `|z|`, and number of angles.
 _dense = 40, 181
 _sparse = 10, 31
 
 
 def combine(fine: np.ndarray, coarse: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """The size of both estimates together."""
+    """The size of the combined estimate."""
     coarse = np.abs(coarse)
     quotient = np.minimum(coarse / (threshold * slopes), 1)
     return np.maximum(np.abs(fine), coarse * quotient**power)
@@ -50,19 +50,21 @@ def coarse_error_weights(
 ) -> np.ndarray:
     """Weights of `u_0, ..., u_s` in the coarse estimate, zero if there is none.
 
-    It is a multiple of `d + b e`, of the estimate `d` of the smaller order that is closest
-    to the error on `y' = λ y`, and of the fine estimate `e`. The multiple is the smallest
-    with which all estimates together bound the error from below on the left half-plane, and
-    `b` that with which the coarse estimate is the smallest where errors are below 1e-3:
-    smaller tolerances should not see it.
+    The coarse estimate is a multiple of `d + b e`, where `e` is the fine estimate and `d`
+    is the estimate of the lower order that is closest to the error on `y' = λ y`. The
+    multiple is the smallest with which all estimates together bound the error from below on
+    the left half-plane. `b` makes the coarse estimate smallest where errors are below 1e-3:
+    it should not affect smaller tolerances.
 
     **Arguments:**
 
     - `response_of`: the `LinearResponse` of a step, as a function of `z`.
-    - `fine_weights`: of `u_0, ..., u_s` in the fine estimate.
-    - `deviation_weights`: those in the estimate by the deviation, zero if there is none.
-    - `v_weights`: those in `v` at the end of the step.
-    - `conditions`: what the coarse estimate has to annihilate, of `u_1, ..., u_s`.
+    - `fine_weights`: the weights of `u_0, ..., u_s` in the fine estimate.
+    - `deviation_weights`: their weights in the estimate by the deviation, zero if there is
+        none.
+    - `v_weights`: their weights in `v` at the end of the step.
+    - `conditions`: the functionals of `u_1, ..., u_s` that the coarse estimate has to
+        annihilate.
     """
     weights = np.zeros_like(fine_weights)
     unit = fine_weights[1:] / np.linalg.norm(fine_weights[1:])
@@ -89,14 +91,14 @@ def coarse_error_weights(
         total = combine(others, multiple * coarse, slopes)
         return np.max((total / size)[size < _least_error], initial=0)
 
-    # Of equally good ones that closest to `direction`.
+    # Among equally good estimates, take the one closest to `direction`.
     b = min(np.linspace(-2, 2, 81), key=lambda b: (round(cost(b), 2), abs(b)))
     weights[1:] = _multiple(dense, *parts(dense, b)) * (direction + b * unit)
     return weights
 
 
 def _closest(response: LinearResponse, basis: np.ndarray) -> np.ndarray:
-    """Coordinates of what is closest to the error on `y' = λ y`, relative to its size."""
+    """Coordinates of the estimate closest to the error on `y' = λ y`, in relative terms."""
     if basis.shape[1] == 1:
         return np.ones(1)
     size = np.abs(response.error)
@@ -111,13 +113,13 @@ def _closest(response: LinearResponse, basis: np.ndarray) -> np.ndarray:
 def _multiple(
     response: LinearResponse, others: np.ndarray, coarse: np.ndarray, slopes: np.ndarray
 ) -> float:
-    """The smallest multiple of the coarse estimate that makes up for the others."""
+    """The smallest multiple of the coarse estimate that suffices where others do not."""
     error = np.abs(response.error)
     needed = (error > _least_error) & (others < _fraction * error)
     if not np.any(needed):
         return 0.0
     target, limit = _fraction * error[needed], threshold * slopes[needed]
-    # The `x` with `x min(x / limit, 1)^power = target`.
+    # Solve `x min(x / limit, 1)^power = target`.
     x = np.where(target < limit, (target * limit**power) ** (1 / (power + 1)), target)
     return float(np.max(x / np.abs(coarse[needed])))
 
@@ -125,8 +127,8 @@ def _multiple(
 def growth_of_deviation(
     response_of: Callable[[np.ndarray], LinearResponse], deviation_weights: np.ndarray
 ) -> float:
-    """By how much a deviation seems to grow in a step of `y' = λ y`, three quarters as long
-    as is stable."""
+    """The largest apparent growth of a deviation in one step of `y' = λ y`, up to three
+    quarters of the longest stable step."""
     response = _stable(response_of)
     growth = np.abs(deviation_weights @ response.parasitic)
     return float(np.max(growth[: round(0.75 * len(growth))]))
@@ -138,11 +140,11 @@ def effect_of_deviation(
     step_weights: np.ndarray,
     error_weights: np.ndarray,
 ) -> float:
-    """The smallest `q` for which a deviation of `v` of size one, that seems to grow by a
-    factor of `g` in a step, adds at most `(g - 1)^2 q h` to the solution, for all stable
-    steps of `y' = λ y`.
+    """A bound on the effect of a deviation: the smallest `q` such that, in all stable steps
+    of `y' = λ y`, a deviation of `v` of size one that apparently grows by a factor of `g`
+    per step adds at most `(g - 1)^2 q h` to the solution.
 
-    In units of the error of a step over its fine estimate, both with `λ h = -1`.
+    The unit of `q` is the error of a step over its fine estimate, both at `λ h = -1`.
     """
     response = _stable(response_of)
     growth = np.maximum.accumulate(np.abs(deviation_weights @ response.parasitic))
@@ -155,7 +157,7 @@ def effect_of_deviation(
 
 
 def _stable(response_of: Callable[[np.ndarray], LinearResponse]) -> LinearResponse:
-    """Of steps of `y' = λ y`, by their length, up to what is stable."""
+    """The response of all stable steps of `y' = λ y` with `λ < 0`, by increasing length."""
     response = response_of(-np.linspace(0, _radius, 1501)[1:])
     limit = np.argmax(np.append(np.abs(response.solution) > 1, True))
     return response.at(np.arange(limit))

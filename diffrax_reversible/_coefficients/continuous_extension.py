@@ -1,4 +1,4 @@
-"""The solution within a step, from the stages of the step."""
+"""The solution within a step, from the stages of that step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from .rooted_trees import (
 )
 
 
-# Where conditions leave freedom, residuals of the next order of this size count as much as
-# errors on `y' = λ y` that are as large as that of the step, and as what the deviation of
-# `v` adds, if it is so many times what it adds to the end of the step. Residuals count more
-# the further their order is below that of the step.
+# Where the conditions leave freedom, a residual of the next order of size `_residual`
+# counts as much as an error on `y' = λ y` as large as that of the step, and as an effect of
+# the deviation of `v` that is `_parasitic` times its effect on the end of the step.
+# Residuals count more the further their order is below that of the step.
 _residual = 1e-2
 _per_order = 1e-3
 _parasitic = 3.0
@@ -31,14 +31,14 @@ _parasitic = 3.0
 class ContinuousExtension:
     """Weights of the stage derivatives in the solution at given `fractions` of a step.
 
-    With the ends of the step and the derivatives there they determine a polynomial, see
-    `HermiteInterpolation`. The derivatives have to be evaluated, as `v` deviates from them,
-    and these values hardly see its deviation.
+    Together with the solution and its derivatives at both ends of the step, these values
+    determine a polynomial, see `HermiteInterpolation`. The derivatives have to be
+    evaluated, as `v` deviates from them. The values hardly depend on that deviation.
 
-    - `weights`: of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
-    - `slope_weights`: of the derivatives at both ends, and if `evaluates_midpoint` of that
-        at the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
-    - `order`: of the solution between the ends of steps.
+    - `weights`: the weights of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
+    - `slope_weights`: the weights of the derivatives at both ends and, if
+        `evaluates_midpoint`, at the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
+    - `order`: the order of the solution between the ends of steps.
     """
 
     fractions: tuple[float, ...]
@@ -54,20 +54,20 @@ class ContinuousExtension:
     def of(
         matrix: np.ndarray, step_weights: np.ndarray, order: int
     ) -> "ContinuousExtension":
-        """That of the largest order, and of several the one that evaluates least and that
-        is exact to one more order on `y' = λ y`.
+        """The extension of the largest order. Among several, the first choice is the one
+        with the fewest evaluations, and then one exact to one more order on `y' = λ y`.
 
         **Arguments:**
 
         - `matrix`: weights of `u_0 = v_0, ..., u_s` in the argument of each stage.
-        - `step_weights`: those in the solution at the end.
+        - `step_weights`: their weights in the solution at the end of the step.
         """
         count = len(matrix)
         fractions = {2: (), 4: (0.5,)}.get(order, (0.25, 0.5, 0.75))
         stages = _Stages(matrix, step_weights, order)
         stages = stages.with_stage(np.zeros(count))
         stages = stages.with_stage(np.append(step_weights, 0.0))
-        # More than a polynomial of that degree can be is of no use.
+        # A higher order than a polynomial of that degree allows is of no use.
         for exact in range(min(order - 1, len(fractions) + 3), 1, -1):
             for evaluates in (False, True):
                 for exact_on_linear in (exact + 1, exact):
@@ -81,15 +81,15 @@ class ContinuousExtension:
 
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """`u_0 = v_0, ..., u_s` of a method of some order, and others that are evaluated after
-    the step."""
+    """The stages `u_0 = v_0, ..., u_s` of a method, and stages that are evaluated after the
+    step."""
 
     matrix: np.ndarray
     step_weights: np.ndarray
     order: int
 
     def with_stage(self, weights: np.ndarray) -> "_Stages":
-        """With one more, of which the argument is made with these weights."""
+        """With one more stage, whose argument has these weights."""
         count = len(self.matrix)
         matrix = np.zeros((count + 1, count + 1))
         matrix[:count, :count] = self.matrix
@@ -103,8 +103,9 @@ class _Stages:
         exact_on_linear: int,
         evaluates: bool,
     ) -> np.ndarray | None:
-        """Weights for all fractions, with one more stage at the mid-point if it
-        `evaluates`. `None` if there are none."""
+        """Weights for all fractions, with one more stage at the mid-point if `evaluates`.
+
+        `None` if the conditions have no solution."""
         stages, rows = self, {}
         if evaluates:
             midpoint = self.fit(0.5, exact, exact_on_linear)
@@ -120,12 +121,12 @@ class _Stages:
         return np.array([rows[theta] for theta in fractions]) if rows else None
 
     def fit(self, theta: float, exact: int, exact_on_linear: int) -> np.ndarray | None:
-        """Weights of the solution at a fraction of the step.
+        """Weights of the solution at a fraction `theta` of the step.
 
-        They satisfy the conditions up to the order `exact`, on `y' = λ y` up to
-        `exact_on_linear`. What they see of the deviation of `v` is of order `h^p` for a
-        method of order `2p`. What freedom is left makes the residuals of the next order,
-        and errors on `y' = λ y`, small.
+        They satisfy the order conditions up to `exact`, and on `y' = λ y` up to
+        `exact_on_linear`. The effect of the deviation of `v` on them is of order `h^p` for
+        a method of order `2p`. The remaining freedom minimises the residuals of the next
+        order and the errors on `y' = λ y`.
         """
 
         def target(tree: RootedTree) -> float:
@@ -160,10 +161,12 @@ class _Stages:
         return np.append(0.0, weights)
 
     def _on_linear(self, target: Callable) -> tuple[np.ndarray, np.ndarray]:
-        """A linear system for the weights, of the root mean square of what they miss
-        `target(z)` by on `y' = λ y`, relative to the error of the step, where that is small
-        and above rounding; and of what they see of a deviation of `v`, relative to what it
-        adds to the end of the step."""
+        """A linear system for the weights. Its least-squares solution minimises two errors.
+
+        - The error on `y' = λ y` against `target(z)`, relative to the error of the step, in
+            the root mean square over `z` where that is small and above rounding.
+        - The effect of a deviation of `v`, relative to its effect on the end of the step.
+        """
         response = LinearResponse.of(
             self.matrix, self.step_weights, left_half_plane(15.0, 5, 10)
         )

@@ -9,17 +9,19 @@ class GaussTableau(NamedTuple):
     """The Runge–Kutta method of collocation at the `s` Gauss nodes, of order `2s`.
 
     - `nodes`: the zeros of the shifted Legendre polynomial of degree `s`.
-    - `matrix`, `weights`: as in a Butcher tableau, `a_ij` and `b_i`.
-    - `basis`: the coefficients of the Lagrange polynomials at the nodes, a row each, from
-        the constant one on.
+    - `matrix`, `weights`: `a_ij` and `b_i` of the Butcher tableau.
+    - `basis`: the coefficients of the Lagrange polynomials at the nodes, one row for each
+        polynomial, from the constant coefficient on.
 
-    With `c` the nodes these are defined by the simplifying assumptions `B(s)` and `C(s)`,
+    With the nodes `c`, matrix and weights are defined by the simplifying assumptions `B(s)`
+    and `C(s)`,
 
         sum_i b_i c_i^(q-1) = 1 / q,    sum_j a_ij c_j^(q-1) = c_i^q / q,    q = 1, ..., s
 
-    of which follow `B(2s)`, as the nodes are those of Gauss' quadrature, and `D(s)`:
-    Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section IV.5,
-    doi:10.1007/978-3-642-05221-7.
+    They imply `B(2s)`, as the nodes are those of Gauss quadrature, and `D(s)`.
+
+    Reference: Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section
+    IV.5, doi:10.1007/978-3-642-05221-7.
     """
 
     nodes: np.ndarray
@@ -37,23 +39,23 @@ class GaussTableau(NamedTuple):
 
     @property
     def backward_matrix(self) -> np.ndarray:
-        """From the end of a step: `a_ij - b_j`."""
+        """The matrix seen from the end of a step: `a_ij - b_j`."""
         return self.matrix - self.weights
 
     @property
     def integrals(self) -> np.ndarray:
-        """The coefficients of the integrals from zero of the Lagrange polynomials, from the
-        linear one on."""
+        """The coefficients of the integrals of the Lagrange polynomials from zero, from the
+        linear coefficient on."""
         return self.basis / np.arange(1, self.stages + 1)
 
     @property
     def defect_weights(self) -> np.ndarray:
-        """The values at both ends of the Lagrange polynomials, `l_j(0)` and `l_j(1)`."""
+        """The values of the Lagrange polynomials at both ends, `l_j(0)` and `l_j(1)`."""
         return np.stack([self.basis[:, 0], np.sum(self.basis, axis=1)])
 
 
 def gauss(stages: int) -> GaussTableau:
-    """With one, two or three stages, of which the coefficients are in closed form."""
+    """The tableau with one, two or three stages, whose coefficients have closed forms."""
     w3, w15 = 3**0.5, 15**0.5
     nodes, weights, matrix = {
         1: ([1 / 2], [1.0], [[1 / 2]]),
@@ -74,12 +76,12 @@ def gauss(stages: int) -> GaussTableau:
         ),
     }[stages]
     nodes, weights, matrix = map(np.array, (nodes, weights, matrix))
-    # Quadratic invariants are kept as `b_i a_ij + b_j a_ji = b_i b_j`. What rounding leaves
-    # of that would add up over millions of steps.
+    # `b_i a_ij + b_j a_ji = b_i b_j` preserves quadratic invariants. Its rounding error
+    # would add up over millions of steps.
     for i in range(stages):
         matrix[i, i] = weights[i] / 2
         for j in range(i):
             matrix[j, i] = weights[i] - weights[i] * matrix[i, j] / weights[j]
-    # `sum_q basis[j, q] c_i^q` is one if `i = j`, and zero else.
+    # `sum_q basis[j, q] c_i^q` is one if `i = j`, and zero otherwise.
     basis = np.linalg.inv(np.vander(nodes, increasing=True)).T
     return GaussTableau(nodes, matrix, weights, basis)

@@ -1,4 +1,4 @@
-"""What a step makes of `y' = λ y`, as a function of `z = h λ`."""
+"""The response of a step to `y' = λ y`, as a function of `z = h λ`."""
 
 import dataclasses
 
@@ -7,11 +7,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LinearResponse:
-    """A step at many `z = h λ` at once.
+    """A step of `y' = λ y` at many `z = h λ` at once.
 
     - `z`: shape `(n,)`.
     - `stages`: the `h u_i` of a step from `y = 1` and `v = λ`, shape `(stages + 1, n)`.
-    - `parasitic`: those of a step from `y = 0` and `h v = 1`, a deviation of `v` alone.
+    - `parasitic`: the `h u_i` of a step from `y = 0` and `h v = 1`: a deviation of `v`
+        alone.
     - `solution`: `y` at the end of the step from `y = 1`, shape `(n,)`.
     """
 
@@ -25,8 +26,8 @@ class LinearResponse:
         """**Arguments:**
 
         - `matrix`: weights of the stage derivatives in the argument of each stage, shape
-            `(stages + 1, stages + 1)`. Those of stage 0, which is `v`, are zero.
-        - `step_weights`: those in the solution at the end, of some or all of the stages.
+            `(stages + 1, stages + 1)`. The row of stage 0, which is `v`, is zero.
+        - `step_weights`: the weights of some or all stages in the solution at the end.
         """
         stages, parasitic = np.zeros((2, len(matrix), len(z)), complex)
         parasitic[0] = 1
@@ -39,7 +40,7 @@ class LinearResponse:
 
     @property
     def error(self) -> np.ndarray:
-        """Of the solution at the end."""
+        """The error of the solution at the end of the step."""
         return self.solution - np.exp(self.z)
 
     def at(self, where: np.ndarray) -> "LinearResponse":

@@ -1,4 +1,4 @@
-"""What follows from order conditions, whatever the kind of method."""
+"""Order conditions, independent of the kind of method."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -8,7 +8,7 @@ import numpy as np
 from .rooted_trees import density, order_of, rooted_trees, RootedTree, trees_up_to
 
 
-# Published coefficients carry 15 or more digits; a wrong digit shows far above this.
+# Published coefficients have 15 or more digits; a wrong digit shows far above this.
 tolerance = 1e-11
 
 Target: TypeAlias = Callable[[RootedTree], float]
@@ -30,12 +30,12 @@ def largest_residual(
     target: Target,
     trees: Iterable[RootedTree],
 ) -> float:
-    """By how much `h Σ weights[i] u_i` violates a condition of order."""
+    """The largest residual of the order conditions for `h Σ weights[i] u_i`."""
     return max(abs(float(weights @ phi[tree]) - target(tree)) for tree in trees)
 
 
 def null_space_of(matrix: np.ndarray) -> np.ndarray:
-    """An orthonormal basis, one vector a column."""
+    """An orthonormal basis of the null space, one vector per column."""
     scaled = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
     _, singular_values, vt = np.linalg.svd(scaled)
     return vt[np.sum(singular_values > 1e-9) :].T
@@ -49,14 +49,14 @@ def error_functional(
 ) -> np.ndarray:
     """Weights of an error estimate, zero if there is none.
 
-    They annihilate every tree of order up to `embedded_order`, and `extra`. Of the
-    solutions, the one is taken that is the most nearly parallel to the Taylor term
-    `h^(q+1) y^(q+1) / (q+1)!` for its size, with `q = embedded_order`, and scaled to
-    `error_scale` of it.
+    They annihilate every tree of order up to `embedded_order`, and `extra`. Among all
+    solutions this is the one that is most nearly parallel, for its size, to the Taylor term
+    `h^(q+1) y^(q+1) / (q+1)!` with `q = embedded_order`. It is scaled to `error_scale` of
+    that term.
 
     **Arguments:**
 
-    - `phi`: the elementary weights of the stages, of the trees that count.
+    - `phi`: the elementary weights of the stages, for the trees that count.
     """
     conditions = [phi[tree] for tree in trees_up_to(embedded_order) if tree in phi]
     null_space = null_space_of(np.stack([*conditions, *extra]))

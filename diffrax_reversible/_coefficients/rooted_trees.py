@@ -1,8 +1,10 @@
-"""Rooted trees and the quantities on them that order conditions are made of.
+"""Rooted trees, and the functions of them that occur in order conditions.
 
-A tree is written as the sorted tuple of its sub-trees, so `()` is the single vertex and
-`((),)` the tree with two. See Hairer, Lubich & Wanner, *Geometric Numerical
-Integration* (2006), section III.1, doi:10.1007/3-540-30666-8.
+A tree is the sorted tuple of its sub-trees: `()` is the single vertex and `((),)` the tree
+with two vertices.
+
+Reference: Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, section III.1,
+doi:10.1007/3-540-30666-8.
 """
 
 import functools as ft
@@ -27,7 +29,7 @@ def _partitions(total: int, largest: int):
 
 @ft.cache
 def rooted_trees(order: int) -> tuple[RootedTree, ...]:
-    """All rooted trees with `order` vertices (1, 1, 2, 4, 9, 20, 48, 115, ... many)."""
+    """All rooted trees with `order` vertices; their number is 1, 1, 2, 4, 9, 20, 48, ..."""
     out = set()
     for orders in _partitions(order - 1, order - 1):
         forests = [
@@ -72,8 +74,8 @@ def elementary_weights(stages: np.ndarray, order: int) -> dict[RootedTree, np.nd
 
     **Returns:**
 
-    A dictionary from tree to an array of shape `(s,)`. A quantity `h Σ b_i u_i` then has
-    the elementary weight `b @ weights[tree]`.
+    A dictionary from tree to an array of shape `(s,)`. The elementary weight of
+    `h Σ b_i u_i` is then `b @ weights[tree]`.
     """
     weights: dict[RootedTree, np.ndarray] = {}
     for tree in trees_up_to(order):

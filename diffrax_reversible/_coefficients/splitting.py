@@ -17,8 +17,9 @@ from .rooted_trees import rooted_trees, RootedTree, trees_up_to
 
 
 def _affine(tree: RootedTree, is_drift: bool) -> bool:
-    """Whether its differential is not zero if drifts are affine in the momentum: no
-    vertex of the drift, those at an even height or at an odd, has more than one branch."""
+    """Whether the elementary differential of a tree can be non-zero if drifts are affine in
+    the momentum: every vertex that stands for the drift has at most one branch. Vertices
+    stand for drift and kick alternately, from `is_drift` at the root on."""
     if is_drift and len(tree) > 1:
         return False
     return all(_affine(branch, not is_drift) for branch in tree)
@@ -26,40 +27,40 @@ def _affine(tree: RootedTree, is_drift: bool) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SplittingTableau:
-    """The lengths of kicks and drifts, and what follows from them.
+    """The lengths of kicks and drifts, and the weights that follow from them.
 
     A step of `q' = f(t, p)`, `p' = g(t, q)` is the chain
 
         p += h b_0 g(q),    q += h a_1 f(p),    p += h b_1 g(q),    ...,    p += h b_m g(q)
 
-    in which the time goes along with `q` for `g`, and with `p` for `f`. With the stage
-    derivatives `g_0, ..., g_m` and `f_1, ..., f_m` it is a partitioned Runge–Kutta method,
-    and its order is decided by rooted trees of which the vertices are by turns of `f` and
-    of `g`. The error estimate is made of these, and of `f_0 = f(t_0, p_0)`, by the same
-    conditions. Those leave it some freedom, which `error_weights` can use up: the estimate
-    of least norm may be blind to errors of steps that are about as long as is stable.
+    The time of `g` advances with `q`, and that of `f` with `p`. With the stage derivatives
+    `g_0, ..., g_m` and `f_1, ..., f_m` the chain is a partitioned Runge–Kutta method. Its
+    order conditions belong to rooted trees whose vertices stand for `f` and `g`
+    alternately. The error estimate is a combination of these stage derivatives and
+    `f_0 = f(t_0, p_0)`, by the same conditions. They leave some freedom, which
+    `error_weights` can fix: the estimate of least norm may miss errors of steps close to
+    the limit of stability.
 
     **Arguments:**
 
     - `kicks`: the `b_i`, `m + 1` of them; a palindrome that sums to one.
     - `drifts`: the `a_i`, `m` of them; a palindrome that sums to one.
     - `order`: the order of convergence claimed, an even number.
-    - `embedded_order`: the order `q` of the method that the error estimate belongs to.
+    - `embedded_order`: the order `q` of the embedded method behind the error estimate.
     - `error_scale`: the size of the error estimate: its leading term is about
         `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
-    - `error_weights`: the weights of `f_0, ..., f_m` in the error estimate of `q`, and
-        those of `g_0, ..., g_m` in that of `p`. By default the least that have the order.
-    - `nystrom`: whether the order is only claimed for drifts that are affine in time and
+    - `error_weights`: the weights of `f_0, ..., f_m` in the error estimate of `q`, and the
+        weights of `g_0, ..., g_m` in the error estimate of `p`. By default the smallest
+        that satisfy the conditions.
+    - `nystrom`: whether the order is claimed only for drifts that are affine in time and
         momentum, as `q' = p / m` is.
 
     **Raises:**
 
-    `ValueError` if this is not satisfied.
+    `ValueError` if the coefficients do not satisfy these conditions.
 
-    ??? cite "Reference"
-
-        Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, sections II.5 and
-        III.2, doi:10.1007/3-540-30666-8.
+    Reference: Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, sections
+    II.5 and III.2, doi:10.1007/3-540-30666-8.
     """
 
     kicks: tuple[float, ...]
@@ -84,7 +85,7 @@ class SplittingTableau:
         if len(self.kicks) != len(self.drifts) + 1:
             raise ValueError(
                 "`SplittingTableau(kicks=..., drifts=...)` must have one kick more than "
-                f"there are drifts, got {len(self.kicks)} and {len(self.drifts)}."
+                f"drifts, got {len(self.kicks)} kicks and {len(self.drifts)} drifts."
             )
         for order in range(1, self.order + 1):
             residual = self.residual(order)
@@ -109,17 +110,17 @@ class SplittingTableau:
 
     @property
     def stages(self) -> int:
-        """The number of drifts, and of new evaluations of the force, a step."""
+        """The number of drifts, and of new evaluations of the force, per step."""
         return len(self.drifts)
 
     @property
     def kick_times(self) -> np.ndarray:
-        """Where in the step the force is evaluated, shape `(m + 1,)`."""
+        """The fractions of the step at which the force is evaluated, shape `(m + 1,)`."""
         return np.concatenate([[0.0], np.cumsum(self.drifts)[:-1], [1.0]])
 
     @property
     def drift_times(self) -> np.ndarray:
-        """Where in the step the drifts are, shape `(m,)`."""
+        """The fractions of the step at which drifts are evaluated, shape `(m,)`."""
         return np.cumsum(self.kicks)[:-1]
 
     @ft.cached_property
@@ -129,12 +130,12 @@ class SplittingTableau:
     def elementary_weights(
         self, order: int
     ) -> tuple[dict[RootedTree, np.ndarray], dict[RootedTree, np.ndarray]]:
-        """Those of the stages of `g` and of `f`, of the trees up to that `order` with a
-        root there."""
+        """The elementary weights of the stages of `g` and of `f`, for the trees up to that
+        `order` whose root stands for `g` or `f`."""
         m = self.stages
         drifts, kicks = np.zeros((m + 1, m + 1)), np.zeros((m + 1, m + 1))
         for i in range(m + 1):
-            # The argument of `g_i` is made of `f_1, ..., f_i`, and that of `f_i` of
+            # The argument of `g_i` contains `f_1, ..., f_i`, that of `f_i` contains
             # `g_0, ..., g_(i-1)`.
             drifts[i, 1 : i + 1] = self.drifts[:i]
             kicks[i, :i] = self.kicks[:i]
@@ -152,12 +153,12 @@ class SplittingTableau:
         return {tree: phi[tree] for tree in phi if _affine(tree, is_drift)}
 
     def residual(self, order: int) -> float:
-        """By how much conditions of that order are violated."""
+        """The largest residual of the conditions of that order."""
         weights = (np.array(self.kicks), np.array([0.0, *self.drifts]))
         return self._residual(weights, exact_value, order)
 
     def error_residual(self, order: int) -> float:
-        """By how much the error estimate does not vanish there."""
+        """The largest elementary weight of that order in the error estimate."""
         weights = (self.kick_error_weights, self.drift_error_weights)
         return self._residual(weights, lambda tree: 0.0, order)
 
@@ -187,16 +188,15 @@ stormer_verlet = SplittingTableau((0.5, 0.5), (1.0,), order=2, embedded_order=1)
 
 
 def _symmetric(half: list[float], count: int) -> tuple[float, ...]:
-    """All `count` lengths from those given, of which one or two in the middle lack."""
+    """All `count` lengths from the first half without the middle one or two."""
     if count % 2 == 1:
         return mirror(half, 1 - 2 * sum(half))
     return mirror([*half, 1 / 2 - sum(half)])
 
 
-# Error weights are those that `examples/benchmarks/error_weights.py` finds.
-#
 # Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7: tables 2 and 3, methods S6 and
 # S10 for two parts of any kind, and SRKN6b and SRKN11b for affine drifts.
+# `examples/benchmarks/error_weights.py` computes the error weights here and below.
 blanes_moan4 = SplittingTableau(
     _symmetric([0.0792036964311957, 0.353172906049774, -0.0420650803577195], 7),
     _symmetric([0.209515106613362, -0.143851773179818], 6),

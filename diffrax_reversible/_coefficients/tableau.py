@@ -34,17 +34,17 @@ from .rooted_trees import (
 
 @dataclasses.dataclass(frozen=True)
 class ALFTableau:
-    """The sub-step lengths of an ALF composition, and what follows from them.
+    """Checked coefficients of a composition of asynchronous leapfrog (ALF), for `ALF`.
 
     One sub-step of length `h` takes `(z, v)` to `(z', v')` by
 
         k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
 
-    and a step of the solver is the chain of sub-steps of lengths `sub_steps[i] * h`. With
+    A step of the solver is the chain of sub-steps of lengths `sub_steps[i] * h`. With
     `u_0 = v_0` the chain is an explicit Runge–Kutta method in the stage derivatives
-    `u_0, ..., u_s`, so its order is decided exactly by the rooted-tree conditions for both
-    halves of the state. The weights of the error estimate and of the dense output are the
-    solutions of the same conditions, and are derived here rather than tabulated.
+    `u_0, ..., u_s`. So the rooted-tree conditions for both halves of the state decide its
+    order exactly. The weights of the error estimate and of dense output solve the same
+    conditions: they are derived from `sub_steps`, not tabulated.
 
     **Arguments:**
 
@@ -52,7 +52,7 @@ class ALFTableau:
         to one and to be a palindrome: the composition is then symmetric, and its inverse
         is the same method with the sign of `h` reversed.
     - `order`: the order of convergence claimed, an even number.
-    - `embedded_order`: the order `q` of the method that the error estimate belongs to.
+    - `embedded_order`: the order `q` of the embedded method behind the error estimate.
         Defaults to `order - 1`.
     - `error_scale`: the size of the error estimate: its leading term is about
         `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
@@ -60,14 +60,21 @@ class ALFTableau:
     **Raises:**
 
     `ValueError` if the sub-steps do not sum to one, are not a palindrome, do not satisfy
-    the order conditions, or leave no room for an error estimate.
+    the order conditions, or leave no freedom for an error estimate.
 
-    ??? cite "References"
+    Example:
 
-        Sub-step: Mutze (2013), arXiv:1311.6602; Zhuang et al. (2021), arXiv:2102.04668.
-        Order conditions of compositions of a method with its adjoint method, and of
-        Runge–Kutta methods: Hairer, Lubich & Wanner, *Geometric Numerical Integration*
-        (2006), chapters II and III, doi:10.1007/3-540-30666-8.
+    >>> from diffrax_reversible import ALFTableau
+    >>> gamma = 1 / (2 - 2 ** (1 / 3))  # Yoshida's composition, on pairs of half steps
+    >>> halves = [g / 2 for g in (gamma, 1 - 2 * gamma, gamma) for _ in range(2)]
+    >>> tableau = ALFTableau(halves, order=4)
+    >>> print(tableau.stages, tableau.embedded_order)
+    6 3
+
+    References: Sub-step: Mutze (2013), arXiv:1311.6602; Zhuang et al. (2021),
+    arXiv:2102.04668. Order conditions of Runge–Kutta methods, and of compositions of a
+    method with its adjoint method: Hairer, Lubich & Wanner (2006), *Geometric Numerical
+    Integration*, chapters II and III, doi:10.1007/3-540-30666-8.
     """
 
     sub_steps: tuple[float, ...]
@@ -129,25 +136,26 @@ class ALFTableau:
                     f"condition of order {order}, by {residual:.1e}. Pass `order="
                     f"{(order - 1) // 2 * 2}`, or check for a mistyped coefficient. "
                     "(Coefficients for symmetric methods lose their order on single ALF "
-                    "steps, of which the map at `h = 0` is not the identity. Use them on "
-                    "pairs of half steps, or use those of a splitting method.)"
+                    "steps, whose map at `h = 0` is not the identity. Use them on pairs of "
+                    "half steps, or use the coefficients of a splitting method.)"
                 )
 
     @property
     def stages(self) -> int:
-        """The number of sub-steps, and of vector-field evaluations, a step."""
+        """The number of sub-steps, and of vector-field evaluations, per step."""
         return len(self.sub_steps)
 
     @ft.cached_property
     def midpoints(self) -> np.ndarray:
-        """Where in the step each sub-step evaluates the vector field, shape `(s,)`."""
+        """The fractions of the step at which sub-steps evaluate the vector field, shape
+        `(s,)`."""
         c = np.asarray(self.sub_steps)
         return np.cumsum(c) - c / 2
 
     @ft.cached_property
     def drifts(self) -> np.ndarray:
-        """What leads from the start of the step to its end by way of its mid-points, each
-        with the `v` between the evaluations there, shape `(s+1,)`."""
+        """The lengths of the drifts from the start of the step by way of the mid-points to
+        its end, each by the `v` between two evaluations; shape `(s+1,)`."""
         c = np.asarray(self.sub_steps)
         return np.convolve(c, [0.5, 0.5])
 
@@ -165,7 +173,8 @@ class ALFTableau:
 
     @property
     def runge_kutta_matrix(self) -> np.ndarray:
-        """Weights of `u_0 = v_0, u_1, ..., u_s` in each stage, shape `(s+1, s+1)`."""
+        """Weights of `u_0 = v_0, u_1, ..., u_s` in the argument of each stage, shape
+        `(s+1, s+1)`."""
         return self._runge_kutta[0]
 
     @property
@@ -199,16 +208,16 @@ class ALFTableau:
     def error_weights(self) -> np.ndarray:
         """Weights `e_0, ..., e_s` of the error estimate `h Σ e_i u_i`.
 
-        They annihilate every tree of order up to `q = embedded_order` and, where there is
-        more than one sub-step, do not see the parasitic deviation `v - f(t, z)`, which
+        They annihilate every tree of order up to `q = embedded_order`. With more than one
+        sub-step they are also independent of the parasitic deviation `v - f(t, z)`, which
         does not decay: `e_0 = 0` and `Σ e_i a_i0 = 0`, with `a_i0` the weight of `v_0` in
-        stage `i`. Of the solutions, the one is taken that is the most nearly parallel to
-        the Taylor term `h^(q+1) y^(q+1) / (q+1)!` for its size.
+        stage `i`. Among all solutions this is the one that is most nearly parallel, for its
+        size, to the Taylor term `h^(q+1) y^(q+1) / (q+1)!`.
         """
         weights = np.zeros(self.stages + 1)
         if self.stages == 1:
-            # One sub-step leaves no freedom: the estimate is `h (u_1 - v_0)`, of which
-            # the leading term is half of `h^2 y''`, the Taylor term itself.
+            # One sub-step leaves no freedom: the estimate is `h (u_1 - v_0)`, whose leading
+            # term is half of `h^2 y''`, the Taylor term itself.
             return self.error_scale * np.array([-1.0, 1.0])
         embedded_order = self._embedded_order
         phi = {tree: weights[1:] for tree, weights in self._phi.items()}
@@ -220,11 +229,11 @@ class ALFTableau:
 
     @ft.cached_property
     def coarse_error_weights(self) -> np.ndarray:
-        """Weights of `u_0, ..., u_s` in a second error estimate, for steps next to the
-        limit of stability, zero if there is none.
+        """Weights of `u_0, ..., u_s` in a second error estimate, for steps close to the
+        limit of stability. Zero if there is none.
 
-        Its order is one less than that of the first, and it does not see the parasitic
-        deviation either.
+        Its order is one less than that of the first. It is independent of the parasitic
+        deviation too.
         """
         order = self._embedded_order - 1
         if self.stages == 1 or order < 1:
@@ -241,12 +250,13 @@ class ALFTableau:
 
     @ft.cached_property
     def deviation_error_scale(self) -> float:
-        """What the deviation that `v` takes on in a step, times the length of the step, is
-        multiplied by for a third error estimate: so that on `y' = λ y` with small steps it
-        equals the first. Zero if there is none, as the deviation is of another order.
+        """The factor of a third error estimate: it multiplies the deviation that `v` gains
+        in a step, times the length of the step.
 
-        Only methods of order 4 need it: those of higher order have the freedom for a first
-        and a second estimate that leave nothing to be seen.
+        With this factor the third estimate equals the first on `y' = λ y` with small steps.
+        Zero if there is no third estimate, because the deviation is of another order. Only
+        methods of order 4 need one: those of higher order have enough freedom for a first
+        and a second estimate that miss nothing.
         """
         if self.order != 4 or self.deviation_weights is None:
             return 0.0
@@ -257,15 +267,15 @@ class ALFTableau:
 
     @ft.cached_property
     def deviation_growth(self) -> float:
-        """By how much a deviation that is there before a step grows in it, if the step is
-        not close to unstable."""
+        """The factor by which a deviation grows in one step, if the step is not close to
+        the limit of stability."""
         assert self.deviation_weights is not None
         return growth_of_deviation(self.linear_response, self.deviation_weights)
 
     @ft.cached_property
     def deviation_effect(self) -> float:
-        """What a deviation of size one adds to the solution in a step, in units of the
-        error of the step over its first estimate, where it grows by a factor of two."""
+        """The effect on the solution of a deviation of size one that grows by a factor of
+        two in a step, in units of the error of the step over its first estimate."""
         assert self.deviation_weights is not None
         return effect_of_deviation(
             self.linear_response,
@@ -275,7 +285,7 @@ class ALFTableau:
         )
 
     def linear_response(self, z: np.ndarray) -> LinearResponse:
-        """What a step makes of `y' = λ y`, as a function of `z = h λ`."""
+        """The response of a step to `y' = λ y`, as a function of `z = h λ`."""
         return LinearResponse.of(self.runge_kutta_matrix, self._step_weights, z)
 
     @property
@@ -298,12 +308,12 @@ class ALFTableau:
 
     @ft.cached_property
     def deviation_weights(self) -> np.ndarray | None:
-        """Weights of `u_0 = v_0, ..., u_s` in the deviation `v - f(t, z)` of a step's end.
+        """Weights of `u_0 = v_0, ..., u_s` in the deviation `v - f(t, z)` at the end of a
+        step.
 
-        What is subtracted from `v` is the derivative of the solution there, extrapolated
-        from the stages, exact to order `order - 1` and as good as can be to `order`. Such
-        an estimate costs no evaluation. `None` where the conditions have no solution, or
-        where there is a single sub-step, of which the deviation cannot be told from the
+        The vector field is not evaluated but extrapolated from the stages, exactly to order
+        `order - 1` and as well as possible to `order`. `None` if the conditions have no
+        solution, or for a single sub-step, whose deviation cannot be distinguished from the
         local error.
         """
         if self.stages == 1:
@@ -317,7 +327,7 @@ class ALFTableau:
     def _fit(
         self, target: Target, exact_order: int, fitted_order: int
     ) -> np.ndarray | None:
-        """Weights exact to `exact_order` and as good as can be to `fitted_order`."""
+        """Weights exact to `exact_order` and as accurate as possible to `fitted_order`."""
 
         def system(trees):
             matrix = np.stack([self._phi[tree][1:] for tree in trees])

@@ -1,4 +1,4 @@
-"""The contract of a step-size controller of which the steps can be recomputed."""
+"""The contract of a step-size controller whose steps can be recomputed."""
 
 import abc
 from typing import Generic, TypeVar
@@ -15,15 +15,15 @@ _Dt0 = TypeVar("_Dt0", bound=RealScalarLike | None)
 class AbstractReversibleStepSizeController(
     AbstractStepSizeController[_ControllerState, _Dt0], Generic[_ControllerState, _Dt0]
 ):
-    """A step-size controller that can tell from the end of a step where it began.
+    """A step-size controller that can compute the start of a step from its end.
 
-    Of the steps of others [`diffrax_reversible.ReversibleAdjoint`][] keeps a record. Of
-    these it keeps none: gradients take memory that does not depend on the number of steps,
-    and work with `diffeqsolve(..., max_steps=None)`.
+    `ReversibleAdjoint` records the steps of other controllers, but not those of this kind:
+    the memory of a gradient does not depend on the number of steps, and gradients work with
+    `diffeqsolve(..., max_steps=None)`.
 
-    Steps have to begin where the last one ended, that is jumps are not supported. The
-    controller state must not depend on steps that were rejected, and no gradient may pass
-    through it, nor through the times that are returned, other than from the ends of the
+    Every step has to begin where the last one ended, so jumps are not supported. The
+    controller state must not depend on rejected steps. Gradients must not pass through the
+    controller state, and must pass through the returned times only from the ends of the
     last step.
     """
 
@@ -40,9 +40,9 @@ class AbstractReversibleStepSizeController(
         **Arguments:**
 
         - `t1`: the end of a step.
-        - `y1`: the state there.
-        - `args`: as [`diffrax.diffeqsolve`][].
-        - `controller_state`: at `t1`, that is what `adapt_step_size` returned after the
+        - `y1`: the state at `t1`.
+        - `args`: as in `diffrax.diffeqsolve`.
+        - `controller_state`: the one at `t1`, which `adapt_step_size` returned after the
             step.
 
         **Returns:**

@@ -1,4 +1,4 @@
-"""Steps from a density that is evolved along with the solution."""
+"""Step-size control by a density of steps that is evolved along with the solution."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,17 +25,19 @@ from .time_scale import Field, squared_time_scale
 _call = "`diffeqsolve(..., stepsize_controller=StepDensityController(...))`"
 
 _no_first_step = (
-    f"{_call}: the length of the first step, by `dt0=...` or by `step_size` at `(t0, y0)`, "
-    "is not a positive and finite number."
+    f"{_call}: the length of the first step, given by `dt0=...` or by `step_size` at "
+    "`(t0, y0)`, is not a positive and finite number."
 )
 
-# By how much a step may be longer or shorter than the one before it.
+# The largest ratio of the lengths of two successive steps.
 _max_ratio = 4
 
 
 class _Closed(eqx.Module):
-    """A function of the time, the state and the arguments of a solve that returns scalars,
-    with the arrays that it closes over as leaves, and no others: a loop can carry it."""
+    """A function of time, state and arguments that returns scalars.
+
+    Its only leaves are the arrays that it closes over, so that a loop can carry it.
+    """
 
     consts: list[Array]
     jaxpr: jex.Jaxpr = eqx.field(static=True)
@@ -50,7 +52,7 @@ class _Closed(eqx.Module):
         return _Closed(lax.stop_gradient(consts), closed.jaxpr)
 
     def evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Float[Array, ""]]:
-        """In a computation of its own."""
+        """The scalars, compiled separately so that they round alike in both passes."""
         closed = jex.ClosedJaxpr(self.jaxpr, self.consts)
         leaves = jtu.tree_leaves((y, eqx.filter(args, _is_number)))
         leaves = [jnp.asarray(leaf) for leaf in leaves]
@@ -58,17 +60,17 @@ class _Closed(eqx.Module):
 
 
 def _is_number(x: Any) -> bool:
-    """Whether it may be another one when a solve is continued."""
+    """Whether `x` may have another value when a solve is continued."""
     return eqx.is_array(x) or eqx.is_inexact_array_like(x)
 
 
 class StepDensityState(eqx.Module):
-    """The state of a [`diffrax_reversible.StepDensityController`][].
+    """The state of a `StepDensityController`.
 
-    - `density`: one over the length of the step under way.
-    - `low`: what its sum has beyond it, see `ALF4(compensated=True)`.
+    - `density`: one over the length of the current step.
+    - `low`: the low part of the density, which is summed as in `ALF4(compensated=True)`.
     - `time_unit`: steps end at multiples of it.
-    - `wish`: one over the wished step size, and its rate, as functions of the time, the
+    - `wish`: one over the desired step size, and its rate, as functions of the time, the
         state and `args`.
     """
 
@@ -78,11 +80,11 @@ class StepDensityState(eqx.Module):
     wish: _Closed
 
     def step(self) -> Float[Array, ""]:
-        """At least one unit long: time goes on."""
+        """The length of the step, at least one unit so that time advances."""
         return jnp.maximum(_to_unit(1 / self.density, self.time_unit), self.time_unit)
 
     def start(self, t: RealScalarLike, y: Y, args: Args) -> "StepDensityState":
-        """From `(t, y)` to the step after it."""
+        """The state for the first step, which begins at `(t, y)`."""
         wished, rate, _ = self._evaluate(t, y, args)
         start = self._sum()
         return self._at(_soften(_limit(start.plus(rate / 2), start), wished))
@@ -90,8 +92,8 @@ class StepDensityState(eqx.Module):
     def cross(
         self, t: RealScalarLike, y: Y, args: Args
     ) -> tuple["StepDensityState", BoolScalarLike]:
-        """From the step before `(t, y)` to the step after it, and whether there is one, as
-        the wished step size is a positive number."""
+        """The state for the step after `(t, y)`, from that for the step before it, and
+        whether the solve can go on: whether the desired step size is a positive number."""
         wished, rate, can_go_on = self._evaluate(t, y, args)
         old = self._sum()
         return self._at(_soften(_limit(old.plus(rate), old), wished)), can_go_on
@@ -119,43 +121,64 @@ class StepDensityState(eqx.Module):
 class StepDensityController(
     AbstractReversibleStepSizeController[StepDensityState, RealScalarLike | None]
 ):
-    """Steps of a length that is a function of the state, in a way that can be reversed.
+    """Reversible adaptive steps, whose length is a function of the state.
+
+    Use it for long solves of reversible systems, and for gradients that record no steps.
 
     The density of steps, `ρ = 1/h`, is evolved along with the solution,
 
         ρ_{n+1/2} = ρ_{n-1/2} + G(t_n, y_n),    G = -d/dt log s(t, y(t)),
         t_{n+1} = t_n + 1/ρ_{n+1/2},
 
-    where `s` is the wished step size and the derivative is along the solution. It starts
-    from `ρ_{1/2} = 1/s(t_0, y_0) + G(t_0, y_0)/2`. Nothing is ever rejected, and nothing
-    depends on the past but `ρ`. So the steps backwards in time are those forwards, and a
-    symmetric method keeps the long-time behaviour that it has with constant steps: on a
-    reversible system, such as that of planets, the error of the energy does not drift.
+    where `s` is the desired step size and the derivative is along the solution. It starts
+    from `ρ_{1/2} = 1/s(t_0, y_0) + G(t_0, y_0)/2`. No step is rejected, and the past enters
+    only through `ρ`. So a solve backwards in time takes the same steps, and a symmetric
+    method keeps the long-time behaviour that it has with constant steps: on a reversible
+    system, such as a planetary system, the error of the energy does not drift.
 
-    Of the steps [`diffrax_reversible.ReversibleAdjoint`][] needs no record, but recomputes
-    them on the way back. Gradients hold the steps fixed.
+    `ReversibleAdjoint` does not record the steps (except with `diffrax.LeapfrogMidpoint`):
+    the backward pass recomputes them, so that compiled memory is the same to the byte for
+    any number of steps.
+    Gradients hold the steps fixed.
 
-    Between two steps the length changes by a factor of four at the most. Steps follow `s`
-    where that changes by little from one step to the next. What is missed where it does not
-    is not caught up with, as that would not be reversible. Only steps more than twice as
-    long as wished are shortened, to four times at the most. That is invertible, but not
-    symmetric, and where it goes on for long the walk back is refused. For errors that are
-    bounded step by step, and where `s` jumps, use [`diffrax.PIDController`][]. Where `s` is
-    not positive, or NaN, the solve ends with `RESULTS.dt_min_reached`.
+    The length changes by at most a factor of four from one step to the next. Steps follow
+    `s` where it changes little per step. Where it changes faster, steps fall behind and do
+    not catch up, as that would not be reversible. Only steps more than twice as long as
+    desired are shortened, to at most four times the desired length. That is invertible, but
+    not symmetric, and where it persists the backward pass raises an error. To bound the
+    error step by step, and where `s` jumps, use `diffrax.PIDController`. If `s` is NaN or
+    not positive, the solve ends with `RESULTS.dt_min_reached`.
 
-    Works with any solver for ordinary differential equations, of this package or of
-    Diffrax. Costs one evaluation of `G` a step: without `step_size` that is of the third
-    derivative along the solution, by forward mode (some ten evaluations of the vector
-    field), and with `step_size` about two. The controller state holds the arrays that
-    `terms` consist of, and under `vmap` so many for every member of a batch: pass large
-    ones as `args`, which it does not hold.
+    The controller works with any solver for ordinary differential equations, of this
+    package or of Diffrax. Each step costs one evaluation of `G`. Without `step_size` that
+    takes the third derivative along the solution, by forward mode (about ten evaluations of
+    the vector field); with `step_size` it takes about two. The controller state holds the
+    arrays in `terms`, and under `vmap` one copy for each member of the batch: pass large
+    arrays as `args`, which it does not hold.
 
-    ??? cite "Reference"
+    **Arguments:**
 
-        Hairer & Söderlind (2005), *Explicit, time reversible, adaptive step size control*,
-        doi:10.1137/040606995; Hairer, Lubich & Wanner (2006), *Geometric Numerical
-        Integration*, section VIII.3.2, doi:10.1007/3-540-30666-8. There `ε G` is added to
-        `ε ρ`, with `s = ε σ`, which is the same.
+    - `step_size`: the desired step size, a scalar function of `(t, y, args)`. If `dt0` is
+        given, it is scaled to be `dt0` at the start. By default it is `fraction` times the
+        time in which the vector field changes by its own size.
+    - `fraction`: a positive number, used only without `step_size`.
+
+    Example:
+
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import ALF4, StepDensityController
+    >>> term = diffrax.ODETerm(lambda t, y, args: -y)
+    >>> steps = StepDensityController(fraction=0.1)
+    >>> kwargs = dict(stepsize_controller=steps)
+    >>> sol = diffrax.diffeqsolve(term, ALF4(), 0, 1, None, jnp.ones(()), **kwargs)
+    >>> print(f"{sol.ys[0]:.3f}", sol.stats["num_rejected_steps"])
+    0.368 0
+
+    References: Hairer & Söderlind (2005), *Explicit, time reversible, adaptive step size
+    control*, doi:10.1137/040606995; Hairer, Lubich & Wanner (2006), *Geometric Numerical
+    Integration*, section VIII.3.2, doi:10.1007/3-540-30666-8. They add `ε G` to `ε ρ`, with
+    `s = ε σ`, which is equivalent.
     """
 
     step_size: Callable[[RealScalarLike, Y, Args], RealScalarLike] | None = None
@@ -166,7 +189,7 @@ class StepDensityController(
         if not (self.step_size is None or callable(self.step_size)):
             raise ValueError(
                 f"`StepDensityController(step_size={self.step_size})` must be a function "
-                "of `(t, y, args)`, or `None` for a step size from the solution itself."
+                "of `(t, y, args)`, or `None` to derive the step size from the solution."
             )
         if not isinstance(self.fraction, Tracer) and not self.fraction > 0:
             raise ValueError(
@@ -174,7 +197,7 @@ class StepDensityController(
             )
 
     def wrap(self, direction: IntScalarLike) -> "StepDensityController":
-        # Of its own class, should that be one which was derived from this.
+        # `replace` keeps the class of a subclass.
         return dataclasses.replace(self, _direction=direction)
 
     def init(
@@ -196,7 +219,7 @@ class StepDensityController(
         wished = jnp.asarray(lax.stop_gradient(wished), t0.dtype)
         first = wished if dt0 is None else jnp.asarray(dt0, t0.dtype)
         first = eqx.error_if(first, ~((first > 0) & jnp.isfinite(first)), _no_first_step)
-        # Of a step size just the ratios matter, if `dt0` is given.
+        # With `dt0`, only the ratios of step sizes matter.
         unit = first / wished
 
         def wish(t, y, args):
@@ -260,8 +283,8 @@ class StepDensityController(
             list(shapes[0]) != list(shapes[1])
         ):
             raise ValueError(
-                f"{_call} is for ordinary differential equations, and got terms of which "
-                "the vector field is not of the structure and the shapes of the state. Use "
+                f"{_call} is for ordinary differential equations, and got terms whose "
+                "vector field does not have the structure and shapes of the state. Use "
                 "`diffrax.PIDController` or constant steps."
             )
         return field
@@ -269,8 +292,8 @@ class StepDensityController(
     def _make_step_size(
         self, terms: PyTree[AbstractTerm], t0, t1, y0: Y, args: Args, func
     ) -> Callable[[Field, Args], Callable]:
-        """The wished step size as a function of the time and the state, for a vector field
-        and arguments."""
+        """The desired step size as a function of time and state, given a vector field and
+        arguments."""
         if self.step_size is None:
             field = self._field(terms, args, func, y0)
             squared = squared_time_scale(field, t0, y0, abs(t1 - t0))
@@ -284,8 +307,8 @@ class StepDensityController(
         struct = jax.eval_shape(lambda: fn(t0, y0, args))
         if getattr(struct, "shape", None) != ():
             raise ValueError(
-                "`StepDensityController(step_size=...)` has to return a scalar, the wished "
-                f"step size at `(t, y, args)`, and returned {struct}."
+                "`StepDensityController(step_size=...)` has to return a scalar, the "
+                f"desired step size at `(t, y, args)`, but returned {struct}."
             )
         return lambda field, args: lambda t, y: fn(self._direction * t, y, args)
 
@@ -304,10 +327,10 @@ def _to_unit(t: RealScalarLike, unit: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _limit(new: Sum, old: Sum) -> Sum:
-    """No more than `_max_ratio` from `old`.
+    """`new`, limited to a factor of `_max_ratio` from `old`.
 
-    That is `x -> min(max(x + G, x/4), 4x)`, which increases with `x`, and of which the
-    inverse is the same with `-G` in place of `G`: the inverse of a maximum of increasing
+    That is `x -> min(max(x + G, x/4), 4x)`, which increases with `x`. Its inverse is the
+    same function with `-G` in place of `G`: the inverse of a maximum of increasing
     functions is the minimum of their inverses.
     """
     for ratio, beyond in ((1 / _max_ratio, jnp.less), (_max_ratio, jnp.greater)):
@@ -318,9 +341,10 @@ def _limit(new: Sum, old: Sum) -> Sum:
 
 
 def _soften(total: Sum, wished: Float[Array, ""]) -> Sum:
-    """Densities below half of what is wished, at which `x` is one, to `(1 + 1/(3 - 2x))/2`.
+    """Raise densities below half of the desired one, where `x < 1`, to
+    `(1 + 1/(3 - 2x))/2`.
 
-    That joins the identity smoothly, and is no less than a half.
+    That joins the identity smoothly at `x = 1`, and is at least a half.
     """
     x = total.high / (wished / 2)
     return _where(x < 1, _rounded((1 + 1 / (3 - 2 * x)) / 2 * (wished / 2), total), total)
@@ -329,7 +353,7 @@ def _soften(total: Sum, wished: Float[Array, ""]) -> Sum:
 def _harden(total: Sum, wished: Float[Array, ""]) -> Sum:
     """The inverse of `_soften`."""
     x = total.high / (wished / 2)
-    # Just above a half, what it is the image of is beyond all bounds, and limited.
+    # Close to a half the inverse is unbounded. `_limit` bounds the result.
     excess = jnp.maximum(2 * x - 1, eps(x))
     return _where(x < 1, _rounded((3 - 1 / excess) / 2 * (wished / 2), total), total)
 

@@ -1,4 +1,4 @@
-"""The time in which a solution changes, from the derivatives of its vector field."""
+"""The time scale of a solution, from the derivatives of its vector field."""
 
 from collections.abc import Callable
 
@@ -11,33 +11,35 @@ from .._precision import tiny
 from .._total_derivative import total_derivatives
 
 
-# Of the time and the state.
+# A function of time and state.
 Field = Callable[[RealScalarLike, Y], VF]
 
 
 def squared_time_scale(
     field: Field, t0: RealScalarLike, y0: Y, longest: RealScalarLike
 ) -> Callable[[Field, RealScalarLike, Y], Float[Array, ""]]:
-    """`T² = N / (D + N / longest²)`, with
+    """The square of the time in which the vector field changes by its own size,
 
+        T² = N / (D + N / longest²),
         N = |f|² + τ² |f'|²,    D = |f'|² + τ² |f''|²,
 
-    in which `'` is the derivative along the solution: the time in which the vector field
-    changes by its own size. The constant `τ` is that time at the start, by
+    where `'` is the derivative along the solution. The constant `τ` is that time at the
+    start, by
 
         τ² = P_2 / P_4,    P_m = Σ_{i+j=m} |f^(i)| |f^(j)|.
 
-    `T` does not depend on the units of the state or of time, nor on where the origin is. It
-    is smooth, and neither zero nor infinite where one of the derivatives happens to vanish:
-    on `f = cos t` it varies between one and `√2`. Where the field is constant it is
-    `longest`.
+    `T` does not depend on the units of the state or of time, nor on the origin. It is
+    smooth, and neither zero nor infinite where one of the derivatives vanishes: on
+    `f = cos t` it varies between one and `√2`. Where the field is constant it is `longest`.
 
-    Returned is a function of the vector field, of which the parameters may have changed by
-    then, the time and the state. It does not evaluate `τ` again.
+    **Returns:**
 
-    Quotients of such products are how the steps of the N-body problem are commonly chosen,
-    with the force for `f` and one derivative less, see Aarseth, *Gravitational N-Body
-    Simulations* (2003), doi:10.1017/CBO9780511535246, eq. 2.13.
+    `T²` as a function of the vector field (whose parameters may have changed since), the
+    time and the state. It does not evaluate `τ` again.
+
+    Reference: Steps of the N-body problem are commonly chosen by quotients of such
+    products, with the force for `f` and one derivative less: Aarseth (2003), *Gravitational
+    N-Body Simulations*, doi:10.1017/CBO9780511535246, eq. 2.13.
     """
     least = tiny(t0)
 

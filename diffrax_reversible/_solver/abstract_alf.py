@@ -1,4 +1,4 @@
-"""Compositions of asynchronous leapfrog, whatever their coefficients."""
+"""Compositions of asynchronous leapfrog, with any coefficients."""
 
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
@@ -60,14 +60,13 @@ else:
 
 
 class _SubStep(NamedTuple):
-    """One sub-step's share of the tableau; stacked along the first axis for a step."""
+    """The coefficients of one sub-step; stacked along the first axis for a step."""
 
-    # From where the last sub-step evaluated, or the start of the step, to where this one
-    # does.
+    # From the last evaluation, or the start of the step, to this evaluation.
     drift: Array
     midpoint: Array
-    # The weight of the evaluation in each of the linear functionals of a step, and in
-    # those that watch the deviation.
+    # The weights of the evaluation in the linear functionals of a step, and in the
+    # functionals that watch the deviation.
     weights: dict[str, Array]
     watch: Array | None
 
@@ -83,22 +82,22 @@ class AbstractALF(
 ):
     """Compositions of asynchronous-leapfrog sub-steps, for ODEs.
 
-    The solver state holds `v`, a second approximation to the vector field `f(t, y)`, of
-    the structure of the state. With it, a step is a chain of sub-steps
+    The solver state holds `v`, a second approximation to the vector field `f(t, y)`, with
+    the structure of the state. A step is a chain of sub-steps
 
         k = z + h/2 v,    u = f(t + h/2, k),    v' = 2u - v,    z' = k + h/2 v'
 
-    of which the second drift and the first of the next are made at once, so that there are
-    two updates a sub-step:
+    The second drift of a sub-step is merged with the first of the next, which leaves two
+    updates per sub-step:
 
         k <- k + d v,    u = f(t, k),    v <- 2u - v
 
-    with `d` from one evaluation to the next. Each is undone by one evaluation of `f` at the
-    same point `k`, which serves to pull cotangents back as well,
+    where `d` leads from one evaluation to the next. A sub-step is undone by one evaluation
+    of `f` at the same point `k`, which also pulls cotangents back,
 
         k̄ <- k̄ + (∂f/∂k)ᵀ 2v̄,    θ̄ <- θ̄ + (∂f/∂θ)ᵀ 2v̄,    v̄ <- d k̄ - v̄
 
-    so that the backward pass costs one evaluation and one pull-back a sub-step.
+    so the backward pass costs one evaluation and one pull-back per sub-step.
     """
 
     tableau: AbstractVar[ALFTableau]
@@ -108,7 +107,7 @@ class AbstractALF(
     def __check_init__(self):
         check_flags(self, "compensated", "bitwise")
 
-    # Which terms these may be, `as_ode_term` checks.
+    # `as_ode_term` checks which terms are supported.
     term_structure: ClassVar = AbstractTerm
 
     @property
@@ -177,8 +176,8 @@ class AbstractALF(
         sums, watch = sides
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
-        # Diffrax's `PIDController` gets over NaN, but not over an infinite state, by which
-        # it divides the error.
+        # `PIDController` rejects a NaN step but not an infinite one (inf/inf), so map inf
+        # to NaN.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         sums = {name: tree_scale(control, total) for name, total in sums.items()}
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
@@ -208,8 +207,8 @@ class AbstractALF(
         args: Args,
         dense_info: DenseInfo,
     ) -> DenseInfo:
-        """The derivatives that the interpolation takes. At the ends of a step `v` will not
-        do, of which the deviation may be larger than all errors."""
+        """The derivatives that the interpolation uses, evaluated rather than taken from
+        `v`, whose deviation may be larger than all errors."""
         if not self._evaluates_slopes:
             return {}
         term = as_ode_term(self, terms)
@@ -259,9 +258,9 @@ class AbstractALF(
         args: Args,
         solver_state: ALFState,
     ) -> tuple[ALFState, BoolScalarLike]:
-        """`v <- v - f(t0, y) + f(t1, y)`, unless it was evaluated at `t1`.
+        """`v <- v - f(t0, y) + f(t1, y)`, unless `v` was evaluated at `t1`.
 
-        The deviation of `v` is carried over, and so is its order.
+        This preserves the deviation of `v`, and the order of the method.
         """
         term = as_ode_term(self, terms)
         z, v = sums_of(y, solver_state)
@@ -286,14 +285,14 @@ class AbstractALF(
         y_end: Y,
         solver_state_end: ALFState,
     ) -> tuple[Y, ALFState]:
-        """Of an entry of `y` no less than what the step adds to it, and of `v` no less than
-        what moves `y` as far as its size in `length`: a solve may start at zero, or at
-        rest."""
-        # The `v` of the end is not needed, and need not be kept in memory.
+        """The scale of `y` is at least the size of one step's update. The scale of `v` is
+        at least the size that moves `y` by its own size within `length`. So a solve may
+        start at zero, or at rest."""
+        # The `v` at the end is not used, so that it need not stay in memory.
         del args, solver_state_end
         step = tree_scale(as_ode_term(self, terms).contr(t0, t1), solver_state.v)
         y_scale = jtu.tree_map(larger, y0, step, y_end)
-        # A product, which XLA computes again rather than to hold it.
+        # XLA recomputes a product rather than keep it in memory.
         frequency = 1 / length
         v_scale = jtu.tree_map(
             lambda v, y: larger(v, y * jnp.asarray(frequency, y.dtype)),
@@ -324,7 +323,7 @@ class AbstractALF(
         solver_state: ALFState,
         functionals: dict[str, np.ndarray],
     ) -> tuple[Y, ALFState, DenseInfo]:
-        """Undo a step, and return the `functionals` of it, which do not involve `v_0`."""
+        """Undo a step, and return its `functionals`, which must not involve `v_0`."""
         control = as_ode_term(self, terms).contr(t0, t1)
 
         def collect(sums, sub: _SubStep, evaluated):
@@ -397,7 +396,7 @@ class AbstractALF(
         first_drift = control * float(self.tableau.drifts[0])
         probe = None
         if self.tableau.deviation_weights is not None:
-            # In the first sub-step, the last of the walk, before `v_bar` is reflected.
+            # Of the first sub-step, the last to be undone, before `v_bar` is reflected.
             vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
             if functionals:
                 _, (side_bar, _) = sides_bar(read_row(chain.rows, 0))
@@ -426,9 +425,9 @@ class AbstractALF(
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> Probe | None:
-        """By the cotangent of `v`. Costs an evaluation and a pull-back.
+        """A probe by the cotangent of `v`. Costs an evaluation and a pull-back.
 
-        None by a solver that does not restart, of which the walk back tells growth."""
+        `None` if the solver does not restart: reconstruction errors then show growth."""
         if self.tableau.deviation_weights is None:
             return None
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
@@ -454,9 +453,8 @@ class AbstractALF(
         y_bar: Y,
         slope_bar: VF,
     ) -> Cotangent:
-        """Pull the cotangents of what was interpolated with at one end of the step back to
-        the state there: of the solution, and of its derivative times the length of the
-        step."""
+        """Pull the cotangents of the interpolation data at one end of the step back to the
+        state there: of the solution, and of its derivative times the length of the step."""
         slope_bar = tree_scale(control, slope_bar)
         if not self._evaluates_slopes:
             return add_to_state(cotangent, y_bar, slope_bar)
@@ -477,10 +475,10 @@ class AbstractALF(
         cotangent: Cotangent,
         dense_cotangent: DenseInfo,
     ) -> tuple[DenseInfo, Cotangent]:
-        """Pull the cotangent of the derivative at the mid-point back, where there is any.
+        """Pull the cotangent of the derivative at the mid-point back, if it is not zero.
 
-        Where the mid-point is, is known only at the end of a walk back, which is made just
-        for it.
+        The state at the mid-point is known only once the step is undone, which is done here
+        just for that.
         """
         t0, t1, y1, solver_state = step
         ct = dict(dense_cotangent)
@@ -533,7 +531,7 @@ class AbstractALF(
         return lax.cond(eqxi.unvmap_any(some != 0), pull, lambda: zeros)
 
     def _field(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
-        """The vector field, and if `bitwise` then one that rounds alike everywhere."""
+        """The vector field; if `bitwise`, it rounds alike wherever it is compiled."""
         if not self.bitwise:
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
@@ -549,16 +547,16 @@ class AbstractALF(
         return pull
 
     def _start_watch(self, y: Y, v: VF) -> Deviation | None:
-        """`None` if the deviation cannot be told."""
+        """`None` if the deviation cannot be estimated."""
         if self.tableau.deviation_weights is None:
             return None
         return Deviation.start(self.tableau, y, v)
 
     def _functionals(self) -> dict[str, np.ndarray]:
-        """Weights of `u_0 = v_0, u_1, ..., u_s` in what a step returns besides `(z, v)`, in
-        columns.
+        """Weights of `u_0 = v_0, u_1, ..., u_s` in the outputs of a step besides `(z, v)`,
+        one column per output.
 
-        Those that are used together, for which small states are the faster.
+        Outputs that are used together are stacked, which is faster for small states.
         """
         errors = [self.tableau.error_weights]
         if np.any(self.tableau.coarse_error_weights):
@@ -569,18 +567,18 @@ class AbstractALF(
         return functionals
 
     def _inner_functionals(self) -> dict[str, np.ndarray]:
-        """Weights in the solution at fractions of the step."""
+        """Weights of the stages in the solution at fractions of the step."""
         weights = self.tableau.continuous_extension.weights
         return {f"inner_{i}": row for i, row in enumerate(weights)}
 
     @property
     def _evaluates_slopes(self) -> bool:
-        """Whether interpolation takes evaluations at the ends of the step."""
+        """Whether interpolation evaluates the vector field at the ends of the step."""
         return len(self.tableau.continuous_extension.fractions) > 0
 
     @property
     def _midpoint(self) -> int:
-        """Which of the fractions is the mid-point."""
+        """The index of the mid-point among the fractions."""
         return self.tableau.continuous_extension.fractions.index(0.5)
 
     def _chain(
@@ -591,7 +589,7 @@ class AbstractALF(
         functionals: dict[str, np.ndarray],
         watch_weights: Array | None = None,
     ) -> Chain:
-        """The sub-steps, which update `z` and `v`, without the drift after the last."""
+        """The sub-steps, which update `z` and `v`, without the drift after the last one."""
 
         def make_round(terms: AbstractTerm, args: Args, sub: _SubStep):
             term, t = as_ode_term(self, terms), t0 + sub.midpoint * (t1 - t0)
@@ -619,6 +617,6 @@ def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:
-    """Of what has one for every column of the `functionals`."""
+    """Split `x`, whose first axis has one row for every column of the `functionals`."""
     count = functionals.shape[1]
     return [jtu.tree_map(lambda x, i=i: x[i], x) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Gauss collocation, whatever the number of stages."""
+"""Gauss collocation, with any number of stages."""
 
 from collections.abc import Callable
 from typing import ClassVar, TYPE_CHECKING
@@ -46,8 +46,8 @@ else:
     from equinox import AbstractVar
 
 
-# Of the difference of the defects at both ends. With one stage the estimate is that of
-# Simpson's rule; with two and three, errors at a tolerance are then about those of
+# The weight of the difference of the defects at both ends. With one stage the estimate is
+# that of Simpson's rule. With two and three, errors at a given tolerance are about those of
 # `Kvaerno5`, on equations that are not stiff.
 _error_weight = 1 / 6
 
@@ -62,17 +62,17 @@ class AbstractGauss(
 ):
     """Collocation at Gauss nodes, for ODEs.
 
-    With the stages `k_i`, that are derivatives times the length `h` of a step,
+    A step of length `h` solves for the stages `k_i`, derivatives times `h`:
 
         k_i = h f(t0 + c_i h, y0 + sum_j a_ij k_j),    y1 = y0 + sum_i b_i k_i
 
-    of which the first are equations for the `k_i`. From the other end they read
+    Seen from the other end, the same equations read
 
         k_i = h f(t0 + c_i h, y1 + sum_j (a_ij - b_j) k_j),    y0 = y1 - sum_i b_i k_i
 
-    and have the same solution, with which a step is undone. A cotangent is pulled back
-    through it by the implicit function theorem, with one linear solve of the transposed
-    equations, and one pull-back of each stage.
+    and have the same solution, which undoes the step. Cotangents are pulled back by the
+    implicit function theorem, with one linear solve of the transposed equations and one
+    pull-back of each stage.
     """
 
     tableau: AbstractVar[GaussTableau]
@@ -116,7 +116,7 @@ class AbstractGauss(
         y1 = tree_add(y0, _combine(self.tableau.weights, k))
         y1 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y1)
         y_error = self._error(step, y0, y1, k)
-        # An infinite one has the step rejected, and a smaller one tried.
+        # An infinite error makes the controller reject the step and try a smaller one.
         y_error = jtu.tree_map(lambda e: jnp.where(stages.found, e, jnp.inf), y_error)
         after = solver_state.after(k, t0, t1, stages.iterations)
         failed = RESULTS.promote(optx.RESULTS.nonlinear_divergence)
@@ -149,8 +149,8 @@ class AbstractGauss(
         """One solution of the stage equations, one linear solve with their transpose, and
         one evaluation and pull-back of each stage.
 
-        A factorisation of the first does not serve the second: seen from the other end, the
-        equations have the matrix `1 - h (A - 1 b^T) ⊗ J`, and from this one `1 - h A ⊗ J`.
+        The two solves cannot share a factorisation: the equations that undo the step have
+        the matrix `1 - h (A - 1 b^T) ⊗ J`, and those of the pull-back `1 - h A ⊗ J`.
         """
         terms, args = combine(params)
         y0, k, before = self._undo((terms, t0, t1, args), y1, solver_state)
@@ -171,7 +171,7 @@ class AbstractGauss(
             return jtu.tree_map(jnp.subtract, x, pull(x)[1])
 
         solved, found = self._linear_solve(transposed, k_bar)
-        # If not, then a walk that meets NaN is an error.
+        # The adjoint raises an error when it meets NaN.
         y0 = jtu.tree_map(lambda y: jnp.where(found, y, jnp.nan), y0)
         pulled, _, params_bar = pull(solved)
         y0_bar = tree_add(y1_bar, pulled)
@@ -181,7 +181,7 @@ class AbstractGauss(
         return y0, before, Cotangent(y0_bar, cotangent.solver_state, params_bar)
 
     def statistics(self, solver_state: GaussState) -> dict[str, PyTree[Array]]:
-        """How many iterations the root finder has made, in all steps that were accepted."""
+        """The number of iterations of the root finder in all accepted steps."""
         return {"num_root_find_steps": solver_state.iterations}
 
     def error_scales(
@@ -196,10 +196,10 @@ class AbstractGauss(
         y_end: Y,
         solver_state_end: GaussState,
     ) -> tuple[Y, GaussState]:
-        """Of an entry of `y` no less than what comes of all other entries by a linear
-        solve, with which their rounding errors come too: of signs at random, for them not
-        to cancel. If the linear solver is iterative, no less than the largest entry of its
-        array, to which its tolerance is relative."""
+        """The scale of an entry of `y` is at least the contribution of all other entries in
+        a linear solve, which spreads their rounding errors: random signs keep them from
+        cancelling. If the linear solver is iterative, the scale is at least the largest
+        entry of the array, to which its tolerance is relative."""
         del length, solver_state, solver_state_end
         step = terms, t0, t1, args
         slope = tree_scale(t1 - t0, self.func(terms, t0, y0, args))
@@ -227,14 +227,14 @@ class AbstractGauss(
         k = stages.increments
         increment = _combine(self.tableau.weights, k)
         y0 = jtu.tree_map(jnp.subtract, y1, increment)
-        # Which is an error of the walk back.
+        # The adjoint raises an error when it meets NaN.
         y0 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y0)
         return y0, k, solver_state.after(k, t0, t1)
 
     def _solve(
         self, step: tuple, y: Y, matrix: np.ndarray, solver_state: GaussState
     ) -> Stages:
-        """The stages of a step from `y`, that is at the end that `matrix` is for."""
+        """The stages of a step, from the state `y` at the end that `matrix` belongs to."""
         terms, t0, t1, args = step
         term = as_ode_term(self, terms)
         affine = is_affine(lambda y: term.vf(t0, y, args), y)
@@ -267,13 +267,14 @@ class AbstractGauss(
         return tree_scale(control, jtu.tree_map(lambda *ks: jnp.stack(ks), *slopes))
 
     def _error(self, step: tuple, y0: Y, y1: Y, k: PyTree[Array]) -> Y:
-        """An estimate of the error, by the defect of the collocation polynomial `u`, that
-        is `h f(t, u) - h u'`, at both ends.
+        """An error estimate from the defect `h f(t, u) - h u'` of the collocation
+        polynomial `u` at both ends.
 
-        To leading order it is the same at both ends, but for the sign `(-1)^s`, so that
-        their difference is of order `s + 2`. It grows with the stiffness, and is filtered
-        by a linear solve with `1 - γ h ∂f/∂y`, as by Hairer & Wanner (1996), section IV.8,
-        doi:10.1007/978-3-642-05221-7.
+        To leading order both defects agree up to the sign `(-1)^s`, so their difference is
+        of order `s + 2`. It grows with the stiffness, and is therefore filtered by a linear
+        solve with `1 - γ h ∂f/∂y`.
+
+        Reference: Hairer & Wanner (1996), section IV.8, doi:10.1007/978-3-642-05221-7.
         """
         terms, t0, t1, args = step
         term = as_ode_term(self, terms)
@@ -303,9 +304,11 @@ class AbstractGauss(
     def _linear_solve(
         self, fn: Callable[[PyTree[Array]], PyTree[Array]], vector: PyTree[Array]
     ) -> tuple[PyTree[Array], BoolScalarLike]:
-        """The solution `x` of the linear equations `fn(x) = vector`, and whether it was
-        found: if not, it is NaN. They are linear over the real numbers, and solved for real
-        and imaginary parts, where they are complex."""
+        """The solution `x` of the linear equations `fn(x) = vector`, NaN if it was not
+        found, and whether it was found.
+
+        Complex equations are linear over the real numbers only, and are solved for real and
+        imaginary parts."""
 
         def real_fn(x):
             return to_real(fn(from_real(x, vector)))
@@ -319,7 +322,8 @@ class AbstractGauss(
 
     @property
     def _filter(self) -> float:
-        """With one stage that of the step itself; about as much of the step with more."""
+        """The `γ` of the filter: with one stage that of the step itself, and comparable
+        with more."""
         return 1 / (2 * self.tableau.stages)
 
 

@@ -1,4 +1,4 @@
-"""Solvers of others, as reversible ones."""
+"""Adapters that make existing solvers reversible."""
 
 import functools as ft
 from typing import Generic, TypeVar
@@ -22,36 +22,52 @@ _SolverState = TypeVar("_SolverState")
 
 @ft.singledispatch
 def as_reversible(solver: AbstractSolver) -> AbstractReversibleSolver:
-    """The reversible form of a solver: what `ReversibleAdjoint` solves with in its place.
+    """The reversible form of a solver, which `ReversibleAdjoint` uses in its place.
 
-    A registry, a `functools.singledispatch` on the type of the solver: for one that is not
-    a [`diffrax_reversible.AbstractReversibleSolver`][] itself, register the class that adds
-    the inverse of its step,
+    This is a registry, a `functools.singledispatch` on the type of the solver. To use an
+    existing solver that is not an `AbstractReversibleSolver`, register a class that adds
+    the inverse of its step. For a solver with the `backward_step` that was proposed for
+    Diffrax in its pull request 727 (https://github.com/patrick-kidger/diffrax/pull/727),
 
-        class MyInverse(diffrax_reversible.AbstractReversibleAdapter):
+        from diffrax_reversible import AbstractReversibleAdapter, as_reversible
+
+
+        class FromBackwardStep(AbstractReversibleAdapter):
             def backward_step(self, terms, t0, t1, y1, args, solver_state):
-                ...  # in terms of `self.solver`
+                # In place of None there may be earlier times, which few solvers need.
+                y0, _, solver_state, _ = self.solver.backward_step(
+                    terms, t0, t1, y1, args, None, solver_state, made_jump=False
+                )
+                return y0, solver_state
 
-        diffrax_reversible.as_reversible.register(MySolver, MyInverse)
 
-    and then pass `solver=MySolver()` and `adjoint=ReversibleAdjoint()` as ever. Subclasses
-    of `MySolver` are covered. The solver state is that of `MySolver.init`.
+        as_reversible.register(MySolver, FromBackwardStep)
 
-    Registered from the beginning are those of Diffrax that are reversible as they stand:
-    [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][] and
-    [`diffrax.SemiImplicitEuler`][].
+    and pass `solver=MySolver()` and `adjoint=ReversibleAdjoint()` as usual. Subclasses of
+    `MySolver` are included. The solver state is that of `MySolver.init`.
+
+    Diffrax's reversible solvers are registered already: `diffrax.ReversibleHeun`,
+    `diffrax.LeapfrogMidpoint` and `diffrax.SemiImplicitEuler`.
 
     **Raises:**
 
-    `ValueError` if nothing is registered.
+    `ValueError` if no class is registered for the solver.
+
+    Example:
+
+    >>> import diffrax
+    >>> from diffrax_reversible import AbstractReversibleSolver, as_reversible
+    >>> isinstance(as_reversible(diffrax.ReversibleHeun()), AbstractReversibleSolver)
+    True
     """
     name = type(solver).__name__
     raise ValueError(
         "`diffeqsolve(..., adjoint=ReversibleAdjoint())` needs a reversible solver, and "
-        f"`{name}` is not. Use `diffrax_reversible.ALF4`, or another solver of this "
+        f"`{name}` is not. Use `diffrax_reversible.ALF4` or another solver of this "
         "package; or make an explicit Runge–Kutta solver reversible with "
-        "`diffrax_reversible.McCallumFoster(solver)`; or, if its steps can be undone, say "
-        f"how with `diffrax_reversible.as_reversible.register({name}, ...)`."
+        "`diffrax_reversible.McCallumFoster(solver)`; or, if its steps can be undone, "
+        "register their inverse with "
+        f"`diffrax_reversible.as_reversible.register({name}, ...)`."
     )
 
 
@@ -63,13 +79,13 @@ def _(solver: AbstractReversibleSolver) -> AbstractReversibleSolver:
 class AbstractReversibleAdapter(
     AbstractReversibleSolver[_SolverState], Generic[_SolverState]
 ):
-    """Another `solver`, to which a subclass adds `backward_step`.
+    """A wrapper around an existing `solver`, to which a subclass adds `backward_step`.
 
-    See [`diffrax_reversible.as_reversible`][].
+    See `as_reversible`.
 
     **Arguments:**
 
-    - `solver`: the solver to make steps with.
+    - `solver`: the solver that makes the steps.
     """
 
     solver: AbstractSolver

@@ -1,4 +1,4 @@
-"""Functions that are seen to be affine."""
+"""Recognition of affine functions."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 from .._jaxpr import meets
 
 
-# Of which the derivative is zero, or need not be that of the function, so that it does not
-# tell; beside all that makes integers and Booleans.
+# Operations whose derivative is zero or need not be that of the function, so that it says
+# nothing. Operations that return integers or Booleans are excluded as well.
 _jumps = {
     *("floor", "ceil", "round", "sign", "rem", "nextafter", "stop_gradient"),
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
@@ -20,9 +20,10 @@ _jumps = {
 
 
 def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
-    """Whether `fn(*point)` is seen to be affine: its derivative is made from the point by
-    no operation, and nothing else is made from it that has none. It is not seen of all
-    functions that are affine."""
+    """Whether `fn` is recognised as affine at `point`: no operation of its derivative
+    depends on the point, and no operation of `fn` lacks a derivative.
+
+    Some affine functions are not recognised."""
 
     def derivative(point, direction):
         return jax.jvp(fn, point, direction)[1]

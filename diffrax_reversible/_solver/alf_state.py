@@ -1,4 +1,4 @@
-"""The solver state of asynchronous leapfrog, and the sums that make it."""
+"""The solver state of asynchronous leapfrog, and the sums that it consists of."""
 
 import equinox as eqx
 
@@ -10,10 +10,14 @@ from .pullback import Cotangent
 
 
 class ALFState(eqx.Module):
-    """Solver state: `v`, what is known of its deviation, the low parts of `z` and `v` if
-    sub-steps are compensated, and whether `v` was evaluated where the state is.
+    """The solver state of asynchronous leapfrog.
 
-    Of a cotangent, all but `v` is `None`.
+    - `v`: the approximation to the vector field.
+    - `deviation`: the known facts about its deviation.
+    - `low`: the low parts of `z` and `v`, if sub-steps are compensated.
+    - `evaluated`: whether `v` was evaluated at the current state, after any jump there.
+
+    In a cotangent, every field except `v` is `None`.
     """
 
     v: VF
@@ -23,13 +27,13 @@ class ALFState(eqx.Module):
 
 
 def sums_of(y: Y, solver_state: ALFState) -> tuple[Sum, Sum]:
-    """`z` and `v`, as they are added to."""
+    """`z` and `v` as sums."""
     low_y, low_v = (None, None) if solver_state.low is None else solver_state.low
     return LowPart.join(y, low_y), LowPart.join(solver_state.v, low_v)
 
 
 def split_sums(z: Sum, v: Sum) -> tuple[Y, VF, tuple[LowPart, LowPart] | None]:
-    """The state, and what of the solver state is made of `z` and `v`."""
+    """The inverse of `sums_of`: the state, `v`, and their low parts."""
     (y, low_y), (v_high, low_v) = LowPart.split(z), LowPart.split(v)
     low = None if low_y is None or low_v is None else (low_y, low_v)
     return y, v_high, low

@@ -12,24 +12,23 @@ _SolverState = TypeVar("_SolverState")
 
 
 class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverState]):
-    """A solver whose steps can be undone, for use with
-    [`diffrax_reversible.ReversibleAdjoint`][].
+    """A solver whose steps can be undone, for use with `ReversibleAdjoint`.
 
-    A subclass implements what [`diffrax.AbstractSolver`][] asks for, and `backward_step`,
-    which undoes its `step`. Nothing else is needed for exact gradients. Each step of the
-    walk back costs a backward step, a step and the pull-back of a step. A solver that
-    subclasses [`diffrax_reversible.AbstractCouplingSolver`][] needs neither `step` nor
-    `backward_step`, and saves the evaluations of a step.
+    To add a solver, implement the methods of `diffrax.AbstractSolver`, and `backward_step`,
+    which undoes `step`. Gradients are then exact. Each step of the backward pass costs a
+    backward step, a step and the pull-back of a step. A subclass of
+    `AbstractCouplingSolver` needs neither `step` nor `backward_step`, and its backward pass
+    saves the evaluations of a step.
 
-    The adjoint calls `step` with `made_jump=False`. If there is an array in the solver
-    state, controllers that make jumps are refused, as it might depend on the vector field.
+    The adjoint calls `step` with `made_jump=False`. If the solver state contains an array,
+    jumps raise an error, as the array might depend on the vector field.
 
-    Interpolations have to be linear in the `dense_info` that they take, as polynomial ones
-    are. A gradient also goes through `init`, which is called again at the end of the walk
-    back.
+    Interpolations have to be linear in their `dense_info`, as polynomial ones are.
+    Gradients also pass through `init`, which is called again at the end of the backward
+    pass.
     """
 
-    # How many states `ReversibleAdjoint` holds by default, for the walk back to go on from.
+    # The default number of states that `ReversibleAdjoint` holds as checkpoints.
     default_checkpoints: ClassVar[int] = 8
 
     @abc.abstractmethod
@@ -46,19 +45,20 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
 
         **Arguments:**
 
-        - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
-        - `t0`, `t1`: the very floats that the step was made from and to.
-        - `y1`, `solver_state`: what `step` returned, that is at `t1`.
+        - `terms`, `args`: as in `diffrax.AbstractSolver.step`.
+        - `t0`, `t1`: the same floats that `step` was given.
+        - `y1`, `solver_state`: the state and the solver state at `t1`, which `step`
+            returned.
 
         **Returns:**
 
-        The state and the solver state at `t0`, equal to what `step` was given up to
+        The state and the solver state at `t0`, equal to those that `step` was given up to
         rounding.
         """
 
 
 def check_flags(solver: Any, *names: str) -> None:
-    """Raise an error unless these are known when a solve is compiled."""
+    """Raise an error unless these attributes are Booleans known at compile time."""
     for name in names:
         value = getattr(solver, name)
         if not isinstance(value, bool):

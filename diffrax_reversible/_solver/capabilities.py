@@ -1,6 +1,7 @@
-"""What only some reversible solvers can do, or need: a class takes it by inheriting it.
+"""Optional capabilities of reversible solvers.
 
-Below are the functions by which it is asked for, of any reversible solver.
+A solver declares a capability by inheriting its class. The functions below use it on any
+reversible solver, with a default for solvers without it.
 """
 
 import abc
@@ -35,8 +36,7 @@ _SolverState = TypeVar("_SolverState")
 class AbstractInterruptedSolver(
     AbstractReversibleSolver[_SolverState], Generic[_SolverState]
 ):
-    """A solver that has something to do between two steps, beside the steps themselves,
-    which it makes by `advance`."""
+    """A solver that acts between two steps. `advance` is the step itself."""
 
     @abc.abstractmethod
     def advance(
@@ -48,10 +48,10 @@ class AbstractInterruptedSolver(
         args: Args,
         solver_state: _SolverState,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
-        """A step and nothing else, which `backward_step` undoes.
+        """The step itself, which `backward_step` undoes.
 
-        Arguments and returns are those of [`diffrax.AbstractSolver.step`][], but for what
-        `extra_dense_info` adds to the `dense_info`.
+        Arguments and returns are those of `diffrax.AbstractSolver.step`, except that
+        `dense_info` lacks the entries of `extra_dense_info`.
         """
 
     def step(
@@ -64,11 +64,11 @@ class AbstractInterruptedSolver(
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
-        """Restart or cross a jump where it is due, and `advance`.
+        """Restart or cross a jump if necessary, then `advance`.
 
-        Differentiated, it stores nothing but what it begins with. So XLA compiles the step
-        as where it is not differentiated, and it rounds alike: the default adjoint of
-        Diffrax repeats steps, and decides on them again.
+        Differentiated, a step stores only its inputs. So XLA compiles it as it does without
+        differentiation, and it rounds alike: Diffrax's default adjoint recomputes steps,
+        and decides again whether to accept them.
         """
         succeeds = False
 
@@ -84,25 +84,29 @@ class AbstractInterruptedSolver(
                 needs_restart(self, solver_state),
                 made_jump,
             )
-            *outputs, result = advance_densely(self, terms, t0, t1, y0, args, solver_state)
+            step = self, terms, t0, t1, y0, args, solver_state
+            y1, y_error, dense_info, solver_state, result = advance_densely(*step)
             succeeds = result is RESULTS.successful
-            return outputs, result
+            return y1, y_error, dense_info, solver_state, result
 
         step = eqx.filter_checkpoint(step, prevent_cse=False)
-        outputs, result = step(terms, t0, t1, y0, args, solver_state)
-        return *outputs, RESULTS.successful if succeeds else result
+        made = step(terms, t0, t1, y0, args, solver_state)
+        y1, y_error, dense_info, solver_state, result = made
+        # Diffrax compiles a leaner loop if it knows that no step fails.
+        result = RESULTS.successful if succeeds else result
+        return y1, y_error, dense_info, solver_state, result
 
 
 class CanRestart(AbstractInterruptedSolver[_SolverState], Generic[_SolverState]):
-    """A solver that now and then replaces its solver state by one that the old one does not
-    follow from."""
+    """A solver that sometimes resets its solver state irreversibly: it cannot compute the
+    old one from the new one."""
 
     @abc.abstractmethod
     def needs_restart(self, solver_state: _SolverState) -> BoolScalarLike:
-        """Whether the solver state has to be replaced before the next step.
+        """Whether the solver state has to be reset before the next step.
 
-        That cannot be undone. `ReversibleAdjoint` holds the state and the solver state
-        before a restart, or replays the solve up to there.
+        A restart cannot be undone. `ReversibleAdjoint` holds the state and the solver state
+        before it, or replays the solve up to there.
         """
 
     @abc.abstractmethod
@@ -114,11 +118,11 @@ class CanRestart(AbstractInterruptedSolver[_SolverState], Generic[_SolverState])
         args: Args,
         solver_state: _SolverState,
     ) -> _SolverState:
-        """The solver state to go on with after a restart."""
+        """The solver state after a restart."""
 
 
 class CanCrossJumps(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver that can carry its solver state over a discontinuity of the vector field."""
+    """A solver that can carry its solver state across a jump of the vector field."""
 
     @abc.abstractmethod
     def cross_jump(
@@ -130,11 +134,11 @@ class CanCrossJumps(AbstractReversibleSolver[_SolverState], Generic[_SolverState
         args: Args,
         solver_state: _SolverState,
     ) -> tuple[_SolverState, BoolScalarLike]:
-        """The solver state at `t1`, from that at `t0`, between which there is nothing but a
-        discontinuity of the vector field.
+        """The solver state at `t1`, from the one at `t0`, across a discontinuity of the
+        vector field.
 
-        They are a few floats apart, and `y` is the same. With `t0` and `t1` exchanged this
-        has to undo itself.
+        `t0` and `t1` are a few floats apart, and `y` is the same at both. The call with
+        `t0` and `t1` exchanged has to undo this one.
 
         **Returns:**
 
@@ -143,8 +147,7 @@ class CanCrossJumps(AbstractReversibleSolver[_SolverState], Generic[_SolverState
 
 
 class KeepsStateAtJumps(CanCrossJumps[_SolverState], Generic[_SolverState]):
-    """A solver of which the solver state does not depend on the vector field, but by
-    rounding."""
+    """A solver whose solver state is independent of the vector field up to rounding."""
 
     def cross_jump(
         self,
@@ -160,7 +163,7 @@ class KeepsStateAtJumps(CanCrossJumps[_SolverState], Generic[_SolverState]):
 
 
 class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_SolverState]):
-    """A solver of which the interpolation takes evaluations that a step does not."""
+    """A solver whose interpolation needs evaluations beyond those of a step."""
 
     @abc.abstractmethod
     def extra_dense_info(
@@ -171,35 +174,32 @@ class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_Solver
         args: Args,
         dense_info: DenseInfo,
     ) -> DenseInfo:
-        """What interpolation takes beyond the `dense_info` that `advance` returned: more of
-        its entries.
+        """The entries of `dense_info` that `advance` did not return.
 
-        `ReversibleAdjoint` asks for them only in those steps in which there is something to
-        interpolate, which with `SaveAt(dense=True)` or the root finder of an event may be
-        any.
+        `ReversibleAdjoint` asks for them only in steps with an interpolated output. With
+        `SaveAt(dense=True)` or the root finder of an event that may be any step.
         """
 
 
 class HasRecord(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver of which a step forgets scalars that undoing it takes: where the step before
-    it began, for instance."""
+    """A solver that needs scalars to undo a step that the step itself discards, for example
+    the start of the step before."""
 
     @abc.abstractmethod
     def to_record(self, solver_state: _SolverState) -> PyTree[Array]:
-        """Scalars of the solver state that a step forgets, and that undoing it takes.
+        """The scalars of the solver state that a step discards and its inverse needs.
 
-        They are recorded before every step, where a gradient is asked for, and make its
-        memory grow by as much.
+        For gradients they are recorded before every step, which takes memory per step.
         """
 
     @abc.abstractmethod
     def recall(self, solver_state: _SolverState, recorded: PyTree[Array]) -> _SolverState:
-        """The solver state after a step, with what `to_record` gave before it put into it,
-        in the form that `backward_step` takes."""
+        """The solver state after a step in the form that `backward_step` takes, with the
+        scalars that `to_record` returned before the step."""
 
 
 class HasErrorScales(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver that knows what errors of its state are to be measured by."""
+    """A solver that defines the scales of reconstruction errors."""
 
     @abc.abstractmethod
     def error_scales(
@@ -214,33 +214,36 @@ class HasErrorScales(AbstractReversibleSolver[_SolverState], Generic[_SolverStat
         y_end: Y,
         solver_state_end: _SolverState,
     ) -> PyTree[Array]:
-        """What errors of the walk back are measured by, where it comes to a known state.
+        """The scales of reconstruction errors at a known state, which the backward pass
+        compares with its own.
 
         **Arguments:**
 
-        - `terms`, `args`: as [`diffrax.AbstractSolver.step`][].
-        - `t0`, `t1`: the step that begins there.
-        - `length`: of the walk back to there, in time, and at least of a step. So long do
-            errors of the solver state act.
-        - `y0`, `solver_state`: what is known.
-        - `y_end`, `solver_state_end`: what was known where the walk back began. Of the
-            solver state there need not be more than its floating-point arrays.
+        - `terms`, `args`: as in `diffrax.AbstractSolver.step`.
+        - `t0`, `t1`: the step that begins at the known state.
+        - `length`: the time over which the backward pass has reached it, at least that of a
+            step. Errors of the solver state act for so long.
+        - `y0`, `solver_state`: the known state and solver state.
+        - `y_end`, `solver_state_end`: the known state and solver state from which the
+            backward pass started. Of the solver state only floating-point arrays need to be
+            present.
 
         **Returns:**
 
         For every floating-point array of `(y0, solver_state)`, in that order, an array of
-        its shape: by default the largest of what each entry is there, after one step, which
-        is made again, and where the walk back began.
+        its shape. By default it holds, for each entry, its largest magnitude among the
+        known state, the state one step later (the step is computed again), and the state
+        from which the backward pass started.
         """
 
 
 class HasStatistics(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver that counts something."""
+    """A solver that contributes statistics of a solve."""
 
     @abc.abstractmethod
     def statistics(self, solver_state: _SolverState) -> dict[str, PyTree[Array]]:
-        """For the `stats` of a solution under `ReversibleAdjoint`, from the solver state
-        after the last step."""
+        """Entries for the `stats` of a solution under `ReversibleAdjoint`, from the solver
+        state after the last step."""
 
 
 def statistics(
@@ -255,7 +258,7 @@ def statistics(
 def needs_restart(
     solver: AbstractReversibleSolver, solver_state: SolverState
 ) -> BoolScalarLike:
-    """Whether there is a restart before the next step: Python `False` if there never is."""
+    """Whether there is a restart before the next step; Python `False` if there never is."""
     return isinstance(solver, CanRestart) and solver.needs_restart(solver_state)
 
 
@@ -268,16 +271,16 @@ def cross_jump(
     args: Args,
     solver_state: SolverState,
 ) -> tuple[SolverState, BoolScalarLike]:
-    """See `CanCrossJumps`. There is nothing to do if there is no solver state."""
+    """See `CanCrossJumps`. Without arrays in the solver state there is nothing to do."""
     if isinstance(solver, CanCrossJumps):
         return solver.cross_jump(terms, t0, t1, y, args, solver_state)
     if any(map(eqx.is_array, jtu.tree_leaves(solver_state))):
         name = type(getattr(solver, "solver", solver)).__name__
         raise NotImplementedError(
             f"`diffeqsolve(..., solver={name}(), adjoint=ReversibleAdjoint())` cannot "
-            "undo what this solver does at a jump of the vector field. End the solve "
-            "at the jump and begin another there, or use a solver of which the jumps "
-            "can be undone, as `diffrax_reversible.ALF4`, or "
+            "undo the change of the solver state at a jump of the vector field. End the "
+            "solve at the jump and begin another there, or use a solver that can undo "
+            "jumps, such as `diffrax_reversible.ALF4`, or "
             "`adjoint=RecursiveCheckpointAdjoint()`."
         )
     return solver_state, False
@@ -309,8 +312,7 @@ def error_scales(
     y_end: Y,
     solver_state_end: SolverState,
 ) -> PyTree[Array]:
-    """See `HasErrorScales`. By default the largest of what each entry is there, after one
-    step, which is made again, and where the walk back began."""
+    """See `HasErrorScales`, also for the default."""
     if isinstance(solver, HasErrorScales):
         step = terms, t0, t1, length, y0, args, solver_state
         return solver.error_scales(*step, y_end, solver_state_end)
@@ -329,7 +331,7 @@ def advance(
     args: Args,
     solver_state: SolverState,
 ) -> tuple[Y, Y | None, DenseInfo, SolverState, RESULTS]:
-    """A step and nothing else."""
+    """The step itself, without a restart or jump before it."""
     step = terms, t0, t1, y0, args, solver_state
     if isinstance(solver, AbstractInterruptedSolver):
         return solver.advance(*step)
@@ -346,7 +348,7 @@ def advance_densely(
     solver_state: SolverState,
     reads: BoolScalarLike = True,
 ) -> tuple[Y, Y | None, DenseInfo, SolverState, RESULTS]:
-    """`advance`, with what is extra of its `dense_info`: zeros unless it is read."""
+    """`advance`, with the entries of `extra_dense_info`: zeros unless `reads`."""
     y1, y_error, dense_info, solver_state, result = advance(
         solver, terms, t0, t1, y0, args, solver_state
     )
@@ -377,13 +379,12 @@ def interrupt(
     restarts: BoolScalarLike,
     made_jump: BoolScalarLike,
 ) -> tuple[SolverState, BoolScalarLike, BoolScalarLike]:
-    """What comes between two steps.
+    """Restart or cross a jump between two steps.
 
     **Returns:**
 
-    The solver state to go on with, whether there was a restart, and whether the solver
-    state crossed a jump, which a restart takes the place of. Python `False` where that is
-    known.
+    The new solver state, whether there was a restart, and whether a jump was crossed (not
+    after a restart, which supersedes it). Python `False` where that is known.
     """
 
     def choose(pred, new):
@@ -398,8 +399,8 @@ def interrupt(
         changed = jnp.logical_and(crosses, changed)
         return choose(changed, new), changed
 
-    # In a batch they are evaluated only in steps in which some element needs it. Logical
-    # operations also strip tangents, which JAX gives to Booleans too.
+    # In a batch both are evaluated only if some element needs it. The logical operations
+    # also strip tangents, which JAX gives to Booleans too.
     crosses = made_jump
     if made_jump is not False:
         crosses = jnp.logical_and(made_jump, jnp.logical_not(restarts))
@@ -413,12 +414,11 @@ def interrupt(
 
 
 def before_jump(t: RealScalarLike) -> RealScalarLike:
-    """A time on the other side of the jump that a step begins after, at `t`.
+    """A time just before the jump after which a step begins at `t`.
 
-    Diffrax' steps end and begin one float to either side of a jump, which are two floats,
-    and may be four units of `eps |t|` apart just above a power of two. At zero, which
-    floats are closest to, as many of the smallest normal ones are meant: XLA flushes others
-    to zero.
+    Diffrax ends and begins steps one float to either side of a jump. These times are two
+    floats apart: up to four units of `eps |t|` just above a power of two. Close to zero
+    the unit is the smallest normal number, as XLA flushes smaller ones to zero.
     """
     t = jnp.asarray(t)
     ulps = jnp.maximum(eps(t) * jnp.abs(t), tiny(t))

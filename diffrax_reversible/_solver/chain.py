@@ -1,4 +1,4 @@
-"""A step as a chain of updates of its parts: run, undone, and pulled back while undone."""
+"""A step as a chain of updates of its parts, which can be run, undone and pulled back."""
 
 import functools as ft
 from collections.abc import Callable, Sequence
@@ -19,15 +19,14 @@ class Update(NamedTuple):
 
         x[target] <- scale * x[target] + factor * u,    u, aux = evaluate(*others)
 
-    where `others` are all parts but the `target`, in their order.
+    where `others` are all parts except the `target`, in their order.
 
-    - `evaluate`: `None` if there is one other part, which is `u` itself.
-    - `scale`: not zero, and 1 or -1 for sums that do not round.
-    - `factor`: does not depend on what the step is differentiated by.
-    - `alike`: `evaluate`, rounded alike wherever it stands, if sums are to be undone to
-        the last bit.
-    - `tap`: zeros which `evaluate` takes as its last argument, for the sake of their
-        cotangent.
+    - `evaluate`: `None` if `u` is the only other part itself.
+    - `scale`: not zero; 1 or -1 for sums that do not round.
+    - `factor`: must not depend on the variables of differentiation.
+    - `alike`: a version of `evaluate` that rounds alike wherever it is compiled, to undo
+        sums to the last bit.
+    - `tap`: zeros that `evaluate` takes as its last argument, to obtain their cotangent.
     """
 
     target: int
@@ -39,29 +38,29 @@ class Update(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Rounds of a few updates, which differ by coefficients only.
+    """Rounds of a few updates, which differ only in their coefficients.
 
-    - `make_round`: the updates of a round, from `(terms, args, row)`.
-    - `rows`: the coefficients, with one row for every round along the first axis; `None`
-        if there is just one round.
+    - `make_round`: a function of `(terms, args, row)` that returns the updates of a round.
+    - `rows`: the coefficients, one row per round along the first axis; `None` for a single
+        round.
     """
 
     make_round: Callable[[Terms, Args, Any], Sequence[Update]]
     rows: PyTree = None
 
 
-# The state and the solver state of a step, in parts of which an update changes one.
+# The state and the solver state of a step, in parts; an update changes one part.
 Parts = tuple[Sum, ...]
 
-# The cotangents that one evaluation passed to `others` and to its tap.
+# The cotangents that one evaluation passed to the other parts and to its tap.
 Passed = tuple[PyTree, ...]
 
 
 class Pulled(NamedTuple):
-    """What was before a chain, and the cotangents there.
+    """The parts before a chain, and the cotangents there.
 
-    - `first`: of every update of the first round, what its evaluation passed on; `None` if
-        nothing is evaluated.
+    - `first`: for every update of the first round, the cotangents that its evaluation
+        passed on; `None` if it evaluates nothing.
     """
 
     parts: Parts
@@ -73,8 +72,8 @@ class Pulled(NamedTuple):
 _Sides = TypeVar("_Sides")
 _Carry = TypeVar("_Carry")
 
-# What a round adds to the side outputs of a chain: from those so far, the row, and what
-# `evaluate` returned for every update.
+# The new side outputs of a chain after a round, from the side outputs so far, the row, and
+# the results of `evaluate` for every update.
 Collect = Callable[[_Sides, Any, list[tuple[PyTree, PyTree]]], _Sides]
 
 
@@ -87,7 +86,7 @@ def run(
     collect: Collect[_Sides] | None = None,
     backwards: bool = False,
 ) -> tuple[Parts, _Sides]:
-    """Make every update of a chain, or undo it. Returns the parts, and the side outputs."""
+    """Apply every update of a chain, or undo it. Returns the parts and the side outputs."""
     change = _undone if backwards else _made
 
     def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
@@ -118,16 +117,16 @@ def undo_and_pull(
     """Undo every update of a chain and pull cotangents back through it, with one evaluation
     and one pull-back for each of its evaluations:
 
-        ū = factor * x̄[target] + what side outputs pull back to u,    x̄[target] *= scale,
+        ū = factor * x̄[target] + (cotangent of u from side outputs),    x̄[target] *= scale,
         others̄ += (∂u/∂others)ᵀ ū,    params̄ += (∂u/∂params)ᵀ ū
 
     **Arguments:**
 
     - `combine`, `params`: `terms, args = combine(params)`.
-    - `parts`, `bars`: after the chain, and their cotangents.
+    - `parts`, `bars`: the parts after the chain, and their cotangents.
     - `params_bar`: the cotangent of `params` so far.
-    - `sides_bar`: for a row, of every update what the side outputs pull back to
-        `(u, aux)`, or `None`.
+    - `sides_bar`: a function of a row. For every update it returns the cotangent of
+        `(u, aux)` from the side outputs, or `None`.
     """
     terms, args = combine(params)
 
@@ -177,7 +176,7 @@ def _pull(
     u_bar: PyTree,
     side_bar: tuple[PyTree, PyTree] | None,
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
-    """What is evaluated, and the cotangents of the arguments."""
+    """The value of `u`, and the cotangents of the arguments."""
     if side_bar is None:
         u, pull, _ = jax.vjp(evaluate, *arguments, has_aux=True)
         return u, pull(u_bar)
@@ -186,7 +185,7 @@ def _pull(
 
 
 def as_sums(parts: tuple[PyTree, ...]) -> Parts:
-    """Which round."""
+    """The parts as sums whose addition rounds."""
     return tuple(Sum(part, None, None) for part in parts)
 
 
@@ -200,7 +199,7 @@ def _scan(
     rows: PyTree,
     reverse: bool = False,
 ) -> _Carry:
-    """Compiles faster than unrolling the rounds, but if there is just one."""
+    """A scan over rounds, which compiles faster than unrolled rounds, except for one."""
     if len(leaves := jtu.tree_leaves(rows)) == 0:
         return one_round(carry, None)
     if len(leaves[0]) == 1:

@@ -12,13 +12,23 @@ from .._custom_types import RealScalarLike, Y
 class CollocationInterpolation(AbstractLocalInterpolation):
     """The collocation polynomial of a Gauss method, of degree and order `s`.
 
-    Exact to the bit at both ends, and linear in the data.
+    It is exact to the bit at both ends, and linear in the data.
 
     **Arguments:**
 
     - `t0`, `t1`: the ends of the step.
-    - `y0`, `y1`: the solution there.
-    - `k`: its derivatives at the `s` Gauss nodes, times `t1 - t0`, along a first axis.
+    - `y0`, `y1`: the solution at `t0` and `t1`.
+    - `k`: its derivatives at the `s` Gauss nodes, times `t1 - t0`, stacked along a first
+        axis.
+
+    Example:
+
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import CollocationInterpolation
+    >>> y0, y1 = jnp.array(0.0), jnp.array(1.0)
+    >>> k = 2 * jnp.array([0.2113249, 0.7886751])  # y = t^2, at the two Gauss nodes
+    >>> print(f"{CollocationInterpolation(0.0, 1.0, y0, y1, k).evaluate(0.5):.3f}")
+    0.250
     """
 
     t0: RealScalarLike

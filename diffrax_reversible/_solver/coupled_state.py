@@ -1,4 +1,4 @@
-"""The solver state of two coupled copies, and whether these have parted."""
+"""The solver state of two coupled copies, and whether they have drifted apart."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,31 +11,29 @@ from .._tree import from_bits, real_like, to_bits
 from .entry_scales import has_grown, largest_entry, largest_so_far, sample
 
 
-# Restart where the distance of the copies, in any entry, exceeds this many times its error
-# estimate, and this power of the machine epsilon times its scale, but in any case where it
-# exceeds this fraction of the scale. With a ratio of ten errors were up to ten times those
-# of the Runge–Kutta method, and restarts hardly fewer; with three they are about the same.
-# Tuned on Kepler's, Lorenz', Lotka and Volterra's and van der Pol's equations, and on
-# networks.
+# Restart where the distance of the copies, in any entry, exceeds `_ratio` times its error
+# estimate and `eps**_floor` times its scale, and in any case where it exceeds `_most` times
+# the scale. With a ratio of ten, errors are up to ten times those of the Runge–Kutta method
+# and restarts hardly fewer; with three, errors are about the same. Tuned on Kepler's,
+# Lorenz', Lotka and Volterra's and van der Pol's equations, and on networks.
 _ratio = 3.0
 _floor = 0.75
 _most = 0.3
-# The distance after a restart and a step is no less than so many rounding errors.
+# The distance one step after a restart is taken as at least so many rounding errors.
 _noise = 10.0
 
 
 class Separation(eqx.Module):
-    """What is known of the distance of two copies after a step.
+    """The known facts about the distance of two copies after a step.
 
-    All but `restart` as bits, and for every array:
+    For every array, as bits:
 
-    - `seed`: the distance after the first step since the last restart, relative to
+    - `seeds`: the distance after the first step since the last restart, relative to
         `scales`; zero before that.
-    - `scales`: the largest magnitude that the sampled entries have had since the start of
-        the solve.
+    - `scales`: the largest magnitude of the sampled entries since the start of the solve.
     """
 
-    # Whether they have to be set equal before the next step.
+    # Whether the copies have to be set equal before the next step.
     restart: BoolScalarLike
     seeds: PyTree[Int[Array, ""]]
     scales: PyTree[Int[Array, " sample"]]
@@ -51,7 +49,7 @@ class Separation(eqx.Module):
         return Separation(jnp.array(False), seeds, self.scales)
 
     def judge(self, y: Y, z: Y, error: Y) -> "Separation":
-        """After a step to `y` and its copy `z`, with an `error` estimate."""
+        """The separation after a step to `y` and its copy `z`, with an `error` estimate."""
         like = jtu.tree_map(real_like, y)
         known = from_bits((self.seeds, self.scales), (like, like))
         leaves = zip(*map(jtu.tree_leaves, (y, z, error, *known)), strict=True)
@@ -76,7 +74,8 @@ def _judge(
     scales, unit = largest_so_far(scales, y)
     distances = jnp.abs(sample(y) - sample(z))
     errors = jnp.abs(sample(error))
-    # An error estimate may be small by chance, but not beside those of all other entries.
+    # A single error estimate may be small by chance: it counts as at least the largest one,
+    # in proportion to the scales.
     usual = unit * (largest_entry(errors) / largest_entry(unit))
     allowed = _ratio * jnp.maximum(errors, usual)
     allowed = jnp.clip(allowed, unit * eps(y) ** _floor, unit * _most)
@@ -87,9 +86,9 @@ def _judge(
 
 
 class CoupledState(eqx.Module):
-    """Solver state: the second copy of the state, and how far it is from the first.
+    """The solver state: the second copy of the state, and its distance from the first.
 
-    Of a cotangent, all but the copy is `None`.
+    In a cotangent, every field except `copy` is `None`.
     """
 
     copy: Y

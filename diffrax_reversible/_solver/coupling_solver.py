@@ -1,4 +1,4 @@
-"""Solvers of which a step is a chain of couplings."""
+"""Solvers whose step is a chain of couplings."""
 
 import abc
 from collections.abc import Sequence
@@ -25,38 +25,48 @@ from .pullback import Cotangent, HasPullback
 
 _SolverState = TypeVar("_SolverState")
 
-# The state and the solver state, in parts of which a coupling updates one.
+# The state and the solver state, in parts; a coupling updates one part.
 _Parts = tuple[PyTree[Array], ...]
 
 
 class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
-    """A solver of which a step is a chain of couplings: a splitting method, leapfrog, or
-    the block of a reversible network. A subclass says which,
+    """A solver whose step is a chain of couplings, for reversible methods of your own.
 
-        class TwoStreams(diffrax_reversible.AbstractCouplingSolver):
-            term_structure = (diffrax.ODETerm, diffrax.ODETerm)
+    Examples are splitting methods, leapfrog, and the blocks of reversible networks. A
+    subclass implements `couplings`; step, backward step and pull-back follow. The parts are
+    the elements of the state, a tuple, unless the subclass overrides `split` and `join`.
 
-            def couplings(self, terms, t0, t1, args):
-                f, g = terms
-                h = f.contr(t0, t1)
-                return (
-                    Coupling(0, lambda x2: f.vf_prod(t0, x2, args, h)),
-                    Coupling(1, lambda x1: g.vf_prod(t0, x1, args, h)),
-                )
-
-    and step, backward step, and the pull-back follow. The parts are those of the state,
-    which is a tuple, unless `split` and `join` say otherwise.
-
-    One evaluation of each increment a step, and backwards one evaluation and one pull-back
-    of each. There is no error estimate, so that steps have to be constant, given, or, if
-    the subclass has a `func`, chosen by [`diffrax_reversible.StepDensityController`][].
-    Between its ends a step is
-    interpolated linearly. Memory of `SaveAt(dense=True)`: two states a step.
+    Each step evaluates each increment once. The backward pass takes one evaluation and one
+    pull-back of each. There is no error estimate: steps have to be constant, given, or, if
+    the subclass has a `func`, chosen by `StepDensityController`. Interpolation is linear.
+    Memory of `SaveAt(dense=True)`: two states per step.
 
     **Raises:**
 
-    `ValueError` in the solve if an increment does not fit the part that it is for, or if
+    `ValueError` in the solve if an increment does not fit the part that it updates, or if
     the state is not in parts.
+
+    Example:
+
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import AbstractCouplingSolver, Coupling
+    >>> class TwoStreams(AbstractCouplingSolver):
+    ...     term_structure = (diffrax.ODETerm, diffrax.ODETerm)
+    ...
+    ...     def couplings(self, terms, t0, t1, args):
+    ...         f, g = terms
+    ...         h = f.contr(t0, t1)
+    ...         return (
+    ...             Coupling(0, lambda x2: f.vf_prod(t0, x2, args, h)),
+    ...             Coupling(1, lambda x1: g.vf_prod(t0, x1, args, h)),
+    ...         )
+    >>> f = diffrax.ODETerm(lambda t, x2, args: x2)
+    >>> g = diffrax.ODETerm(lambda t, x1, args: -x1)
+    >>> y0 = (jnp.array(1.0), jnp.array(0.0))
+    >>> sol = diffrax.diffeqsolve((f, g), TwoStreams(), 0, 1, 0.01, y0)
+    >>> print(f"{sol.ys[0][0]:.2f}")
+    0.54
     """
 
     interpolation_cls: ClassVar = LocalLinearInterpolation
@@ -65,9 +75,9 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
     def couplings(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, args: Args
     ) -> Sequence[Coupling]:
-        """The chain of a step from `t0` to `t1`, of [`diffrax_reversible.Coupling`][]s in
-        the order in which they are made. `terms` and `args` are those of
-        [`diffrax.AbstractSolver.step`][]."""
+        """The `Coupling`s of a step from `t0` to `t1`, in the order of their updates.
+
+        `terms` and `args` are as in `diffrax.AbstractSolver.step`."""
 
     def init(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
@@ -76,13 +86,13 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         del terms, t0, t1, y0, args
 
     def split(self, y: Y, solver_state: _SolverState) -> _Parts:
-        """The parts that couplings update, made of the state and the solver state."""
+        """The parts that couplings update, from the state and the solver state."""
         del solver_state
         if not isinstance(y, tuple) or len(y) < 2:
             raise ValueError(
                 f"`diffeqsolve(..., solver={type(self).__name__}(), y0=...)`: the state "
-                "has to be a tuple of at least two parts, for a coupling to update one by "
-                "a function of the others; or override `split` and `join`."
+                "has to be a tuple of at least two parts, as a coupling updates one part "
+                "by a function of the others. Otherwise override `split` and `join`."
             )
         return y
 
@@ -91,11 +101,11 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         return parts, None
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> NoReturn:
-        """Not known."""
+        """The vector field as a whole; not known unless a subclass overrides this."""
         name = type(self).__name__
         raise NotImplementedError(
-            f"`{name}.func`, the vector field as a whole, is not known. "
-            "`StepDensityController` takes it: override `func`, or use "
+            f"`{name}.func`, the vector field as a whole, is not known, and "
+            "`StepDensityController` needs it: override `func`, or use "
             "`ConstantStepSize()` or `StepTo(...)`."
         )
 

@@ -1,4 +1,4 @@
-"""A step as a chain of couplings, each of which undoes itself."""
+"""A step as a chain of couplings, each of which can be undone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,26 +17,33 @@ class Coupling(NamedTuple):
 
         x[target] <- scale * x[target] + increment(*others)
 
-    where `others` are all parts but the `target`, in their order. Whatever the `increment`
-    is, this is undone by evaluating it once more,
+    where `others` are all parts except the `target`, in their order. It is undone by
+    evaluating the `increment`, an arbitrary function, once more,
 
         x[target] <- (x[target] - increment(*others)) / scale
 
-    and cotangents are pulled back through that same evaluation. So the blocks of NICE,
-    RevNets and RealNVP are made, the kicks and drifts of splitting methods, and leapfrog.
+    and cotangents are pulled back through that same evaluation. Couplings are the blocks of
+    NICE, RevNets and RealNVP, the kicks and drifts of splitting methods, and leapfrog.
 
     **Arguments:**
 
     - `target`: the index of the part that is updated.
-    - `increment`: takes the other parts. It has to return arrays of the structure, shapes
-        and dtypes of the `target`.
-    - `scale`: a number that is not zero. Rounding errors of the walk back grow by
+    - `increment`: a function of the other parts. It has to return arrays of the structure,
+        shapes and dtypes of the `target`.
+    - `scale`: a number that is not zero. Rounding errors of the backward pass grow by
         `1 / abs(scale)`.
 
-    ??? cite "Reference"
+    Example:
 
-        Dinh, Krueger & Bengio (2015), arXiv:1410.8516; Gomez, Ren, Urtasun & Grosse
-        (2017), arXiv:1707.04585.
+    >>> from diffrax_reversible import Coupling
+    >>> kick = Coupling(1, lambda q: -0.1 * q)
+    >>> q, p = 1.0, 0.5
+    >>> p = kick.scale * p + kick.increment(q)
+    >>> print(p, (p - kick.increment(q)) / kick.scale)
+    0.4 0.5
+
+    References: Dinh, Krueger & Bengio (2015), arXiv:1410.8516; Gomez, Ren, Urtasun & Grosse
+    (2017), arXiv:1707.04585.
     """
 
     target: int
@@ -47,7 +54,7 @@ class Coupling(NamedTuple):
 def as_chain(
     couplings: Callable[[Terms, Args], Sequence[Coupling]], parts: tuple[PyTree[Array], ...]
 ) -> Chain:
-    """The chain that they are, of a state in these parts."""
+    """The couplings as a chain, for a state in these parts."""
 
     def as_update(coupling: Coupling) -> Update:
         _check(coupling, parts)
@@ -71,14 +78,14 @@ def _check(coupling: Coupling, parts: tuple[PyTree[Array], ...]) -> None:
     target, _, scale = coupling
     if not isinstance(scale, int | float) or scale == 0 or not math.isfinite(scale):
         raise ValueError(
-            f"`Coupling({target}, ..., scale={scale})` has to scale by a number that is "
-            "not zero, known when the solve is compiled, for it to be undone. What depends "
-            "on `args` or on the step belongs into the `increment`."
+            f"`Coupling({target}, ..., scale={scale})` can be undone only if it scales by "
+            "a finite number that is not zero, known when the solve is compiled. Put "
+            "dependence on `args` or on the step into the `increment`."
         )
     if not 0 <= target < len(parts):
         raise ValueError(
-            f"`Coupling({target}, ...)` has to name one of the {len(parts)} parts of the "
-            "state by its index, from zero on."
+            f"`Coupling({target}, ...)`: the index has to name one of the {len(parts)} "
+            "parts of the state, from zero on."
         )
 
 
@@ -89,9 +96,9 @@ def _check_increment(
     part = parts[target]
     if _shapes(increment) != _shapes(part):
         raise ValueError(
-            f"The increment of `Coupling({target}, ...)` has to return arrays like the "
-            f"part {target} of the state, of the structure, shapes and dtypes "
-            f"{_shapes(part)}, and returned {_shapes(increment)}."
+            f"The increment of `Coupling({target}, ...)` has to return arrays like part "
+            f"{target} of the state, of structure, shapes and dtypes {_shapes(part)}, but "
+            f"returned {_shapes(increment)}."
         )
 
 

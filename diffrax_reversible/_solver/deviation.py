@@ -17,29 +17,29 @@ from .entry_scales import has_grown, largest_entry, largest_so_far, sample, unit
 from .error_estimate import Excess
 
 
-# Restart where the deviation of `v`, times the step size, exceeds this many times the
-# Taylor term that the error estimate is a fraction of, and this power of the machine
-# epsilon times the scale of the entry, but in any case where it exceeds this fraction of
-# the scale. A smaller ratio restarts conservative problems needlessly. Tuned on Kepler's,
-# Lorenz', Lotka and Volterra's and van der Pol's equations, and on networks.
+# Restart where the deviation of `v`, times the step size, exceeds `_ratio` times the Taylor
+# term behind the error estimate and `eps**_floor` times the scale of the entry, and in any
+# case where it exceeds `_most` times the scale. A smaller ratio restarts conservative
+# problems needlessly. Tuned on Kepler's, Lorenz', Lotka and Volterra's and van der Pol's
+# equations, and on networks.
 _ratio = 3.0
 _floor = 0.4
 _most = 0.3
-# Of a step that is short because an output is due, the error says little about the next
-# ones: those of earlier steps count with this factor for each that has been made since.
+# A step that is short because an output is due says little about the errors of the next
+# steps. Errors of earlier steps count too, with this factor for each step since.
 _recent = 0.5
-# Restart where what the deviation adds to the solution in a step may exceed this many times
-# the error of the step. Tuned on the same problems, where it adds few restarts, and on
-# `examples/benchmarks/solutions.py`.
+# Restart where the effect of the deviation on the solution in a step may exceed this many
+# times the error of the step. Tuned on the same problems, where it adds few restarts, and
+# on `examples/benchmarks/solutions.py`.
 _harm = 300.0
-# A step itself makes a deviation of up to so many times the error estimate.
+# A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
 
 
 def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
     """Weights of `u_0 = v_0, u_1, ..., u_s` in the deviation and in the error estimate.
 
-    `None` where the deviation cannot be told.
+    `None` if the deviation cannot be estimated.
     """
     if tableau.deviation_weights is None:
         return None
@@ -47,16 +47,16 @@ def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
 
 
 class Known(NamedTuple):
-    """What is known of the deviation in one array after a step.
+    """The known facts about the deviation in one array after a step.
 
-    But for those of single entries, sizes are relative to `scales`, and the largest ones.
+    `seed`, `error` and `size` are maxima over the entries, relative to `scales`.
 
-    - `seed`: of the deviation after the first step since the last restart; before that what
-        it may be by rounding.
-    - `error`: of the error estimate of recent steps.
-    - `size`: of the deviation.
-    - `sizes`: those of the sampled entries, but only if an error estimate is made of them.
-    - `scales`: the largest magnitude that they have had since the start of the solve.
+    - `seed`: the deviation after the first step since the last restart; before that its
+        possible size by rounding.
+    - `error`: the error estimate of recent steps.
+    - `size`: the deviation.
+    - `sizes`: the deviations of the sampled entries, if an error estimate uses them.
+    - `scales`: the largest magnitude of the sampled entries since the start of the solve.
     """
 
     seed: Array
@@ -66,8 +66,8 @@ class Known(NamedTuple):
     scales: Array
 
     def pack(self) -> "Packed":
-        """As bits, and scalars together, for which small states are the faster. What may be
-        sharded stays by itself."""
+        """Bits, with the scalars stacked, which is faster for small states. Arrays that may
+        be sharded stay separate."""
         numbers = jnp.stack([self.seed, self.error, self.size])
         return to_bits(Packed(numbers, self.sizes, self.scales))
 
@@ -88,16 +88,16 @@ class Packed(NamedTuple):
 
 
 class Deviation(eqx.Module):
-    """What is known of the deviation of `v` after a step: part of the solver state."""
+    """The known facts about the deviation of `v` after a step: part of the solver state."""
 
     # Whether `v` has to be restarted before the next step.
     restart: BoolScalarLike
-    # For every array of the state a `Packed`.
+    # A `Packed` for every array of the state.
     known: PyTree[Array]
 
     @staticmethod
     def start(tableau: ALFTableau, y: Y, v: VF) -> "Deviation":
-        """Where `v` was evaluated."""
+        """The facts at a state where `v` was evaluated."""
 
         def known(y):
             zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(sample(y))
@@ -108,7 +108,7 @@ class Deviation(eqx.Module):
         return Deviation(jnp.array(False), packed).restarted(tableau, v)
 
     def restarted(self, tableau: ALFTableau, v: VF) -> "Deviation":
-        """After a restart, with the new `v`."""
+        """The facts after a restart, with the new `v`."""
 
         def restart(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
@@ -119,7 +119,7 @@ class Deviation(eqx.Module):
         return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
 
     def across_jump(self, v: VF) -> "Deviation":
-        """What the next step makes of another field is no growth."""
+        """The facts after a jump: the next step must not count another field as growth."""
 
         def cross(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
@@ -130,9 +130,9 @@ class Deviation(eqx.Module):
 
 
 class DeviationWatch(eqx.Module):
-    """Sums of stage derivatives that tell the deviation of `v` and the local error.
+    """Sums of stage derivatives that give the deviation of `v` and the local error.
 
-    They are kept of sampled entries, see `sample`.
+    They hold the sampled entries only, see `sample`.
     """
 
     sums: PyTree[Float[Array, "2 sample"]]
@@ -154,22 +154,23 @@ class DeviationWatch(eqx.Module):
         before: Deviation,
         evaluated: BoolScalarLike,
     ) -> tuple[Deviation, PyTree[Excess | None]]:
-        """Whether the deviation threatens the accuracy of the next steps, or the walk back.
+        """Whether the deviation threatens the accuracy of the next steps or of the backward
+        pass.
 
-        Every entry is measured by a scale of its own, see `Deviation`, so that none is too
-        small to be seen.
+        Every entry is measured on its own scale, see `Deviation`, so that small entries are
+        not missed.
 
         **Arguments:**
 
         - `control`: the length of the step.
-        - `y`: at its end.
-        - `before`: what was known before it.
+        - `y`: the state at its end.
+        - `before`: the known facts before the step.
         - `evaluated`: whether there was no deviation then.
 
         **Returns:**
 
-        What is known now, and an error estimate for the sampled entries: by how much more
-        the deviation has grown than that of a stable step does.
+        The known facts after the step, and an error estimate for the sampled entries: the
+        growth of the deviation beyond that of a stable step.
         """
         structure = jtu.tree_structure(y)
         leaves = (structure.flatten_up_to(x) for x in (self.sums, y, before.known))
@@ -194,12 +195,12 @@ def _judge(
     y: Array,
     before: Known,
 ) -> tuple[BoolScalarLike, Known, Excess | None]:
-    """Of one array."""
+    """The judgement of `DeviationWatch.judge` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
     deviation, error = jnp.abs(sums)
     scales, unit = largest_so_far(before.scales, y)
-    # One by one, which under `vmap` is faster on a CPU than together.
+    # Two reductions, which under `vmap` are faster on a CPU than one.
     relative = largest_entry(deviation / unit)
     relative_error = largest_entry(error / unit)
 
@@ -207,7 +208,7 @@ def _judge(
     recent_error = jnp.maximum(relative_error, _recent * before.error)
     taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, floor, _most)
-    # What the deviation adds to the solution grows with its own growth.
+    # The effect of the deviation on the solution increases with its growth.
     background = jnp.maximum(before.size, _made * relative_error)
     growth = jnp.maximum(relative / jnp.where(background == 0, 1, background) - 1, 0)
     effect = tableau.deviation_effect * growth**2 * relative
@@ -230,6 +231,6 @@ def _keeps_sizes(tableau: ALFTableau) -> bool:
 
 
 def _noise(tableau: ALFTableau) -> float:
-    """How many rounding errors of `v` the deviation is made of."""
+    """The rounding error of the deviation, as a multiple of that of `v`."""
     assert tableau.deviation_weights is not None
     return float(np.sum(np.abs(tableau.deviation_weights)))

@@ -1,4 +1,4 @@
-"""Those solvers of Diffrax that are reversible as they stand."""
+"""Diffrax's own reversible solvers."""
 
 from typing import ClassVar, TypeAlias
 
@@ -30,12 +30,12 @@ from .couplings import Coupling
 from .pullback import Cotangent, HasPullback
 
 
-# Where the step before began, and the state there.
+# The start of the step before, and the state there.
 _LeapfrogState: TypeAlias = tuple[RealScalarLike, Y]
 
 
 def _leapfrog_parts(y1: Y, solver_state: _LeapfrogState) -> tuple[Sum, ...]:
-    """After a step."""
+    """The parts after a step: the younger state, the older state, and its time."""
     tm1, y0 = solver_state
     return as_sums((y1, y0, jnp.asarray(tm1)))
 
@@ -43,13 +43,15 @@ def _leapfrog_parts(y1: Y, solver_state: _LeapfrogState) -> tuple[Sum, ...]:
 class _ReversibleHeun(
     AbstractReversibleAdapter[tuple[Y, VF]], HasErrorScales[tuple[Y, VF]]
 ):
-    """`ŷ1 = 2 y0 - ŷ0 + f(ŷ0) X` and `y1 = y0 + (f(ŷ0) + f(ŷ1)) X / 2`, of which the sum
-    is `2 y1 = ŷ0 + ŷ1 + f(ŷ1) X`: Kidger, Foster, Li & Lyons (2021), arXiv:2105.13493.
+    """`ŷ1 = 2 y0 - ŷ0 + f(ŷ0) X` and `y1 = y0 + (f(ŷ0) + f(ŷ1)) X / 2`, which imply
+    `2 y1 = ŷ0 + ŷ1 + f(ŷ1) X`.
 
-    One evaluation to undo a step. To pull a cotangent back as well takes two, and one
-    pull-back, as by the default adjoint: what the solver state holds of the vector field is
-    evaluated at both ends. At a jump Diffrax evaluates the vector field at `y`, and from
-    then on that cannot be told.
+    Undoing a step takes one evaluation. Pulling a cotangent back as well takes two, and one
+    pull-back, as with the default adjoint: the vector field in the solver state is
+    evaluated at both ends. At a jump Diffrax evaluates the vector field at `y`, which
+    cannot be undone afterwards.
+
+    Reference: Kidger, Foster, Li & Lyons (2021), arXiv:2105.13493.
     """
 
     def backward_step(
@@ -81,9 +83,9 @@ class _ReversibleHeun(
         y_end: Y,
         solver_state_end: tuple[Y, VF],
     ) -> tuple[Y, tuple[Y, VF]]:
-        """Of an entry of `y` and `ŷ` no less than what the step adds to it. Nothing of the
-        vector field, which is evaluated at `ŷ` here as there: where it comes close to zero,
-        as in a state of rest, its rounding errors are as large as itself."""
+        """The scales of `y` and `ŷ` are at least the size of one step's update. The vector
+        field is not compared: both passes evaluate it at `ŷ`, and where it is close to
+        zero, as in a state of rest, its rounding errors are as large as itself."""
         del length, args
         yhat0, vf0 = solver_state
         step = terms.prod(vf0, terms.contr(t0, t1))
@@ -101,8 +103,8 @@ class _LeapfrogMidpoint(
     HasRecord[_LeapfrogState],
     HasPullback[_LeapfrogState],
 ):
-    """`y2 = y0 + f(t1, y1) X` over two steps: one evaluation to undo a step. Where the
-    first of the two began is recorded."""
+    """`y2 = y0 + f(t1, y1) X` over two steps. Undoing a step takes one evaluation, and the
+    recorded start of the first of the two."""
 
     def backward_step(
         self,
@@ -119,7 +121,7 @@ class _LeapfrogMidpoint(
         return y0, (tm1, ym1)
 
     def _chain(self, t0: RealScalarLike, t1: RealScalarLike) -> Chain:
-        """The update of the older state, by the younger one and where the older was."""
+        """The update of the older state by the younger state and the time of the older."""
 
         def make_round(terms: AbstractTerm, args: Args, row: None):
             del row
@@ -146,7 +148,7 @@ class _LeapfrogMidpoint(
         dense = dense_cotangent
         y1_bar = cotangent.y if dense is None else tree_add(cotangent.y, dense["y1"])
         parts = _leapfrog_parts(y1, solver_state)
-        # Where the older state was is forgotten by the step.
+        # The step discards the time of the older state, so its cotangent is zero.
         bars = y1_bar, cotangent.solver_state[1], tree_zeros_like(parts[2].high)
         pulled = undo_and_pull(
             self._chain(t0, t1), combine, params, parts, bars, cotangent.params

@@ -1,4 +1,4 @@
-"""The error estimate of a step, of several."""
+"""The error estimate of a step, combined from several."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from .entry_scales import sample
 
 
 def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
-    """The error estimate, of two of different order.
+    """The error estimate from two estimates of different order.
 
-    The coarse one counts where the step is about as large as is stable: there it is not
-    small beside what the entry moves, and the fine one may be blind. See `coarse_error.py`.
+    The coarse one counts close to the limit of stability, where it is not small compared to
+    the update of the entry, and where the fine one may miss the error. See
+    `coarse_error.py`.
     """
     size = jnp.abs(coarse)
     slopes = threshold * (jnp.abs(k0) + jnp.abs(k1))
@@ -23,15 +24,16 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
 
 
 class Excess(eqx.Module):
-    """An error estimate of the sampled entries of an array, and their scales."""
+    """An error estimate for the sampled entries of an array, and their scales."""
 
     error: Float[Array, " sample"]
     unit: Float[Array, " sample"]
 
     def raise_error(self, error: Array) -> Array:
-        """Another estimate, with its sampled entries no less in size than this one. If not
-        all are sampled, then it is raised as a whole by as much as the sample on
-        average."""
+        """Raise the sampled entries of another estimate at least to this one.
+
+        If not all entries are sampled, the whole estimate is raised by the average factor
+        of the sample."""
         known = jnp.abs(sample(error))
         raised = jnp.maximum(known, self.error)
         if raised.size == error.size:

@@ -1,4 +1,4 @@
-"""Gauss methods, for problems of which the stiffness is oscillatory."""
+"""Gauss methods, for problems with oscillatory stiffness."""
 
 from typing import ClassVar
 
@@ -15,25 +15,37 @@ def _newton() -> optx.AbstractRootFinder:
 
 
 class ImplicitMidpoint(AbstractGauss):
-    """The implicit mid-point rule: Gauss collocation of one stage.
+    """The implicit mid-point rule (Gauss collocation of one stage), for stiff oscillations.
 
-    For ordinary differential equations of which the fastest modes oscillate, and need not
-    be resolved: waves, the Schrödinger equation, stiff springs. It is symmetric,
-    symplectic, keeps quadratic invariants, and is A-stable: steps are not bounded by the
-    fastest frequency. Where fast modes are damped, as by heat conduction, their walk back
-    is ill-conditioned, known states have to be close to each other, and a dissipative
-    solver, as [`diffrax.Kvaerno5`][], serves better.
+    Use it where the fastest modes oscillate and need not be resolved: waves, the
+    Schrödinger equation, stiff springs. It is symmetric, symplectic and A-stable, and
+    preserves quadratic invariants. So the fastest frequency does not bound the step size.
 
     Order 2, embedded order 2, linear interpolation of order 1. A step solves equations in
-    one state, by the `root_finder` and a last step of Newton's, to rounding; for vector
-    fields that are seen to be affine by one linear solve. The error estimate takes two
-    evaluations and a linear solve more. The walk back solves the same equations, and its
-    pull-back takes one linear solve. Memory of `SaveAt(dense=True)`: three states a step.
+    one state to rounding, by the `root_finder` and a final Newton step, or by one linear
+    solve if the vector field is recognised as affine. The error estimate takes two more
+    evaluations and one more linear solve, and stays bounded however stiff the problem is.
+    `sol.stats["num_root_find_steps"]` counts iterations. Memory of `SaveAt(dense=True)`:
+    three states per step.
 
-    ??? cite "Reference"
+    The backward pass solves the same equations, and a pull-back takes one linear solve.
+    Where fast modes are damped, as in heat conduction, undoing them is ill-conditioned and
+    the backward pass needs known states close to each other: a dissipative solver, such as
+    `diffrax.Kvaerno5`, works better.
 
-        Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, section II.1,
-        doi:10.1007/3-540-30666-8.
+    Example:
+
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import ImplicitMidpoint
+    >>> term = diffrax.ODETerm(lambda t, y, args: 1000 * jnp.stack([y[1], -y[0]]))
+    >>> y0 = jnp.array([1.0, 0.0])
+    >>> sol = diffrax.diffeqsolve(term, ImplicitMidpoint(), 0, 1, 0.1, y0)
+    >>> print(f"{jnp.sum(sol.ys**2):.3f}")
+    1.000
+
+    Reference: Hairer, Lubich & Wanner (2006), *Geometric Numerical Integration*, section
+    II.1, doi:10.1007/3-540-30666-8.
     """
 
     root_finder: optx.AbstractRootFinder = _newton()
@@ -44,18 +56,26 @@ class ImplicitMidpoint(AbstractGauss):
 
 
 class Gauss4(AbstractGauss):
-    """Gauss collocation of two stages.
+    """Gauss collocation of two stages, for stiff oscillations.
 
-    For what [`diffrax_reversible.ImplicitMidpoint`][] is for, with higher accuracy, and
-    with the same properties.
+    It has the purpose and the properties of `ImplicitMidpoint`, with higher accuracy.
 
-    Order 4, embedded order 3, interpolation by the collocation polynomial, of order 2. A
-    step solves equations in two states. Memory of `SaveAt(dense=True)`: four states a step.
+    Order 4, embedded order 3, interpolation of order 2 by the collocation polynomial. A
+    step solves equations in two states. Memory of `SaveAt(dense=True)`: four states per
+    step.
 
-    ??? cite "Reference"
+    Example:
 
-        Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section IV.5,
-        doi:10.1007/978-3-642-05221-7.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import Gauss4
+    >>> term = diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])]))
+    >>> sol = diffrax.diffeqsolve(term, Gauss4(), 0, 1, 0.1, jnp.array([1.0, 0.0]))
+    >>> print(f"{sol.ys[0, 0]:.3f}")
+    0.600
+
+    Reference: Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section
+    IV.5, doi:10.1007/978-3-642-05221-7.
     """
 
     root_finder: optx.AbstractRootFinder = _newton()
@@ -66,19 +86,26 @@ class Gauss4(AbstractGauss):
 
 
 class Gauss6(AbstractGauss):
-    """Gauss collocation of three stages.
+    """Gauss collocation of three stages, for stiff oscillations.
 
-    For what [`diffrax_reversible.ImplicitMidpoint`][] is for, with higher accuracy, and
-    with the same properties.
+    It has the purpose and the properties of `ImplicitMidpoint`, with higher accuracy.
 
-    Order 6, embedded order 4, interpolation by the collocation polynomial, of order 3. A
-    step solves equations in three states. Memory of `SaveAt(dense=True)`: five states a
+    Order 6, embedded order 4, interpolation of order 3 by the collocation polynomial. A
+    step solves equations in three states. Memory of `SaveAt(dense=True)`: five states per
     step.
 
-    ??? cite "Reference"
+    Example:
 
-        Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section IV.5,
-        doi:10.1007/978-3-642-05221-7.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import Gauss6
+    >>> term = diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])]))
+    >>> sol = diffrax.diffeqsolve(term, Gauss6(), 0, 1, 0.5, jnp.array([1.0, 0.0]))
+    >>> print(f"{sol.ys[0, 0]:.3f}")
+    0.600
+
+    Reference: Hairer & Wanner (1996), *Solving Ordinary Differential Equations II*, section
+    IV.5, doi:10.1007/978-3-642-05221-7.
     """
 
     root_finder: optx.AbstractRootFinder = _newton()
@@ -91,22 +118,21 @@ class Gauss6(AbstractGauss):
 for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
     _cls.__init__.__doc__ = """**Arguments:**
 
-- `root_finder`: an optimistix root finder, for the stage equations. They are in units of
-    the state, entry by entry (at least 2e-9 of the largest of an array in double precision,
-    and that itself in single), so that its `atol` is relative to these. Where it ends, a
-    step of Newton's method has to leave nothing but rounding: from an error of 1e-8 in
-    double precision. Defaults to Newton's method until a correction is less than 1e-5. As
-    `ReversibleAdjoint` relies on the solution, tolerances of a step size controller do not
-    serve.
-- `linear_solver`: a lineax solver, for Newton's method (but for that of another
-    `root_finder`, which has one of its own), the filter of the error estimate and
-    pull-backs. Defaults to LU decomposition, for which the Jacobian is made as a dense
-    matrix. For large states pass one that makes none, as
-    `lineax.GMRES(rtol=1e-12, atol=1e-12)`. With an iterative one, how far the walk back
-    misses a known state is measured by the largest entry of an array. The unknowns are
-    real: the real and imaginary parts of complex arrays, along a first axis.
-- `root_find_max_steps`: after how many iterations a step is given up: rejected by an
-    adaptive controller, and an error with steps of constant size.
+- `root_finder`: an optimistix root finder for the stage equations. The equations are
+    scaled, entry by entry, by the size of the state (at least 2e-9 of the largest entry of
+    the array in double precision, and that entry itself in single precision), and its
+    `atol` is relative to this scale. One Newton step from its result has to reach rounding:
+    in double precision from an error of 1e-8. `ReversibleAdjoint` relies on that, so the
+    tolerances of a step-size controller are not enough. Defaults to Newton's method until a
+    correction is less than 1e-5.
+- `linear_solver`: a lineax solver for Newton's method (another `root_finder` uses its
+    own), for the filter of the error estimate and for pull-backs. Defaults to LU
+    decomposition of a dense Jacobian. For large states pass a matrix-free solver, such as
+    `lineax.GMRES(rtol=1e-12, atol=1e-12)`. With an iterative solver, reconstruction errors
+    are measured relative to the largest entry of an array. The unknowns are real: the real
+    and imaginary parts of complex arrays, stacked along a first axis.
+- `root_find_max_steps`: the number of iterations after which a step is given up. An
+    adaptive controller then rejects the step; with constant steps it is an error.
 
 **Raises:**
 

@@ -1,4 +1,4 @@
-"""The solver state of Gauss methods: where to begin the next iteration."""
+"""The solver state of Gauss methods: the initial guess of the next iteration."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,18 +10,20 @@ from .._custom_types import RealScalarLike, Y
 from .._tree import from_bits, to_bits
 
 
-# Further than so many of its lengths away, a collocation polynomial says nothing.
+# Extrapolate a collocation polynomial by at most so many of its lengths.
 _farthest = 2.0
 
 
 class GaussState(eqx.Module):
-    """Solver state: the stages of the step next to this one, for a guess at those of the
-    next one. They change a step by rounding only, and are held as bits: they are neither
-    differentiated nor compared with in the walk back.
+    """The solver state of Gauss methods: the stages of the adjacent step, as a guess for
+    the stages of the next one.
 
-    - `slopes`: the derivatives at the stages, along a first axis.
-    - `ends`: of that step.
-    - `iterations`: of the root finder, in all steps that were accepted so far.
+    They affect a step only by rounding. As bits they are neither differentiated nor
+    compared in the backward pass.
+
+    - `slopes`: the derivatives at the stages, stacked along a first axis.
+    - `ends`: both ends of the adjacent step.
+    - `iterations`: the number of iterations of the root finder in all accepted steps.
     """
 
     slopes: PyTree[Int[Array, " stages ..."]]
@@ -30,7 +32,7 @@ class GaussState(eqx.Module):
 
     @staticmethod
     def start(tableau: GaussTableau, y: Y, t: RealScalarLike) -> "GaussState":
-        """With no step next to it."""
+        """The state without an adjacent step."""
         shape = lambda x: jnp.zeros((tableau.stages, *x.shape), x.dtype)
         slopes = jtu.tree_map(shape, y)
         ends = jnp.stack([jnp.asarray(t), jnp.asarray(t)])
@@ -44,7 +46,7 @@ class GaussState(eqx.Module):
         t1: RealScalarLike,
         iterations: Int[Array, ""] | int = 0,
     ) -> "GaussState":
-        """After a step from `t0` to `t1`, or before it, with its stages."""
+        """The state after, or before, a step from `t0` to `t1` with these increments."""
         ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
         length = jnp.where(ends[1] == ends[0], 1, ends[1] - ends[0])
         slopes = jtu.tree_map(lambda k: k / length.astype(k.dtype), increments)
@@ -55,8 +57,8 @@ class GaussState(eqx.Module):
     def guess(
         self, tableau: GaussTableau, y: Y, t0: RealScalarLike, t1: RealScalarLike
     ) -> PyTree[Array]:
-        """The stage derivatives of a step from `t0` to `t1`, times its length, by the
-        derivative of the collocation polynomial of the step next to it."""
+        """A guess of the stage derivatives of a step from `t0` to `t1`, times its length,
+        from the derivative of the collocation polynomial of the adjacent step."""
         like = jtu.tree_map(lambda x: jnp.zeros((tableau.stages, *x.shape), x.dtype), y)
         slopes, ends = from_bits((self.slopes, self.ends), (like, jnp.stack([t0, t1])))
         length = ends[1] - ends[0]
@@ -65,7 +67,7 @@ class GaussState(eqx.Module):
         x = (t0 + nodes * (t1 - t0) - ends[0]) / jnp.where(known, length, 1)
         x = jnp.clip(x, 1 - _farthest, _farthest)
         powers = jnp.stack([x**q for q in range(tableau.stages)])
-        # From the stages that are known, down, to those that are asked for, across.
+        # Rows belong to the known stages, columns to the wanted ones.
         weights = jnp.asarray(tableau.basis, length.dtype) @ powers
         weights = jnp.where(known, weights * (t1 - t0), 0)
 

@@ -19,24 +19,36 @@ from .splitting import AbstractSplitting
 
 
 class StormerVerlet(AbstractSplitting):
-    """Störmer–Verlet, or leapfrog, in its velocity form: kick, drift, kick.
+    """Störmer–Verlet (leapfrog in velocity form), for separable Hamiltonian systems.
 
-    For `terms=(term_q, term_p)` and `y0=(q, p)`, as for [`diffrax.SemiImplicitEuler`][]:
-    `q' = term_q.vf(t, p, args)` and `p' = term_p.vf(t, q, args)`, where either may depend
-    on time. Symplectic if these are derivatives of a Hamiltonian `T(t, p) + V(t, q)`.
+    It solves `q' = term_q.vf(t, p, args)` and `p' = term_p.vf(t, q, args)` for
+    `terms=(term_q, term_p)` and `y0=(q, p)`, as `diffrax.SemiImplicitEuler` does. Both
+    vector fields may depend on time. The method (kick, drift, kick) is symplectic if they
+    are derivatives of a Hamiltonian `T(t, p) + V(t, q)`.
 
-    Order 2, embedded order 1, one evaluation of each vector field a step (and one of the
-    force at the start), cubic Hermite interpolation of order 2 (four states a step with
-    `SaveAt(dense=True)`). An error estimate and interpolation take one evaluation of the
-    drift more.
+    Order 2, embedded order 1, one evaluation of each vector field per step (and one of the
+    force at the start). An error estimate and interpolation take one more evaluation of the
+    drift. Cubic Hermite interpolation is of order 2. Memory of `SaveAt(dense=True)`: four
+    states per step.
 
-    Algebraically reversible: a step is undone by as many evaluations, up to rounding. There
-    is nothing that grows where the flow contracts but rounding, and no restart.
+    Algebraically reversible: undoing a step takes as many evaluations, and is exact up to
+    rounding. Where the flow contracts nothing grows but rounding errors, so there are no
+    restarts. Over any number of equal steps the energy stays close to its initial value.
 
-    ??? cite "Reference"
+    Example:
 
-        Verlet (1967), doi:10.1103/PhysRev.159.98; Hairer, Lubich & Wanner (2003),
-        doi:10.1017/S0962492902000144.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import StormerVerlet
+    >>> drift = diffrax.ODETerm(lambda t, p, args: p)
+    >>> force = diffrax.ODETerm(lambda t, q, args: -q)
+    >>> y0 = (jnp.array(1.0), jnp.array(0.0))
+    >>> sol = diffrax.diffeqsolve((drift, force), StormerVerlet(), 0, 1, 0.01, y0)
+    >>> print(f"{sol.ys[0][0]:.3f}")
+    0.540
+
+    References: Verlet (1967), doi:10.1103/PhysRev.159.98; Hairer, Lubich & Wanner (2003),
+    doi:10.1017/S0962492902000144.
     """
 
     tableau: ClassVar[SplittingTableau] = stormer_verlet
@@ -45,20 +57,31 @@ class StormerVerlet(AbstractSplitting):
 
 
 class BlanesMoan4(AbstractSplitting):
-    """The method of order 4 and six stages of Blanes and Moan.
+    """Methods of order 4 of Blanes and Moan, for separable Hamiltonian systems.
 
-    For systems as [`diffrax_reversible.StormerVerlet`][]. Of their two methods, `nystrom`
-    is the more accurate one for systems of second order, of which `term_q` is affine in
-    time and momentum, as `p / m` is. The default is for any drift.
+    Terms and state are as for `StormerVerlet`. The default method works for any drift.
+    `nystrom=True` chooses the more accurate method for systems of second order, whose
+    `term_q` is affine in time and momentum, as `p / m` is. Both have six stages.
 
-    Order 4, embedded order 3, six evaluations of each vector field a step (and one of the
-    force at the start), cubic Hermite interpolation of order 4 (four states a step with
-    `SaveAt(dense=True)`). An error estimate and interpolation take one evaluation of the
-    drift more.
+    Order 4, embedded order 3, six evaluations of each vector field per step (and one of the
+    force at the start). An error estimate and interpolation take one more evaluation of the
+    drift. Cubic Hermite interpolation is of order 4. Memory of `SaveAt(dense=True)`: four
+    states per step.
 
-    ??? cite "Reference"
+    Example:
 
-        Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN6b and S6.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import BlanesMoan4
+    >>> drift = diffrax.ODETerm(lambda t, p, args: p / 2)
+    >>> force = diffrax.ODETerm(lambda t, q, args: -2 * q)
+    >>> y0, solver = (jnp.array(1.0), jnp.array(0.0)), BlanesMoan4(nystrom=True)
+    >>> sol = diffrax.diffeqsolve((drift, force), solver, 0, 1, 0.1, y0)
+    >>> print(f"{sol.ys[0][0]:.4f}")
+    0.5403
+
+    Reference: Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN6b and
+    S6.
     """
 
     compensated: bool = eqx.field(default=False, static=True)
@@ -74,21 +97,32 @@ class BlanesMoan4(AbstractSplitting):
 
 
 class BlanesMoan6(AbstractSplitting):
-    """The methods of order 6 and eleven or ten stages of Blanes and Moan.
+    """Methods of order 6 of Blanes and Moan, for separable Hamiltonian systems.
 
-    For systems as [`diffrax_reversible.StormerVerlet`][]. Of two methods, `nystrom` is the
-    more accurate one for systems of second order, of which `term_q` is affine in time and
-    momentum, as `p / m` is. The default is for any drift.
+    Terms and state are as for `StormerVerlet`. The default method, of ten stages, works for
+    any drift. `nystrom=True` chooses the more accurate method, of eleven stages, for
+    systems of second order, whose `term_q` is affine in time and momentum, as `p / m` is.
 
-    Order 6, embedded order 4, ten evaluations of each vector field a step, or eleven if
-    `nystrom` (and one of the force at the start). Quintic Hermite interpolation of
-    order 6 from second derivatives at both ends (six states a step with
-    `SaveAt(dense=True)`), which take a forward-mode derivative of the vector fields each,
-    if there is anything to interpolate.
+    Order 6, embedded order 4, ten evaluations of each vector field per step, or eleven if
+    `nystrom` (and one of the force at the start). Quintic Hermite interpolation of order 6
+    uses second derivatives at both ends of a step. Each takes a forward-mode derivative of
+    the vector fields, if there is anything to interpolate. Memory of `SaveAt(dense=True)`:
+    six states per step.
 
-    ??? cite "Reference"
+    Example:
 
-        Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN11b and S10.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import BlanesMoan6
+    >>> drift = diffrax.ODETerm(lambda t, p, args: p / 2)
+    >>> force = diffrax.ODETerm(lambda t, q, args: -2 * q)
+    >>> y0, solver = (jnp.array(1.0), jnp.array(0.0)), BlanesMoan6(nystrom=True)
+    >>> sol = diffrax.diffeqsolve((drift, force), solver, 0, 1, 0.5, y0)
+    >>> print(f"{sol.ys[0][0]:.4f}")
+    0.5403
+
+    Reference: Blanes & Moan (2002), doi:10.1016/S0377-0427(01)00492-7, methods SRKN11b and
+    S10.
     """
 
     compensated: bool = eqx.field(default=False, static=True)
@@ -104,18 +138,28 @@ class BlanesMoan6(AbstractSplitting):
 
 
 class KahanLi8(AbstractSplitting):
-    """The composition of order 8 of 17 Störmer–Verlet steps of Kahan and Li.
+    """Method of order 8 of Kahan and Li, for separable Hamiltonian systems.
 
-    For systems as [`diffrax_reversible.StormerVerlet`][].
+    Terms and state are as for `StormerVerlet`. Each step composes 17 of its steps.
 
-    Order 8, embedded order 5, seventeen evaluations of each vector field a step (and one
-    of the force at the start). Septic Hermite interpolation of order 8 from second and
-    third derivatives at both ends (eight states a step with `SaveAt(dense=True)`), by
-    forward mode, if there is anything to interpolate.
+    Order 8, embedded order 5, seventeen evaluations of each vector field per step (and one
+    of the force at the start). Septic Hermite interpolation of order 8 uses second and
+    third derivatives at both ends of a step, by forward mode, if there is anything to
+    interpolate. Memory of `SaveAt(dense=True)`: eight states per step.
 
-    ??? cite "Reference"
+    Example:
 
-        Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import KahanLi8
+    >>> drift = diffrax.ODETerm(lambda t, p, args: p)
+    >>> force = diffrax.ODETerm(lambda t, q, args: -q)
+    >>> y0 = (jnp.array(1.0), jnp.array(0.0))
+    >>> sol = diffrax.diffeqsolve((drift, force), KahanLi8(), 0, 1, 0.5, y0)
+    >>> print(f"{sol.ys[0][0]:.4f}")
+    0.5403
+
+    Reference: Kahan & Li (1997), doi:10.1090/S0025-5718-97-00873-9.
     """
 
     tableau: ClassVar[SplittingTableau] = kahan_li8
@@ -131,10 +175,10 @@ for _cls in (StormerVerlet, BlanesMoan4, BlanesMoan6, KahanLi8):
 for _cls in (BlanesMoan4, BlanesMoan6):
     assert _cls.__init__.__doc__ is not None
     _cls.__init__.__doc__ += """
-- `nystrom`: `True` for the method for systems of second order.
+- `nystrom`: whether to use the method for systems of second order.
 
 **Raises:**
 
-`ValueError` in the solve, if `nystrom` and `term_q` is not seen to be affine: if its
-derivative depends on time or momentum by any operation, as that of `p**1.5` does.
+`ValueError` in the solve, if `nystrom` and `term_q` is not recognised as affine: if any
+operation makes its derivative depend on time or momentum, as for `p**1.5`.
 """

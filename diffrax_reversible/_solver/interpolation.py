@@ -1,4 +1,4 @@
-"""Dense output between the ends of a step."""
+"""Dense output of asynchronous leapfrog, by Hermite interpolation."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,24 +13,33 @@ from .._tree import tree_axpy
 
 
 class HermiteInterpolation(AbstractLocalInterpolation):
-    """Hermite interpolation through both ends of a step, and values within it.
+    """Hermite interpolation through both ends of a step and values within it.
 
-    The polynomial through the solution and its derivative at both ends, through the
-    solution at given fractions of the step, and if given through the derivative at the
-    mid-point. Of degree three, and one more for each of the others. Exact to the bit at
-    both ends, and linear in the data.
+    The polynomial through the solution and its derivative at both ends, the solution at
+    given fractions of the step and, if given, the derivative at the mid-point. Its degree
+    is three, and one more for each value within the step. It is exact to the bit at both
+    ends, and linear in the data.
 
     **Arguments:**
 
     - `t0`, `t1`: the ends of the step.
-    - `y0`, `y1`: the solution there.
-    - `k0`, `k1`: its derivative there, times `t1 - t0`.
-    - `inner`: the solution at the `fractions`, less `y0`.
+    - `y0`, `y1`: the solution at `t0` and `t1`.
+    - `k0`, `k1`: its derivatives there, times `t1 - t0`.
+    - `inner`: the solution at the `fractions`, minus `y0`.
     - `k_mid`: its derivative at the mid-point, times `t1 - t0`. One of the fractions has to
         be a half.
-    - `fractions`: greater than zero and less than one.
+    - `fractions`: numbers greater than zero and less than one.
 
-    All of `y0, ...` are PyTrees of arrays of the structure and shapes of the state.
+    `y0`, `y1`, `k0`, `k1`, `k_mid` and the elements of `inner` are PyTrees of arrays with
+    the structure and shapes of the state.
+
+    Example:
+
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import HermiteInterpolation
+    >>> y0, y1, k0, k1 = map(jnp.array, (0.0, 1.0, 0.0, 3.0))  # y = t^3
+    >>> print(HermiteInterpolation(0.0, 1.0, y0, y1, k0, k1).evaluate(0.5))
+    0.125
     """
 
     t0: RealScalarLike
@@ -59,7 +68,7 @@ class HermiteInterpolation(AbstractLocalInterpolation):
         def combine(y0, y1, k0, k1, *data):
             dtype = y0.dtype
             y = _cubic(x.astype(dtype), y0, y1, k0, k1)
-            # What the cubic misses there.
+            # Add the misses of the cubic at the fractions.
             for i, (theta, inner) in enumerate(zip(self.fractions, data, strict=False)):
                 missed = inner - _cubic(theta, jnp.zeros_like(y0), y1 - y0, k0, k1)
                 y = y + bumps[i].astype(dtype) * missed
@@ -78,13 +87,13 @@ def _cubic(x, y0: Array, y1: Array, k0: Array, k1: Array) -> Array:
 
 
 def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Array]:
-    """Polynomials `x^2 (1 - x)^2 B(x)`, flat at both ends, each one at one of the fractions
-    and zero at the others; `with_slope` flat at the mid-point as well, and one more that
-    has the slope one there and is zero at all fractions."""
+    """Polynomials `x^2 (1 - x)^2 B(x)`, flat at both ends, one for each of the fractions:
+    one there and zero at the others. `with_slope` they are flat at the mid-point as well,
+    and one more has slope one there and is zero at all fractions."""
     nodes = np.array(fractions)
     count = len(nodes) + with_slope
     powers = np.arange(count)
-    # In powers of `x - 1/2`. At the mid-point `x^2 (1 - x)^2` is flat.
+    # `B` in powers of `x - 1/2`. At the mid-point `x^2 (1 - x)^2` is flat.
     rows = (nodes * (1 - nodes))[:, None] ** 2 * np.power.outer(nodes - 0.5, powers)
     if with_slope:
         rows = np.concatenate([rows, [np.where(powers == 1, 1 / 16, 0.0)]])
@@ -99,7 +108,7 @@ def _bumps(x: Array, fractions: tuple[float, ...], with_slope: bool) -> list[Arr
 
 
 class MakeInterpolation(eqx.Module):
-    """Makes the interpolation of a step of asynchronous leapfrog; hashable."""
+    """Creates the interpolation of a step of asynchronous leapfrog; hashable."""
 
     tableau: ALFTableau = eqx.field(static=True)
 
@@ -115,7 +124,7 @@ class MakeInterpolation(eqx.Module):
 
 
 def with_slopes(values: Y, weights: np.ndarray, slopes: dict[str, VF]) -> Y:
-    """What the derivatives at the ends, and at the mid-point, add to a value within the
+    """Add the terms of the derivatives at the ends and the mid-point to a value within the
     step."""
     for name, weight in zip(("k0", "k1", "k_mid"), weights, strict=False):
         if weight != 0:

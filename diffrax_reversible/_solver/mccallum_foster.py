@@ -44,7 +44,7 @@ from .pullback import Cotangent, HasProbe, HasPullback, Probe
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
-    """That of the Runge–Kutta step, and a part of the coupling, linear in time."""
+    """The interpolation of the Runge–Kutta step, plus an offset that is linear in time."""
 
     interpolation: AbstractLocalInterpolation
     offset0: Y
@@ -77,7 +77,7 @@ class CoupledInterpolation(AbstractLocalInterpolation):
 
 
 class _Coupled(eqx.Module):
-    """Makes a `CoupledInterpolation` around that of a Runge–Kutta solver; hashable."""
+    """Creates a `CoupledInterpolation` around that of a Runge–Kutta solver; hashable."""
 
     inner: Callable[..., AbstractLocalInterpolation] = eqx.field(static=True)
 
@@ -93,35 +93,44 @@ class McCallumFoster(
     HasProbe[CoupledState],
     AbstractAdaptiveSolver[CoupledState],
 ):
-    """An explicit Runge–Kutta method, made algebraically reversible.
+    """An explicit Runge–Kutta method made reversible, for problems that hardly contract.
 
-    With `y + Ψ_h(y)` the step of the `solver` and `λ` the `coupling`, `y` and a second copy
-    `z` of the state evolve by
+    Let `y + Ψ_h(y)` be a step of the `solver` and `λ` the `coupling`. The state `y` and a
+    second copy `z` of it evolve by
 
         y1 = λ y0 + (1 - λ) z0 + Ψ_h(z0),    z1 = z0 - Ψ_-h(y1)
 
-    of which `z0` and then `y0` follow from `z1` and `y1`. The order is that of the solver,
-    as are error estimate and interpolation, both of the step of `z0`.
+    so that `z0` and then `y0` follow from `z1` and `y1`.
 
-    Two steps of the solver a step, of which the second takes no stage that is only for the
-    next step. A step is undone by as many evaluations, or fewer, divided by `λ`: errors of
-    the walk back grow by `1 / λ` a step, if the flow does not damp them, and over `n` steps
-    by `λ^-n`; over 1,000 steps at the default of 0.999 by 2.7, over 10,000 by 22,000.
+    Order, embedded order, error estimate and interpolation are those of the `solver`, the
+    latter two for its step from `z0`. Each step costs two steps of the `solver`, the second
+    without stages that serve only the next step. Memory of `SaveAt(dense=True)`: that of
+    the `solver`, and two states per step.
 
-    The copies part, fastest where the flow contracts, and no error estimate sees that.
-    Where their distance exceeds three times the estimate, in any entry by its own size, or
-    where it has grown too much for the walk back, `z` is set to `y` before the next step,
-    at no evaluation. Walking back, `ReversibleAdjoint` needs two states for each such
-    restart, and replays the solve to it if it does not hold them.
-    Contracting problems take more of them than by [`diffrax_reversible.ALF4`][], and if
-    steps are large one for every step.
+    Algebraically reversible: undoing a step takes at most as many evaluations, and divides
+    by `λ`. Errors of the backward pass grow by `1 / λ` per step, unless the flow damps
+    them: at the default of 0.999, by 2.7 over 1,000 steps and by 22,000 over 10,000.
 
-    Memory of `SaveAt(dense=True)`: that of the `solver`, and two states a step.
+    The copies drift apart, fastest where the flow contracts, and the error estimate does
+    not show it. A restart sets `z` to `y` before the next step, at no evaluation, where
+    their distance exceeds three times the estimate in any entry, on its own scale, or has
+    grown too much for the backward pass. For each restart `ReversibleAdjoint` needs two
+    states: it holds them, or replays the solve up to there. Contracting problems need more
+    restarts than with `ALF4`, and with large steps one per step.
 
-    ??? cite "Reference"
+    Example:
 
-        McCallum & Foster (2024), *Efficient, Accurate and Stable Gradients for Neural
-        ODEs*, arXiv:2410.11648.
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import McCallumFoster
+    >>> term = diffrax.ODETerm(lambda t, y, args: -y)
+    >>> solver = McCallumFoster(diffrax.Bosh3())
+    >>> sol = diffrax.diffeqsolve(term, solver, 0, 1, 0.1, jnp.array(1.0))
+    >>> print(f"{sol.ys[0]:.3f}")
+    0.368
+
+    Reference: McCallum & Foster (2024), *Efficient, Accurate and Stable Gradients for
+    Neural ODEs*, arXiv:2410.11648.
     """
 
     solver: AbstractERK
@@ -138,13 +147,13 @@ class McCallumFoster(
         ):
             raise ValueError(
                 f"`McCallumFoster({name})` needs an explicit Runge–Kutta solver of "
-                "Diffrax, as `diffrax.Tsit5()`."
+                "Diffrax, such as `diffrax.Tsit5()`."
             )
         coupling = self.coupling
         if not (isinstance(coupling, int | float) and 0 < coupling <= 1):
             raise ValueError(
-                f"`McCallumFoster(..., coupling={coupling})` must be a number, known when "
-                "the solve is compiled, that is positive, and one at the most."
+                f"`McCallumFoster(..., coupling={coupling})` must be a positive number, "
+                "one at the most, and known when the solve is compiled."
             )
 
     @property
@@ -188,11 +197,10 @@ class McCallumFoster(
         args: Args,
         first: Y,
     ) -> list[Y]:
-        """The stage derivatives times `t1 - t0`, from `y` at `t0`, of which there is the
-        `first`.
+        """The stage derivatives times `t1 - t0`, from `y` at `t0`; the `first` is given.
 
-        Diffrax's own loop over stages either cannot be differentiated in reverse mode, or
-        evaluates them again; these are a dozen at the most, and are unrolled.
+        The loop is unrolled, over a dozen stages at most: Diffrax's own either cannot be
+        differentiated in reverse mode, or evaluates the stages again.
         """
         term = as_ode_term(self, terms)
         control = term.contr(t0, t1)
@@ -209,10 +217,10 @@ class McCallumFoster(
     def _chain(
         self, t0: RealScalarLike, t1: RealScalarLike, tap: tuple[Y, Y] | None = None
     ) -> Chain:
-        """The two updates, of `y` and of `z`. Beside the first there are `Ψ` and its
-        stages.
+        """The two updates, of `y` and of `z`. The first also returns `Ψ` and its stages.
 
-        The `tap` tells what is passed to the first stage, and through it to the state.
+        The cotangents of the `tap` are those passed to the first stage, and through it to
+        the state.
         """
 
         def make_round(terms: Terms, args: Args, row: None):
@@ -293,8 +301,7 @@ class McCallumFoster(
         y_end: Y,
         solver_state_end: CoupledState,
     ) -> tuple[Y, CoupledState]:
-        """Of an entry of either copy no less than what the vector field adds to it in the
-        step."""
+        """The scale of each copy is at least the size of one step's update."""
         del length, solver_state_end
         term = as_ode_term(self, terms)
         step = term.vf_prod(t0, y0, args, term.contr(t0, t1))
@@ -327,11 +334,11 @@ class McCallumFoster(
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> tuple[Y, CoupledState, Cotangent]:
-        """One evaluation and one pull-back for each evaluation of a step, without those
-        stages that nothing is read from."""
+        """One evaluation and one pull-back for each evaluation of a step, except for unused
+        stages."""
         sides_bar, dense_bars = None, tree_zeros_like((y1, y1))
         if dense_cotangent is not None:
-            # It is linear, so that it does not matter where.
+            # `_dense_info` is linear: its pull-back is the same at every point.
             stages = [y1] * (len(self._tableau.c) + 1)
             _, pull = jax.vjp(self._dense_info, y1, y1, y1, stages)
             *dense_bars, increment_bar, stages_bar = pull(dense_cotangent)
@@ -347,14 +354,14 @@ class McCallumFoster(
             sides_bar,
         )
         y0, z0 = as_trees(pulled.parts)
-        # As it was before the first update scaled it, the last to be undone.
+        # Undo the scaling by the first update, which is the last to be undone.
         y1_bar = tree_scale(1 / self.coupling, pulled.bars[0])
         y0_bar, z0_bar = map(tree_add, pulled.bars, dense_bars)
         passed, _ = pulled.first
         assert passed is not None
         _, (passed, k_bar) = passed
         outputs = _outputs(y1_bar, dense_cotangent)
-        # The stage is the vector field times the length of the step.
+        # A stage is the vector field times the length of the step.
         term = as_ode_term(self, combine(params)[0])
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
@@ -377,7 +384,7 @@ class McCallumFoster(
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> Probe:
-        """By the cotangent of the state itself. Costs an evaluation and a pull-back."""
+        """A probe by the cotangent of the state. Costs an evaluation and a pull-back."""
 
         terms, args = combine(params)
         term = as_ode_term(self, terms)
@@ -390,9 +397,9 @@ class McCallumFoster(
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**
 
-- `solver`: an explicit Runge–Kutta solver of Diffrax, as [`diffrax.Tsit5`][] or
-    [`diffrax.Dopri8`][].
-- `coupling`: how much of `y` is kept a step; 0.999 is the choice of the paper.
+- `solver`: an explicit Runge–Kutta solver of Diffrax, such as `diffrax.Tsit5` or
+    `diffrax.Dopri8`.
+- `coupling`: the weight `λ` of `y` in a step; 0.999 is the choice of the paper.
 
 **Raises:**
 

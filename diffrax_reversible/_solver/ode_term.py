@@ -1,4 +1,4 @@
-"""What a solver for ordinary differential equations accepts as its terms."""
+"""The terms that solvers for ordinary differential equations accept."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class _SumTerm(AbstractTerm):
 
 
 class _ProductTerm(AbstractTerm):
-    """A term that makes more of its vector field than the product with a scalar control:
-    it solves a system with a mass matrix, say. That is linear in the control."""
+    """A term whose `prod` is more than a product with a scalar control, but linear in it:
+    for example one that solves a system with a mass matrix."""
 
     term: AbstractTerm
 
@@ -46,7 +46,7 @@ class _ProductTerm(AbstractTerm):
 
 
 def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
-    """A single term of which the vector field is that of the equation.
+    """A single term whose vector field is that of the equation.
 
     **Raises:**
 
@@ -65,17 +65,17 @@ def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
     if isinstance(_unwrap(terms), ControlTerm):
         raise ValueError(
             f"{ode} a `ControlTerm`. If the control is differentiable, use "
-            "`ControlTerm(...).to_ode()`: between the steps of a control its derivative is "
-            "needed for the order. If it is noise, use for example "
-            "`diffrax.ReversibleHeun()`: with noise this solver need not converge."
+            "`ControlTerm(...).to_ode()`: the order of the solver needs its derivative "
+            "within a step. If it is noise, use for example `diffrax.ReversibleHeun()`: "
+            "with noise this solver need not converge."
         )
     time = jnp.asarray(0.0)
     control = eqx.filter_eval_shape(terms.contr, time, time)
     is_leaf = jtu.tree_structure(control) == jtu.tree_structure(0)
     if not is_leaf or getattr(control, "shape", ()) != ():
         raise ValueError(
-            f"{ode} a `{type(_unwrap(terms)).__name__}` of which the control is not the "
-            "scalar `t1 - t0`. Write it as an `ODETerm`."
+            f"{ode} a `{type(_unwrap(terms)).__name__}` whose control is not the scalar "
+            "`t1 - t0`. Write it as an `ODETerm`."
         )
     return terms if _is_plain(terms) else _ProductTerm(terms)
 

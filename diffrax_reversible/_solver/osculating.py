@@ -1,4 +1,4 @@
-"""Dense output from the derivatives at both ends of a step."""
+"""Dense output from derivatives at both ends of a step."""
 
 import math
 
@@ -13,8 +13,8 @@ from .._custom_types import RealScalarLike, VF, Y
 class OsculatingInterpolation(AbstractLocalInterpolation):
     """Hermite interpolation of derivatives of any order at both ends of a step.
 
-    With `n - 1` derivatives the polynomial is of degree `2n - 1`, and its error of order
-    `2n`. Exact to the bit at both ends, and linear in the data:
+    With `n - 1` derivatives the polynomial has degree `2n - 1` and an error of order `2n`.
+    It is exact to the bit at both ends, and linear in the data:
 
         Σ_k B_k(x) y0^(k) + (-1)^k B_k(1 - x) y1^(k),
         B_k(x) = (1 - x)^n x^k/k! Σ_{j < n-k} C(n-1+j, j) x^j,    k = 0, ..., n - 1
@@ -22,15 +22,22 @@ class OsculatingInterpolation(AbstractLocalInterpolation):
     **Arguments:**
 
     - `t0`, `t1`: the ends of the step.
-    - `y0`, `y1`: the solution there.
-    - `k0`, `k1`: its derivative there, times `t1 - t0`.
+    - `y0`, `y1`: the solution at `t0` and `t1`.
+    - `k0`, `k1`: its derivatives there, times `t1 - t0`.
     - `higher0`, `higher1`: its second and higher derivatives there, times `t1 - t0` to the
         power of their order.
 
-    ??? cite "Reference"
+    Example:
 
-        Two-point Taylor polynomials: Davis (1975), *Interpolation and Approximation*,
-        section 2.5.
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import OsculatingInterpolation
+    >>> y0, y1, k0, k1, a0, a1 = map(jnp.array, (0.0, 1.0, 0.0, 5.0, 0.0, 20.0))  # t^5
+    >>> interpolation = OsculatingInterpolation(0.0, 1.0, y0, y1, k0, k1, [a0], [a1])
+    >>> print(interpolation.evaluate(0.5))
+    0.03125
+
+    Reference: Two-point Taylor polynomials: Davis (1975), *Interpolation and
+    Approximation*, section 2.5.
     """
 
     t0: RealScalarLike

@@ -1,4 +1,4 @@
-"""The pull-back of a step that is undone."""
+"""The pull-back of a step that the backward pass undoes."""
 
 import abc
 from collections.abc import Callable
@@ -25,14 +25,15 @@ _SolverState = TypeVar("_SolverState")
 
 
 class Probe(eqx.Module):
-    """What a pull-back through the vector field tells about the flow, near the start of a
-    step. All but `control` has the structure of the state.
+    """A pull-back through the vector field near the start of a step, from which the adjoint
+    estimates growth. All fields except `control` have the structure of the state.
 
     - `vf_bar`: a cotangent of the vector field.
-    - `pulled`: what it is pulled back to.
+    - `pulled`: its pull-back to the state.
     - `control`: the length of the step.
-    - `y_bar`: the cotangent of the state there, of a solve that begins there.
-    - `outputs`: the cotangents of what was interpolated in the step, summed in magnitude.
+    - `y_bar`: the cotangent of the state there, for a solve that begins there.
+    - `outputs`: the sum of the magnitudes of the cotangents of the interpolation data of
+        the step.
     """
 
     vf_bar: VF
@@ -43,14 +44,13 @@ class Probe(eqx.Module):
 
 
 class Cotangent(eqx.Module):
-    """The cotangent of everything that a step is a function of.
+    """The cotangent of all inputs of a step.
 
-    - `y`, `solver_state`: as the state and the solver state, with `None` for leaves that
-        are not floating-point arrays.
-    - `params`: as the differentiated leaves of `(terms, args)`; the sum over all the
-        steps walked back so far.
-    - `probe`: of the step that was pulled back, if the solver has one without evaluations
-        of its own.
+    - `y`, `solver_state`: cotangents of the state and the solver state, with `None` for
+        leaves that are not floating-point arrays.
+    - `params`: the cotangent of the differentiated leaves of `(terms, args)`, summed over
+        all steps undone so far.
+    - `probe`: the probe of the step, if the solver obtains one without extra evaluations.
     """
 
     y: Y
@@ -82,9 +82,9 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
         - `combine`, `params`: `terms, args = combine(params)`. The gradient is with
             respect to `params`.
         - `t0`, `t1`, `y1`, `solver_state`: as for `backward_step`.
-        - `cotangent`: at `t1`, with the sum of `params` so far.
-        - `dense_cotangent`: the cotangent of the `dense_info`, with what is extra of it, or
-            `None` where nothing was interpolated.
+        - `cotangent`: the cotangent at `t1`, with the sum of `params` so far.
+        - `dense_cotangent`: the cotangent of the `dense_info`, including the entries of
+            `extra_dense_info`, or `None` if nothing was interpolated.
 
         **Returns:**
 
@@ -93,7 +93,8 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
 
 
 class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver that can tell how cotangents are pulled back where a step begins."""
+    """A solver that can pull a cotangent back through the vector field at the start of a
+    step."""
 
     @abc.abstractmethod
     def probe(
@@ -106,16 +107,16 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
     ) -> Probe | None:
-        """By which gradients are told that grow where the solution contracts.
+        """A probe to detect gradients that grow where the solution contracts.
 
-        `None` if there is nothing to tell, and nothing is refused for that.
+        `None` if the solver cannot detect them; no error is then raised for them.
 
         **Arguments:**
 
         - `combine`, `params`: `terms, args = combine(params)`.
-        - `t0`, `t1`, `y0`: the step, and the state that it begins with.
-        - `cotangent`: at `t0`.
-        - `dense_cotangent`: that of what was interpolated in the step.
+        - `t0`, `t1`, `y0`: the step, and the state at its start.
+        - `cotangent`: the cotangent at `t0`.
+        - `dense_cotangent`: the cotangent of the interpolation data of the step.
         """
 
 
@@ -130,7 +131,7 @@ def backward_step_and_pullback(
     cotangent: Cotangent,
     dense_cotangent: DenseInfo | None,
 ) -> tuple[Y, SolverState, Cotangent]:
-    """See `HasPullback`. By default the step is made again, and differentiated."""
+    """See `HasPullback`. By default the step is computed again and differentiated."""
     step = combine, params, t0, t1, y1, solver_state
     if isinstance(solver, HasPullback):
         return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
@@ -140,8 +141,8 @@ def backward_step_and_pullback(
 
 
 class Made(NamedTuple):
-    """What a step has made: the state and the floating-point arrays of the solver state at
-    its end, and what it interpolates with."""
+    """The results of a step: the state and the floating-point arrays of the solver state at
+    its end, and its interpolation data."""
 
     end: tuple[Y, SolverState]
     dense_info: DenseInfo
@@ -159,13 +160,14 @@ def linearise_step(
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
     reads: bool = True,
 ) -> tuple[tuple[Y, SolverState], Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
-    """Undo a step, make it again, and return where it begins, what was made, and its
-    pull-back.
+    """Undo a step, compute it again, and return its start, its results, and its pull-back.
 
-    It is made again from what `settle` makes of its start, if that is given. If `t0` and
-    `t1` depend on `params`, then `step_times` says how. If nothing `reads` what it
-    interpolates with, then that is left out as far as it takes evaluations. Costs a
-    backward step, a step, and the memory of all the stages of a step.
+    Costs a backward step, a step, and the memory of all the stages of a step.
+
+    - `settle`: if given, the step is computed from `settle(start)`.
+    - `step_times`: `t0` and `t1` as a function of `params`, if they depend on them.
+    - `reads`: whether the interpolation data are read; otherwise the evaluations for them
+        are omitted.
     """
     terms, args = combine(params)
     start = solver.backward_step(terms, t0, t1, y1, args, solver_state)

@@ -1,4 +1,4 @@
-"""Compositions of kicks and drifts, whatever their coefficients."""
+"""Compositions of kicks and drifts, with any coefficients."""
 
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
@@ -53,11 +53,14 @@ _Terms = tuple[AbstractTerm, AbstractTerm]
 
 
 class SplittingState(eqx.Module):
-    """Solver state: the force where the state is, the low parts of `q` and `p` if sums are
-    compensated, and whether the force was evaluated there and nowhere else, as at the start
-    of a solve.
+    """The solver state of a composition of kicks and drifts.
 
-    Of a cotangent, all but `force` is `None`.
+    - `force`: the force at the current state.
+    - `low`: the low parts of `q` and `p`, if sums are compensated.
+    - `evaluated`: whether the force was evaluated at the start of the next step, after any
+        jump there, as at the start of a solve.
+
+    In a cotangent, every field except `force` is `None`.
     """
 
     force: VF
@@ -74,7 +77,7 @@ class _Stage(NamedTuple):
     kick_time: Array
     drift_error: Array
     kick_error: Array
-    # One, and zero for all but the last kick.
+    # One for the last kick, and zero for all others.
     is_last: Array
 
 
@@ -87,14 +90,14 @@ class AbstractSplitting(
 ):
     """Compositions of kicks and drifts, for `q' = f(t, p)` and `p' = g(t, q)`.
 
-    Terms are `(term_q, term_p)` and the state is `(q, p)`, of any two PyTrees. A step is
+    Terms are `(term_q, term_p)` and the state is `(q, p)`, two arbitrary PyTrees. A step is
     the chain
 
         p += h b_0 g(q),    q += h a_1 f(p),    p += h b_1 g(q),    ...
 
-    of which the last evaluation of the force `g` is the first of the next step. Each is
-    undone by a subtraction. Where `f` and `g` are derivatives of a Hamiltonian
-    `T(t, p) + V(t, q)`, the map is symplectic.
+    whose last evaluation of the force `g` is the first of the next step. Each update is
+    undone by a subtraction. If `f` and `g` are derivatives of a Hamiltonian
+    `T(t, p) + V(t, q)`, the step is symplectic.
     """
 
     tableau: AbstractVar[SplittingTableau]
@@ -169,7 +172,7 @@ class AbstractSplitting(
         (q, p), sides = run(chain, terms, args, (q, p), sides, collect)
         q_error, p_error, force = sides
         y1, low = _split_sums(q, p)
-        # Diffrax's `PIDController` gets over NaN, but not over an infinite state.
+        # `PIDController` rejects a NaN step but not an infinite one, so map inf to NaN.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
         y_error = tree_scale(h_q, q_error), tree_scale(h_p, p_error)
         velocity = term_q.vf(t1, y1[1], args)
@@ -205,8 +208,7 @@ class AbstractSplitting(
         y: Y,
         args: Args,
     ) -> list[VF]:
-        """The derivatives of the solution at `(t, y)` that dense output takes beyond the
-        first."""
+        """The second and higher derivatives of the solution for dense output."""
         t0, t1 = step
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
@@ -231,7 +233,7 @@ class AbstractSplitting(
         args: Args,
         solver_state: SplittingState,
     ) -> tuple[SplittingState, BoolScalarLike]:
-        """The force is evaluated again, unless it was at `t1`."""
+        """Evaluate the force again, unless it was evaluated at `t1`."""
         del t0
         _, term_p = self._terms(terms)
         force = self._evaluate(term_p, t1, y[0], args)
@@ -251,9 +253,9 @@ class AbstractSplitting(
         y_end: Y,
         solver_state_end: SplittingState,
     ) -> tuple[Y, SplittingState]:
-        """Of an entry of `q` and `p` no less than what the step adds to it, and of the
-        force no less than what changes `p` by its size in `length`."""
-        # The force at the end is not needed, and need not be kept in memory.
+        """The scales of `q` and `p` are at least the size of one step's update. The scale
+        of the force is at least the size that changes `p` by its own size in `length`."""
+        # The force at the end is not used, so that it need not stay in memory.
         del solver_state_end
         term_q, term_p = self._terms(terms)
         velocity = self._evaluate(term_q, t0, y0[1], args)
@@ -306,7 +308,7 @@ class AbstractSplitting(
             cotangent = self._pull_derivatives(combine, params, *end)
 
         def sides_bar(stage: _Stage):
-            """Of the force, the last of a step is held."""
+            """Only the last force of a step is kept in the solver state."""
             force_bar = tree_scale(stage.is_last, cotangent.solver_state.force)
             return None, (force_bar, None)
 
@@ -344,7 +346,7 @@ class AbstractSplitting(
         dense_cotangent: DenseInfo,
         end: int,
     ) -> Cotangent:
-        """Pull back what was interpolated with at one `end` of the step, if it was."""
+        """Pull the interpolation data at one `end` of the step back, if they were read."""
         y_bar = dense_cotangent[f"y{end}"]
         derivatives_bar = dense_cotangent[f"k{end}"], dense_cotangent[f"higher{end}"]
 
@@ -370,7 +372,7 @@ class AbstractSplitting(
         return Cotangent(y_bar, state_bar, tree_add(cotangent.params, params_bar))
 
     def _evaluate(self, term: AbstractTerm, t: RealScalarLike, y: Y, args: Args) -> VF:
-        """A vector field, and if `bitwise` then one that rounds alike everywhere."""
+        """A vector field; if `bitwise`, it rounds alike wherever it is compiled."""
         if not self.bitwise:
             return term.vf(t, y, args)
         return isolated(lambda t, y: term.vf(t, y, args), t, y)
@@ -407,23 +409,24 @@ class AbstractSplitting(
         drift = lambda t, p: terms[0].vf(t, p, args)
         if self.tableau.nystrom and not is_affine(drift, jnp.asarray(t), y[1]):
             raise ValueError(
-                f"{call[:-3]}nystrom=True))` is of its order where drifts are affine in "
-                "time and momentum, as `p / m` is, and `term_q` is not seen to be. Write "
-                f"it so that it is, or use `{type(self).__name__}()`."
+                f"{call[:-3]}nystrom=True))` has its order only if drifts are affine in "
+                "time and momentum, as `p / m` is, and `term_q` is not recognised as "
+                "affine. Write it in an affine form, or use "
+                f"`{type(self).__name__}()`."
             )
         for i, (name, of) in enumerate((("q", "p"), ("p", "q"))):
             try:
                 vf = eqx.filter_eval_shape(self._terms(terms)[i].vf, t, y[1 - i], args)
             except (TypeError, IndexError) as error:
                 raise ValueError(
-                    f"{call}: the vector field of `term_{name}` could not be evaluated. It "
-                    f"is called as `vf(t, {of}, args)`."
+                    f"{call}: the vector field of `term_{name}` could not be evaluated as "
+                    f"`vf(t, {of}, args)`."
                 ) from error
             if _shapes(vf) != _shapes(y[i]):
                 raise ValueError(
                     f"{call}: the vector field of `term_{name}`, called as `vf(t, {of}, "
-                    f"args)`, has to be of the structure and the shapes of `{name}`, that "
-                    f"is {_shapes(y[i])}, and is {_shapes(vf)}."
+                    f"args)`, has to have the structure and shapes of `{name}`, "
+                    f"{_shapes(y[i])}, but has {_shapes(vf)}."
                 )
 
 
@@ -433,7 +436,7 @@ def _shapes(tree: PyTree) -> Any:
 
 
 def _sums_of(y: Y, solver_state: SplittingState) -> tuple[Sum, Sum]:
-    """`q` and `p`, as they are added to."""
+    """`q` and `p` as sums."""
     low_q, low_p = (None, None) if solver_state.low is None else solver_state.low
     return LowPart.join(y[0], low_q), LowPart.join(y[1], low_p)
 
@@ -452,7 +455,7 @@ def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     array = lambda x: jnp.asarray(x, jnp.result_type(t0, t1))
     times = t0 + array(tableau.kick_times[1:-1]) * (t1 - t0)
-    # The very float that the next step begins at.
+    # Exactly the float at which the next step begins.
     kick_times = jnp.concatenate([times, t1[None]])
     return _Stage(
         array(tableau.drifts),

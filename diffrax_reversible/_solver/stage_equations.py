@@ -18,10 +18,10 @@ from .._tree import from_real, to_real
 
 
 class StageNewton(optx.Newton):
-    """Newton's method, which ends where a correction is less than `atol`, in units of the
+    """Newton's method that stops when a correction is less than `atol`, in units of the
     size of the state. It leaves an error of about `atol**2`.
 
-    Residuals say little where the stiffness multiplies their rounding errors.
+    It ignores residuals, as stiffness multiplies their rounding errors.
     """
 
     def terminate(self, fn, y, args, options, state, tags):
@@ -29,18 +29,18 @@ class StageNewton(optx.Newton):
         return state.diffsize < 1, state.result
 
     def by(self, linear_solver: lx.AbstractLinearSolver) -> "StageNewton":
-        """With another linear solver."""
+        """The same method with another linear solver."""
         return StageNewton(self.rtol, self.atol, linear_solver=linear_solver)
 
 
 class _Corrected(optx.AbstractRootFinder):
-    """Another root finder, and a Newton step from where it ends, which makes of an error
-    `e` one of about `e^2`, that is rounding; or else nothing but such a step, which solves
-    equations that are affine."""
+    """A root finder followed by one Newton step, which reduces an error `e` to about `e^2`,
+    that is to rounding. Without a root finder it is a single Newton step, which solves
+    affine equations."""
 
     root_finder: optx.AbstractRootFinder | None
     linear_solver: lx.AbstractLinearSolver
-    # What optimistix asks of a root finder, and does not use of this one.
+    # optimistix requires these of a root finder, but does not use them here.
     rtol: ClassVar[float] = 0.0
     atol: ClassVar[float] = 0.0
     norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm
@@ -52,7 +52,7 @@ class _Corrected(optx.AbstractRootFinder):
 
     def step(self, fn, y, args, options, state, tags):
         if self.root_finder is None:
-            # Never taken, but traced.
+            # Traced, but never executed.
             return y, None, fn(y, args)[1]
         return self.root_finder.step(fn, y, args, options, state, tags)
 
@@ -79,7 +79,7 @@ class Stages(Module):
 
     - `increments`: the stage derivatives times the length of the step.
     - `found`: whether the iteration has converged.
-    - `iterations`: how many there were.
+    - `iterations`: the number of iterations.
     """
 
     increments: PyTree[Array]
@@ -95,10 +95,10 @@ def solve_stages(
     linear_solver: lx.AbstractLinearSolver,
     max_steps: int,
 ) -> Stages:
-    """Solve `k = fn(k)`, from a `guess`, in units of the size of `y`, entry by entry; by a
-    single Newton step if `root_finder` is `None`, in none. Where they are complex, their
-    real and imaginary parts are the unknowns: `fn` need not be holomorphic.
+    """Solve `k = fn(k)` from a `guess`, scaled entry by entry by the size of `y`.
 
+    If `root_finder` is `None`, this takes a single Newton step without scaling. If `k` is
+    complex, its real and imaginary parts are the unknowns: `fn` need not be holomorphic.
     The solution is differentiated by the implicit function theorem.
     """
     guess = lax.stop_gradient(guess)
@@ -132,11 +132,11 @@ def solve_stages(
 
 
 def _units(guess: Array, y: Array) -> Array:
-    """The size of every entry of the state and of the increments, to divide by.
+    """The sizes of entries of the state and of the increments, as divisors.
 
-    Of corrections in these units less than 1e-5 is asked for. Of an entry that is zero, or
-    tiny, only as much can be had as rounding of the largest one leaves, with which it may
-    be coupled: a hundred units of rounding.
+    Newton corrections have to be less than 1e-5 in these units. An entry that is zero or
+    tiny may be coupled to the largest one, whose rounding limits its accuracy: the least
+    unit makes that tolerance a hundred roundings of the largest entry.
     """
     sizes = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y))
     least = min(1.0, 1e5 * 100 * eps(y)) * jnp.max(sizes, initial=0)
