@@ -1,7 +1,9 @@
 import functools
 import gc
 
+import equinox as eqx
 import jax
+import numpy as np
 import pytest
 from jax._src import compiler
 
@@ -13,6 +15,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.__version_info__ < (0, 7):
     # For errors to be raised by the call that they are about.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def pytest_make_parametrize_id(val):
+    """Names for what pytest numbers: solvers, controllers and other modules, arrays, and
+    tuples and dictionaries of such."""
+    if isinstance(val, eqx.Module):
+        text = repr(val)
+        return text if len(text) < 50 and "\n" not in text else type(val).__name__
+    if isinstance(val, jax.Array | np.ndarray):
+        return str(val) if val.size == 1 else "array"
+    if isinstance(val, tuple | dict):
+        names = map(pytest_make_parametrize_id, val)
+        return ",".join(name for name in names if name != "array") or "arrays"
+    return getattr(val, "__name__", str(val))
+
 
 # Tracing makes objects by the million, of which few are garbage: a third of its time went
 # into looking for them. What there is, is collected after each file.
