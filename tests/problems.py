@@ -74,22 +74,27 @@ FAMILIES = {
 }
 
 
-def with_slow(quick, slow):
-    """Cases, of which the `slow` ones are not run by default: they differ from the others
-    by a combination of what is tested elsewhere."""
+def cases(quick, *, more=(), slow=()):
+    """Cases, of which only the `quick` ones are run by default. Those of `more` are other
+    solvers, controllers and combinations of what other tests check; the `slow` ones differ
+    from all of these by a combination."""
 
-    def marked(case):
-        values = case if type(case) is tuple or isinstance(case, Case) else (case,)
-        return pytest.param(*values, marks=pytest.mark.slow)
+    def marked(case, mark):
+        values = case if type(case) is tuple else (case,)
+        return pytest.param(*values, marks=mark)
 
-    return [*quick, *map(marked, slow)]
+    return [
+        *quick,
+        *(marked(case, pytest.mark.more) for case in more),
+        *(marked(case, pytest.mark.slow) for case in slow),
+    ]
 
 
 families = pytest.mark.parametrize(
     "family",
-    with_slow(
+    cases(
         (),
-        (
+        slow=(
             "coupling",
             "splitting",
             "ReversibleHeun",

@@ -13,7 +13,15 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, FAMILIES, families, Network, network_args, relative_error
+from .problems import (
+    as_terms,
+    cases,
+    FAMILIES,
+    families,
+    Network,
+    network_args,
+    relative_error,
+)
 
 
 Y0 = jnp.array([1.0, 2.0, 0.5])
@@ -76,7 +84,7 @@ def loss(adjoint, y0, field, solver, **kwargs):
     return jnp.sum(sol.ys**2)
 
 
-@pytest.mark.parametrize("solver", (Staggered(), Subclass()), ids=repr)
+@pytest.mark.parametrize("solver", cases((Staggered(),), more=(Subclass(),)), ids=repr)
 def test_backward_step(solver):
     """A few lines, also for a subclass."""
     gradient = eqx.filter_jit(jax.grad(lambda y0, a: loss(a, y0, Network(), solver)))

@@ -12,7 +12,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, relative_error, sum_of_squares, with_slow
+from .problems import as_terms, cases, relative_error, sum_of_squares
 
 
 JUMP = 1.5
@@ -62,8 +62,8 @@ def solve(solver, jumps, rate, b0, threshold, t1):
     return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2), out
 
 
-@pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)
-@pytest.mark.parametrize("jumps", with_slow((True,), (False,)))
+@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr)
+@pytest.mark.parametrize("jumps", cases((True,), slow=(False,)))
 def test_every_member_as_alone(solver, jumps):
     run = jax.value_and_grad(
         lambda *member: solve(solver, jumps, *member), argnums=(0, 1), has_aux=True
@@ -139,7 +139,7 @@ def test_outputs_where_a_member_takes_no_steps():
         assert relative_error(ours, default) < 1e-12
 
 
-@pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)), ids=repr)
+@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr)
 def test_event_beside_restart(solver):
     """What a member that has finished would do next does not stop the others."""
 
@@ -162,7 +162,8 @@ def test_event_beside_restart(solver):
 
 
 @pytest.mark.parametrize(
-    "controller", (dfx.PIDController(rtol=1e-3, atol=1e-3), dr.StepDensityController())
+    "controller",
+    cases((dfx.PIDController(rtol=1e-3, atol=1e-3),), more=(dr.StepDensityController(),)),
 )
 def test_no_states_are_held(controller):
     """Members wait for others that have more steps to undo, also where there is no known

@@ -15,7 +15,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import PID, relative_error, sum_of_squares, with_slow
+from .problems import cases, PID, relative_error, sum_of_squares
 
 
 Y0 = jnp.array([1.0, 2.0])
@@ -151,7 +151,9 @@ def gradients(make, saveat=None, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "make", with_slow(IDIOMS[:3], IDIOMS[3:]), ids=lambda make: make.__name__
+    "make",
+    cases(IDIOMS[2:3], more=IDIOMS[:2], slow=IDIOMS[3:]),
+    ids=lambda make: make.__name__,
 )
 def test_idioms(make):
     ours, theirs = gradients(make)
@@ -159,6 +161,7 @@ def test_idioms(make):
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.more
 def test_functions_in_args_of_outputs():
     """Called there in other ways than in the vector field."""
     saveat = dfx.SaveAt(ts=[0.3, 1.0], fn=lambda t, y, args: args(y[0]) * t)
@@ -167,6 +170,7 @@ def test_functions_in_args_of_outputs():
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.more
 def test_terms_in_events():
     """Called with `args` of the condition's own."""
 
@@ -180,7 +184,9 @@ def test_terms_in_events():
     assert relative_error(ours, theirs) < 1e-8
 
 
-@pytest.mark.parametrize("detach", (False, True), ids=("argument", "stop_gradient"))
+@pytest.mark.parametrize(
+    "detach", cases((False,), more=(True,)), ids=("argument", "stop_gradient")
+)
 def test_norm(detach):
     """A `PIDController` of which the norm closes over something traced."""
 
@@ -227,6 +233,7 @@ class Scaled(dfx.AbstractStepSizeController):
         )
 
 
+@pytest.mark.more
 def test_static_field_of_a_controller():
     def loss(w, scale, adjoint):
         controller = Scaled(PID, lambda x: x * jax.lax.stop_gradient(scale))
@@ -286,8 +293,10 @@ class MassMatrix(dfx.AbstractTerm):
         return jnp.linalg.solve(self.matrix, vf) * control
 
 
-@pytest.mark.parametrize("t1", with_slow((-1.0,), (1.0,)))
-@pytest.mark.parametrize("solver", (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
+@pytest.mark.parametrize("t1", cases((-1.0,), slow=(1.0,)))
+@pytest.mark.parametrize(
+    "solver", cases((dr.ALF4(),), more=(dr.McCallumFoster(dfx.Tsit5()),))
+)
 def test_product_of_a_term(solver, t1):
     """A term's own `prod` counts."""
     matrix = jnp.array([[2.0, 0.3], [-0.1, 0.5]])

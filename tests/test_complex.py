@@ -8,7 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error, with_slow
+from .problems import cases, relative_error
 
 
 # Diffrax warns of them.
@@ -61,7 +61,6 @@ CASES = {
     "ImplicitMidpoint": (dr.ImplicitMidpoint(), 1),
     "Gauss4": (dr.Gauss4(), 1),
 }
-cases = pytest.mark.parametrize("name", CASES)
 
 
 def solve(name, y0, args, saveat, adjoint, precision=jnp.complex128):
@@ -93,7 +92,7 @@ def loss(name, saveat, adjoint, precision=jnp.complex128):
     return of
 
 
-QUICK = "McCallumFoster", "Gauss4"
+MORE = "McCallumFoster", "Gauss4"
 SAVEATS = {
     "t1": dfx.SaveAt(t1=True),
     "ts": dfx.SaveAt(t0=True, ts=jnp.linspace(0.1, 1.9, 7)),
@@ -103,9 +102,10 @@ SAVEATS = {
 
 @pytest.mark.parametrize(
     "name, saveat",
-    with_slow(
-        (*((name, "ts") for name in QUICK), ("BlanesMoan4", "fn")),
-        [("ALF4", "t1"), *((name, "ts") for name in CASES if name not in QUICK)],
+    cases(
+        (("BlanesMoan4", "fn"),),
+        more=[(name, "ts") for name in MORE],
+        slow=[("ALF4", "t1"), *((name, "ts") for name in CASES if name not in MORE)],
     ),
 )
 def test_against_default(name, saveat):
@@ -132,7 +132,9 @@ def test_finite_differences():
         assert slope == pytest.approx(float((gradient[i] * direction).real), rel=1e-7)
 
 
-@pytest.mark.parametrize("name", with_slow(("ALF4", "Gauss4"), ("ALF6", "McCallumFoster")))
+@pytest.mark.parametrize(
+    "name", cases(("ALF4",), more=("Gauss4",), slow=("ALF6", "McCallumFoster"))
+)
 def test_as_real_and_imaginary_parts(name):
     """The solution is that of twice as many real numbers."""
     solver, _ = CASES[name]
@@ -152,7 +154,7 @@ def test_as_real_and_imaginary_parts(name):
 
 
 @pytest.mark.parametrize(
-    "name", with_slow((), ("ALF4", "ALF4 compensated", "BlanesMoan4", "Gauss4"))
+    "name", cases((), slow=("ALF4", "ALF4 compensated", "BlanesMoan4", "Gauss4"))
 )
 def test_single_precision(name):
     args = HERMITIAN.astype(jnp.complex64), jnp.array(0.4, jnp.float32)
@@ -166,6 +168,7 @@ def test_single_precision(name):
     np.testing.assert_allclose(ours, want, rtol=1e-3)
 
 
+@pytest.mark.more
 def test_unitary_walk_back_to_the_last_bit():
     """Sums that do not round, of both parts, and no step forgotten, as times may round in
     another way when they are computed again."""
@@ -186,6 +189,7 @@ def test_unitary_walk_back_to_the_last_bit():
     assert relative_error(jnp.abs(final(PSI0, False)), jnp.abs(final(PSI0, True))) < 1e-10
 
 
+@pytest.mark.more
 def test_restarts_and_vmap():
     """Under decay, a member each."""
 
@@ -210,7 +214,7 @@ def test_restarts_and_vmap():
 
 @pytest.mark.parametrize(
     "name",
-    with_slow(("BlanesMoan4",), ("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
+    cases(("BlanesMoan4",), slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
 )
 def test_strict_promotion(name):
     """Where Diffrax's own solvers run under it: with steps that are given."""

@@ -12,7 +12,7 @@ import diffrax_reversible as dr
 
 from .chains import Ruth, TwoStreams
 from .counter import Counter
-from .problems import as_terms, network_args, PAIR, PAIR_Y0, relative_error, with_slow
+from .problems import as_terms, cases, network_args, PAIR, PAIR_Y0, relative_error
 
 
 def final(solver, y0, fields, adjoint, args=None, **kwargs):
@@ -24,7 +24,7 @@ def final(solver, y0, fields, adjoint, args=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("solver", with_slow((TwoStreams(),), (Ruth(),)), ids=repr)
+@pytest.mark.parametrize("solver", cases((TwoStreams(),), slow=(Ruth(),)), ids=repr)
 def test_gradient(solver):
     """In a batch, with outputs between the steps."""
 
@@ -60,10 +60,9 @@ def test_order():
 
 @pytest.mark.parametrize(
     "solver, parts, at_start",
-    (
-        (TwoStreams(), 2, 2),
-        (dfx.SemiImplicitEuler(), 2, 2),
-        (dfx.LeapfrogMidpoint(), 1, 1),
+    cases(
+        ((TwoStreams(), 2, 2),),
+        more=((dfx.SemiImplicitEuler(), 2, 2), (dfx.LeapfrogMidpoint(), 1, 1)),
     ),
     ids=repr,
 )
@@ -85,6 +84,7 @@ def test_evaluations(solver, parts, at_start):
     assert both - forward == parts * 24 + at_start
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 def test_memory():
     """Does not grow with the depth, but for some times of steps."""
@@ -131,6 +131,7 @@ def test_steps_that_reverse_themselves():
     assert relative_error(*map(gradient, adjoints)) < 1e-10
 
 
+@pytest.mark.more
 def test_reversible_network():
     """Of twelve layers, each with weights of its own: a step is a layer. It is trained to
     tell points within a ring from those outside."""
@@ -200,6 +201,10 @@ class Chain(dr.AbstractCouplingSolver):
         (dr.Coupling(0, lambda x: (x, x)), None, "has to return arrays like part 0"),
         (dr.Coupling(0, lambda x: x.astype("float32")), None, "dtypes .*float64"),
         (dr.Coupling(0, lambda x: x), list(PAIR_Y0), "tuple of at least two parts"),
+    ),
+    ids=(
+        *("zero", "NaN", "array", "no such part", "negative part"),
+        *("shape", "structure", "dtype", "list"),
     ),
 )
 def test_refusals(coupling, y0, message):

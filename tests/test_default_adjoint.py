@@ -9,15 +9,16 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import relative_error, sum_of_squares, with_slow
+from .problems import cases, relative_error, sum_of_squares
 
 
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     "solver",
-    with_slow(
-        [dr.ALF4(), dr.ALF6()],
-        [
+    cases(
+        [dr.ALF4()],
+        more=[dr.ALF6()],
+        slow=[
             dr.ALF4(compensated=True),
             dr.McCallumFoster(dfx.Tsit5()),
             dr.Gauss4(),

@@ -14,7 +14,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, with_slow
+from .problems import as_vector, cases
 
 
 pytestmark = [
@@ -265,9 +265,10 @@ def steady_state(solver):
     return loss, (single([[0.3, -0.2], [0.4, 0.1]]), single([0.2, 0.1]))
 
 
-TRAININGS = with_slow(
-    (neural_ode, neural_cde, normalising_flow, neural_sde, kalman_filter),
-    (latent_ode, forcing, steady_state),
+TRAININGS = cases(
+    (neural_cde, normalising_flow),
+    more=(neural_ode, neural_sde, kalman_filter),
+    slow=(latent_ode, forcing, steady_state),
 )
 
 
@@ -288,6 +289,7 @@ def test_training(training):
         params = jax.tree.map(lambda p, g, r=rate: p - single(r) * g, params, grad)
 
 
+@pytest.mark.more
 def test_hessian():
     """Of coupled species, as in a fit by Newton's method."""
     ts = single(np.linspace(0, 4, 9))

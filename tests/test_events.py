@@ -12,12 +12,12 @@ import diffrax_reversible as dr
 
 from .problems import (
     as_terms,
+    cases,
     FAMILIES,
     families,
     InverseOnly,
     relative_error,
     sum_of_squares,
-    with_slow,
 )
 
 
@@ -132,7 +132,7 @@ QUICK = ("real, root finder", "several")
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(QUICK, [name for name in EVENTS if name not in QUICK])
+    "name", cases(QUICK[:1], more=QUICK[1:], slow=[n for n in EVENTS if n not in QUICK])
 )
 def test_against_default(name):
     event = EVENTS[name]
@@ -141,13 +141,15 @@ def test_against_default(name):
     assert occurred == (name != "never") == bool(ts[0] < 6.0)
 
 
-@pytest.mark.parametrize("name", with_slow(("real, root finder",), ("boolean",)))
+@pytest.mark.parametrize("name", cases((), more=("real, root finder",), slow=("boolean",)))
 def test_everything_saved(name):
     """What was saved after the event is taken back."""
     both(lambda a: lambda y, w: loss(y, w, a, EVENTS[name], EVERYTHING), Y0, W)
 
 
-@pytest.mark.parametrize("solver", with_slow((InverseOnly(),), (dr.ALF6(bitwise=True),)))
+@pytest.mark.parametrize(
+    "solver", cases((), more=(InverseOnly(),), slow=(dr.ALF6(bitwise=True),))
+)
 def test_solvers(solver):
     fixed = dict(solver=solver, stepsize_controller=dfx.ConstantStepSize())
     event = EVENTS["several"]
@@ -166,6 +168,7 @@ def test_families(family):
     both(lambda a: lambda y, w: loss(y, w, a, event, **kwargs), y0, W)
 
 
+@pytest.mark.more
 def test_backwards_in_time():
     event = EVENTS["real, root finder"]
     (ts, *_), _ = both(lambda a: lambda y, w: loss(y, w, a, event, t0=6.0, t1=0.0), Y0, W)
@@ -173,7 +176,7 @@ def test_backwards_in_time():
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(("real, root finder",), ("boolean, root finder",))
+    "name", cases((), more=("real, root finder",), slow=("boolean, root finder",))
 )
 def test_batch(name):
     """Of which some elements come to the event and others do not, and one at once."""

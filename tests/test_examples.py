@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from .problems import with_slow
+from .problems import cases
 
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
@@ -44,9 +44,9 @@ def test_figure(path):
 # error is more than 10 times that of `Dopri5`, at steps and between. `error_weights.py`:
 # error estimates of the package are nowhere less than a quarter of the error.
 # `stiff_oscillation.py`: solutions are right to 1e-4.
-BENCHMARKS = with_slow(
+BENCHMARKS = cases(
     ("outcomes.py", "coefficients.py", "error_weights.py"),
-    ("work_precision.py", "speed.py", "solutions.py", "stiff_oscillation.py"),
+    slow=("work_precision.py", "speed.py", "solutions.py", "stiff_oscillation.py"),
 )
 
 

@@ -14,7 +14,7 @@ from diffrax_reversible._explain.advice import advise
 from diffrax_reversible._explain.attempts import Attempts
 from diffrax_reversible._explain.rivals import Rival
 
-from .problems import with_slow
+from .problems import cases
 
 
 PID = dfx.PIDController(rtol=1e-4, atol=1e-4)
@@ -28,7 +28,7 @@ def contracting(call, solver, t0=0.0, t1=3.0, **settings):
     return call(CONTRACTING, solver, t0, t1, None, np.array([1.0]), rate, **settings)
 
 
-@pytest.mark.parametrize("t1", with_slow((-3.0,), (3.0,)))
+@pytest.mark.parametrize("t1", cases((-3.0,), slow=(3.0,)))
 def test_steps(t1):
     explanation = contracting(dr.explain, dr.ALF4(), t1=t1, rivals=())
     stats = contracting(dfx.diffeqsolve, dr.ALF4(), t1=t1).stats
@@ -46,6 +46,7 @@ def test_steps(t1):
     assert f"{np.sum(accepted)} accepted, {np.sum(~accepted)} rejected" in str(explanation)
 
 
+@pytest.mark.more
 def test_known_states_and_checkpoints(tmp_path):
     """Every restart is seen, and the number of checkpoints that is advised is enough."""
 
@@ -88,6 +89,7 @@ def kepler(t, y, args):
     return v, -q / jnp.sum(q**2) ** 1.5
 
 
+@pytest.mark.more
 def test_errors_of_rivals():
     y0 = jnp.array([0.4, 0.0]), jnp.array([0.0, 2.0])
     fine = dfx.PIDController(rtol=1e-8, atol=1e-8)

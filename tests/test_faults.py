@@ -9,7 +9,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import BITWISE, PID, relative_error, with_slow
+from .problems import BITWISE, cases, PID, relative_error
 
 
 FIXED = dfx.ConstantStepSize()
@@ -79,7 +79,7 @@ RATES = jnp.array([0.5, 1.0, -0.7])
 
 @pytest.mark.parametrize(
     "fault, solver, controller",
-    with_slow(((jnp.nan, SOLVERS[1], PID),), ((jnp.inf, SOLVERS[0], FIXED),)),
+    cases(((jnp.nan, SOLVERS[1], PID),), slow=((jnp.inf, SOLVERS[0], FIXED),)),
 )
 def test_not_finite(fault, solver, controller):
     """In the second of three elements of a batch."""
@@ -100,6 +100,7 @@ def test_not_finite(fault, solver, controller):
     np.testing.assert_allclose(grad[healthy], alone[healthy], rtol=1e-13)
 
 
+@pytest.mark.more
 def test_not_finite_raises():
     """The gradient, as Diffrax does not look at what it saves."""
 
@@ -112,6 +113,7 @@ def test_not_finite_raises():
         eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 @pytest.mark.parametrize("solver", SOLVERS[:1], ids=repr)
 def test_steps_run_out(solver):
@@ -148,7 +150,7 @@ def test_steps_run_out_raises():
         eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
 
 
-@pytest.mark.parametrize("solver", with_slow((), SOLVERS[1:]), ids=repr)
+@pytest.mark.parametrize("solver", cases((), slow=SOLVERS[1:]), ids=repr)
 def test_step_size_underflows(solver):
     """Where the field has a pole, in the last of three elements of a batch."""
     controller = dfx.PIDController(rtol=1e-6, atol=1e-6, dtmin=1e-4, force_dtmin=False)

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from .fuzz import draw, outcome
-from .problems import with_slow
+from .problems import cases
 
 
 pytestmark = [
@@ -12,7 +12,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", with_slow((1000, 1005), (1003, *range(1006, 1012))))
+@pytest.mark.parametrize(
+    "seed", cases((), more=(1000, 1005), slow=(1003, *range(1006, 1012)))
+)
 def test_outcome(seed):
     # Complex states are divided by real numbers in Diffrax.
     with jax.numpy_dtype_promotion("standard"):

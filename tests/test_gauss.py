@@ -14,12 +14,17 @@ from diffrax_reversible._coefficients.gauss import gauss
 from diffrax_reversible._solver.affine import is_affine
 
 from .counter import Counter
-from .problems import relative_error, with_slow
+from .problems import cases, relative_error
 
 
 SOLVERS = dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()
 every_solver = pytest.mark.parametrize(
     "solver", SOLVERS, ids=lambda solver: type(solver).__name__
+)
+one_solver = pytest.mark.parametrize(
+    "solver",
+    cases((dr.Gauss4(),), more=(dr.ImplicitMidpoint(), dr.Gauss6())),
+    ids=lambda solver: type(solver).__name__,
 )
 Y0 = jnp.array([0.7, -0.4])
 
@@ -58,7 +63,7 @@ def test_simplifying_assumptions(stages):
     assert np.max(np.abs(basis @ powers.T - np.eye(stages))) < 1e-14
 
 
-@every_solver
+@one_solver
 def test_order(solver):
     """By slopes, at the end and between the steps."""
     args, ts = jnp.array(0.3), jnp.linspace(0.0, 3.0, 101)
@@ -88,7 +93,7 @@ def test_order(solver):
     assert between > solver.tableau.stages + 1 - 0.3
 
 
-@every_solver
+@one_solver
 def test_quadratic_invariants(solver):
     """Are kept over 100,000 steps: of a top, its energy and angular momentum."""
     inertia = jnp.array([1.0, 2.0, 3.5])
@@ -106,7 +111,7 @@ def test_quadratic_invariants(solver):
 
 
 @pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
-@every_solver
+@one_solver
 def test_stability(solver, dtype):
     """On oscillations of any frequency, with an amplitude that they depend on."""
 
@@ -162,9 +167,9 @@ def loss(parameters, solver, adjoint, max_steps=64):
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow((dr.Gauss4(),), (dr.ImplicitMidpoint(), dr.Gauss6())), ids=str
+    "solver", cases((dr.Gauss4(),), slow=(dr.ImplicitMidpoint(), dr.Gauss6())), ids=str
 )
-@pytest.mark.parametrize("with_times", with_slow((False,), (True,)))
+@pytest.mark.parametrize("with_times", cases((False,), slow=(True,)))
 def test_gradient(solver, with_times):
     """In a batch of which each member takes steps of its own; of a value that the vector
     field closes over, too."""
@@ -186,6 +191,7 @@ def test_gradient(solver, with_times):
     assert np.all(stats["num_root_find_steps"] >= 2 * stats["num_accepted_steps"])
 
 
+@pytest.mark.more
 def test_gradient_of_a_stiff_spring():
     """In steps that do not resolve its oscillation, against differences."""
 
@@ -208,6 +214,7 @@ def test_gradient_of_a_stiff_spring():
     assert abs(grad - default) < 1e-6 * abs(default)
 
 
+@pytest.mark.more
 def test_dissipation():
     """Cannot be undone over many steps: known states are next to each other."""
 
@@ -231,6 +238,7 @@ def test_dissipation():
         assert relative_error(ours, default) < 1e-6
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 def test_memory():
     """Is less than with the default adjoint, and does not grow with the number of steps."""
@@ -296,7 +304,7 @@ class Solves(OwnLU):
         return self.lu.compute(state, vector, options)
 
 
-@pytest.mark.parametrize("linear", (True, False))
+@pytest.mark.parametrize("linear", cases((True,), more=(False,)))
 def test_linear_solves(linear):
     """One a step where the equation is linear. One more for its pull-back, and one to undo
     it, and those by which known states are measured."""
@@ -324,6 +332,7 @@ def test_linear_solves(linear):
         assert stats["num_root_find_steps"] == steps
 
 
+@pytest.mark.more
 def test_matrix_free():
     """With GMRES, on a wave of which a step crosses many cells."""
     n = 256
@@ -447,6 +456,10 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
             lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.sign(c)), Y0, None, 2)[1][1],
             False,
         ),
+    ),
+    ids=(
+        *("product", "jitted", "choice by a constant", "indexed", "square", "abs", "relu"),
+        *("floor", "integers", "jitted rounding", "sign", "stop_gradient", "scan"),
     ),
 )
 def test_what_is_seen_to_be_affine(fn, affine):

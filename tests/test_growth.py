@@ -1,5 +1,7 @@
 """A gradient that grows where the solution contracts is refused, and no other."""
 
+import functools
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -9,7 +11,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import kepler, lorenz, relative_error, with_slow
+from .problems import cases, kepler, lorenz, relative_error
 
 
 SIZE = 50
@@ -66,39 +68,48 @@ def implicit(field, y0, t1):
     return gradient(field, y0, t1, dfx.Kvaerno5(), 1e-8, adjoint)
 
 
+@functools.cache
+def implicit_heat():
+    return implicit(heat, GRID**2, 1.0)
+
+
 SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
 
 
-@pytest.mark.parametrize("solver", with_slow(SOLVERS[1:3], (SOLVERS[0], *SOLVERS[3:])))
 @pytest.mark.parametrize(
-    "saveat", (dfx.SaveAt(t1=True), dfx.SaveAt(ts=jnp.linspace(0, 1, 9))), ids=("t1", "ts")
+    "solver", cases(SOLVERS[1:2], more=SOLVERS[2:3], slow=(SOLVERS[0], *SOLVERS[3:]))
+)
+@pytest.mark.parametrize(
+    "saveat",
+    cases((dfx.SaveAt(t1=True),), more=(dfx.SaveAt(ts=jnp.linspace(0, 1, 9)),)),
+    ids=("t1", "ts"),
 )
 def test_dead_modes(solver, saveat):
     assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
 
 
-@pytest.mark.parametrize("tol", with_slow((1e-10,), (1e-4,)))
-@pytest.mark.parametrize("solver", with_slow((dr.ALF4(),), (dr.ALF6(),)))
+@pytest.mark.parametrize("tol", cases((1e-10,), slow=(1e-4,)))
+@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)))
 def test_never_garbage(solver, tol):
-    want = implicit(heat, GRID**2, 1.0)
+    want = implicit_heat()
     got = gradient(heat, GRID**2, 1.0, solver, tol)
     assert is_refused(got) or relative_error(got, want) < 0.02
 
 
-@pytest.mark.parametrize("tol", with_slow((1e-6,), (1e-3, 1e-10)))
+@pytest.mark.parametrize("tol", cases((), more=(1e-6,), slow=(1e-3, 1e-10)))
 def test_the_default_adjoint_is_off(tol):
     """With a solver of Diffrax, so that it is not for what is carried along here."""
     adjoint = dfx.RecursiveCheckpointAdjoint()
     got = gradient(heat, GRID**2, 1.0, dfx.Tsit5(), tol, adjoint)
-    assert relative_error(got, implicit(heat, GRID**2, 1.0)) > 10
+    assert relative_error(got, implicit_heat()) > 10
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow((dr.ALF6(),), (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
+    "solver", cases((dr.ALF6(),), slow=(dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
 )
 def test_remedy(solver):
     """Steps that the fastest mode is stable for."""
-    want = implicit(heat, GRID**2, 1.0)
+    want = implicit_heat()
     got = gradient(heat, GRID**2, 1.0, solver, dtmax=STABLE / 4)
     assert relative_error(got, want) < 1e-5
 
@@ -136,8 +147,8 @@ def test_message():
         assert remedy in str(e.value)
 
 
-@pytest.mark.parametrize("tol", with_slow((1e-5,), (1e-3, 1e-8)))
-@pytest.mark.parametrize("solver", with_slow(SOLVERS[:1], SOLVERS[1:]))
+@pytest.mark.parametrize("tol", cases((), more=(1e-5,), slow=(1e-3, 1e-8)))
+@pytest.mark.parametrize("solver", cases(SOLVERS[:1], slow=SOLVERS[1:]))
 def test_gradients_may_grow_as_the_flow_demands(solver, tol):
     """To a hundred times as much in Kepler's problem, to ten thousand in Lorenz'."""
     q0 = jnp.array([0.4, 0.0, 0.0, 2.0])
@@ -149,6 +160,7 @@ def test_gradients_may_grow_as_the_flow_demands(solver, tol):
         assert not is_refused(gradient(chaotic, y0, 8.0, solver, tol))
 
 
+@pytest.mark.more
 def test_what_sums_over_the_steps_do_not_see():
     """Of the field alone the gradient is right where that of the start is not."""
     y0, adjoint = jnp.array([1.0, 1 / 500]), dr.ReversibleAdjoint(1024, 0.0099)
@@ -172,6 +184,7 @@ def test_what_sums_over_the_steps_do_not_see():
     assert relative_error(jax.grad(loss)(k, y0), want) < 1e-3
 
 
+@pytest.mark.more
 def test_many_entries_in_single_precision():
     """Of a batch of networks in one state some entries are next to zero, and others are
     passed on to them."""
@@ -197,7 +210,7 @@ def test_many_entries_in_single_precision():
     assert relative_error(*grads) < 1e-5
 
 
-@pytest.mark.parametrize("eccentricity", with_slow((0.5,), (0.3, 0.7)))
+@pytest.mark.parametrize("eccentricity", cases((), more=(0.5,), slow=(0.3, 0.7)))
 def test_residuals_of_an_orbit(eccentricity):
     """Whose cotangents cancel and grow from one output to the next, in large steps."""
     e = eccentricity

@@ -11,7 +11,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, BITWISE, PID, relative_error, sum_of_squares, with_slow
+from .problems import as_terms, BITWISE, cases, PID, relative_error, sum_of_squares
 
 
 Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
@@ -68,7 +68,7 @@ def gradients(loss, *args, checkpoints=0):
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow(SOLVERS[1:2], (SOLVERS[0], *SOLVERS[2:])), ids=repr
+    "solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])), ids=repr
 )
 def test_gradients(solver):
     """Without room for a single state, those of the default adjoint."""
@@ -81,16 +81,21 @@ def test_gradients(solver):
 
 @pytest.mark.parametrize(
     "solver, field, kwargs",
-    with_slow(
-        (
+    cases(
+        (),
+        more=(
             (dr.McCallumFoster(dfx.Tsit5()), field, {}),
             (dfx.SemiImplicitEuler(), BOTH, AT_START),
         ),
-        (
+        slow=(
             (dr.BlanesMoan4(), PAIR, {}),
             (dr.BlanesMoan4(bitwise=True), BOTH, {}),
             (dfx.LeapfrogMidpoint(), field, AT_START),
         ),
+    ),
+    ids=(
+        *("McCallumFoster", "SemiImplicitEuler", "BlanesMoan4", "BlanesMoan4 bitwise"),
+        "LeapfrogMidpoint",
     ),
 )
 def test_families(solver, field, kwargs):
@@ -104,7 +109,9 @@ def test_families(solver, field, kwargs):
     gradients(loss, y0, W, checkpoints=checkpoints)
 
 
-@pytest.mark.parametrize("solver, longest", ((dr.ALF4(), 0.1), (dr.ALF6(), 0.2)))
+@pytest.mark.parametrize(
+    "solver, longest", cases(((dr.ALF4(), 0.1),), more=((dr.ALF6(), 0.2),))
+)
 def test_order(solver, longest):
     """With steps of a given length, but for those that end at a jump; and not by the
     restarts that a jump that was not crossed would lead to."""
@@ -138,6 +145,7 @@ def test_order(solver, longest):
     assert slope > solver.order(None) - 0.4, errors
 
 
+@pytest.mark.more
 def test_many_jumps():
     """A field that is switched on and off a hundred times takes no restarts."""
     jumps = jnp.linspace(-0.99, 2.99, 100)
@@ -162,6 +170,7 @@ def test_many_jumps():
     assert sol.stats["num_restarts"] == 0
 
 
+@pytest.mark.more
 def test_batch():
     """Every element has jumps, and restarts, of its own."""
     jumps = jnp.array([[0.3, 0.9], [-0.5, 1.3], [2.2, 2.5]])
@@ -182,7 +191,7 @@ def test_batch():
     gradients(loss, Y0, W, checkpoints=8)
 
 
-@pytest.mark.parametrize("fresh", with_slow((True,), (False,)))
+@pytest.mark.parametrize("fresh", cases((), more=(True,), slow=(False,)))
 def test_from_a_jump(fresh):
     """A solve that begins at a jump crosses it, unless it has evaluated `v` behind it."""
 

@@ -14,7 +14,7 @@ from diffrax_reversible._adjoint.branches import may_branch
 
 from .chains import TwoStreams
 from .counter import Counter
-from .problems import relative_error, with_slow
+from .problems import cases, relative_error
 
 
 def guarded(h):
@@ -59,14 +59,15 @@ def gradient(field, solver, y0, adjoint, **kwargs):
 
 @pytest.mark.parametrize(
     "rest, save_fn",
-    with_slow(((False, True),), ((True, False),)),
+    cases(((False, True),), slow=((True, False),)),
     ids=("moving, functions saved", "at rest"),
 )
 @pytest.mark.parametrize(
     "name",
-    with_slow(
-        ("ALF4", "McCallumFoster"),
-        ("LeapfrogMidpoint", "ALF2", "ALF6", "ALF8", "ReversibleHeun"),
+    cases(
+        ("McCallumFoster",),
+        more=("ALF4",),
+        slow=("LeapfrogMidpoint", "ALF2", "ALF6", "ALF8", "ReversibleHeun"),
     ),
 )
 def test_start(name, rest, save_fn):
@@ -102,9 +103,10 @@ def infusion(t, y, k):
 
 @pytest.mark.parametrize(
     "name, steps",
-    with_slow(
-        (("ALF4", "constant"), ("McCallumFoster", "adaptive")),
-        [
+    cases(
+        (("ALF4", "constant"),),
+        more=(("McCallumFoster", "adaptive"),),
+        slow=[
             *((name, "constant") for name in SOLVERS if name != "ALF4"),
             *((name, "adaptive") for name in ("ALF4", "ALF6", "ReversibleHeun")),
             ("ALF4", "jump"),
@@ -174,6 +176,7 @@ def test_evaluations():
     assert evaluations(jnp.abs) == evaluations(jnp.square) + 2 * (5 + 1)
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 def test_memory():
     """Is flat, and more than that of a smooth field by some states."""
@@ -225,6 +228,10 @@ def test_misses_are_not_hidden():
         (jnp.sort, True),
         (lambda y: jax.lax.cond(y[0] > 0, lambda: y, lambda: 2 * y), True),
         (lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.abs(c)), y, None, 2)[1], True),
+    ),
+    ids=(
+        *("tanh and powers", "softplus, silu and gelu", "kinks of constants"),
+        *("relu", "elu", "sort", "cond", "scan"),
     ),
 )
 def test_what_may_branch(fn, branches):

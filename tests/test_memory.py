@@ -7,7 +7,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, COMPENSATED, FAMILIES, families, PID, SOLVERS, with_slow
+from .problems import as_terms, cases, COMPENSATED, FAMILIES, families, PID, SOLVERS
 
 
 # Memory is that of what users compile.
@@ -50,10 +50,10 @@ def temporary_bytes(
     return gradient.lower(y0, scale).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("solver", with_slow(SOLVERS[1:2], SOLVERS[2:]), ids=repr)
+@pytest.mark.parametrize("solver", cases(SOLVERS[1:2], slow=SOLVERS[2:]), ids=repr)
 @pytest.mark.parametrize(
     "controller, size",
-    with_slow(((PID, 10),), ((PID, 100_000), (dfx.ConstantStepSize(), 10))),
+    cases(((PID, 10),), slow=((PID, 100_000), (dfx.ConstantStepSize(), 10))),
 )
 def test_growth_with_steps(solver, controller, size):
     few, many, more = (
@@ -80,6 +80,7 @@ def test_growth_of_families(family):
     assert states < (40 if family == "coupling" else 20)
 
 
+@pytest.mark.more
 def test_growth_with_jumps():
     """A time more."""
     jumps = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.3]))
@@ -88,9 +89,11 @@ def test_growth_with_jumps():
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow(SOLVERS[1:3], (SOLVERS[0], SOLVERS[3])), ids=repr
+    "solver",
+    cases(SOLVERS[1:2], more=SOLVERS[2:3], slow=(SOLVERS[0], SOLVERS[3])),
+    ids=repr,
 )
-@pytest.mark.parametrize("controller", with_slow((PID,), (dfx.ConstantStepSize(),)))
+@pytest.mark.parametrize("controller", cases((PID,), slow=(dfx.ConstantStepSize(),)))
 def test_states(solver, controller):
     """In units of the state, whatever the number of sub-steps."""
     size = 1_000_000
@@ -107,7 +110,7 @@ def test_states(solver, controller):
     jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
 )
 @pytest.mark.parametrize(
-    "controller, states", with_slow(((PID, 7),), ((dfx.ConstantStepSize(), 5),))
+    "controller, states", cases((), more=((PID, 7),), slow=((dfx.ConstantStepSize(), 5),))
 )
 def test_compensated(controller, states):
     """So many more of them."""
@@ -119,6 +122,7 @@ def test_compensated(controller, states):
     assert 0 < compensated - plain < states + 0.2
 
 
+@pytest.mark.more
 def test_checkpoints():
     """Two states each."""
     size = 100_000
@@ -130,8 +134,8 @@ def test_checkpoints():
     assert states(30) - states(10) < 2.1 * 20
 
 
-@pytest.mark.parametrize("size, batch", with_slow(((64, 128),), ((4096, 1),)))
-@pytest.mark.parametrize("max_steps", with_slow((256, 4096), (1_000_000,)))
+@pytest.mark.parametrize("size, batch", cases(((64, 128),), slow=((4096, 1),)))
+@pytest.mark.parametrize("max_steps", cases((256,), more=(4096,), slow=(1_000_000,)))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     """With the default number of checkpoints of either."""
 
@@ -155,6 +159,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     assert ours <= used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 
 
+@pytest.mark.more
 def test_saved_outputs():
     """In proportion to what is saved, and not to the steps between."""
     size = 100_000
@@ -193,6 +198,7 @@ def test_saved_outputs_of_a_batch(t1):
     assert ours < 2.1 * 8 * size * batch
 
 
+@pytest.mark.more
 def test_default_adjoint_needs_more():
     """What is measured would show a stored trajectory."""
     ours, default = (
@@ -204,7 +210,7 @@ def test_default_adjoint_needs_more():
 
 @pytest.mark.parametrize(
     "solver, states",
-    with_slow(((dr.ALF4(), 5), (dr.ALF6(), 8)), ((dr.ALF2(), 4), (dr.ALF8(), 7))),
+    cases(((dr.ALF4(), 5), (dr.ALF6(), 8)), slow=((dr.ALF2(), 4), (dr.ALF8(), 7))),
 )
 def test_dense_output(solver, states):
     """States a step, as documented."""
@@ -219,7 +225,9 @@ def test_dense_output(solver, states):
     assert sum(info.size for info in jax.tree.leaves(infos)) == states * 7 * 10
 
 
-@pytest.mark.parametrize("splits, solver", ((True, dr.BlanesMoan6()), (False, dr.ALF4())))
+@pytest.mark.parametrize(
+    "splits, solver", cases(((True, dr.BlanesMoan6()),), more=((False, dr.ALF4()),))
+)
 def test_room_for_restarts(splits, solver):
     """Of two states each, but by default none for a symplectic solver."""
     fixed = dfx.ConstantStepSize()
@@ -260,7 +268,7 @@ def _loss(solver, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow((dr.ALF4(), dr.BlanesMoan6()), (dr.ALF6(),)), ids=repr
+    "solver", cases((dr.BlanesMoan6(),), more=(dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr
 )
 def test_one_evaluation(solver):
     """Activations of a single evaluation of a deep field, however many stages."""
@@ -285,7 +293,7 @@ def test_one_evaluation(solver):
 
 
 @pytest.mark.parametrize(
-    "solver", with_slow((dr.ALF4(), dr.BlanesMoan6()), (dr.ALF6(),)), ids=repr
+    "solver", cases((dr.BlanesMoan6(),), more=(dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr
 )
 def test_many_parameters(solver):
     """Their cotangent is summed where it is returned, and once more from one known state to

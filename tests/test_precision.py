@@ -10,7 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, BITWISE, COMPENSATED, kepler, lorenz, with_slow
+from .problems import as_vector, BITWISE, cases, COMPENSATED, kepler, lorenz
 
 
 def pendulum(t, y, args):
@@ -69,9 +69,9 @@ FIELDS = {"kepler": kepler, "pendulum": pendulum, "network": skew_network}
     "name, dtype",
     # In float32, and without the restarts that a solve makes, the 1,600 orbits of Kepler's
     # problem end by outgrowing the lattice, more than sixteenfold.
-    with_slow(
+    cases(
         (("pendulum", jnp.float32),),
-        (("kepler", jnp.float64), ("network", jnp.float32)),
+        slow=(("kepler", jnp.float64), ("network", jnp.float32)),
     ),
 )
 def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
@@ -109,9 +109,9 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(("network",), [name for name in FIELDS if name != "network"])
+    "name", cases(("network",), slow=[name for name in FIELDS if name != "network"])
 )
-@pytest.mark.parametrize("dtype", with_slow((jnp.float32,), (jnp.float64,)))
+@pytest.mark.parametrize("dtype", cases((), more=(jnp.float32,), slow=(jnp.float64,)))
 def test_no_drift_in_gradients(name, dtype):
     """Where the field is differentiated along, under step sizes that vary, and between
     restarts."""
@@ -139,7 +139,9 @@ def test_no_drift_in_gradients(name, dtype):
         gradient(dr.ALF4())
 
 
-@pytest.mark.parametrize("solver_cls, t1", with_slow(((dr.ALF6, 20.0),), ((dr.ALF4, 5.0),)))
+@pytest.mark.parametrize(
+    "solver_cls, t1", cases((), more=((dr.ALF6, 20.0),), slow=((dr.ALF4, 5.0),))
+)
 def test_gradient_in_single_precision(solver_cls, t1):
     """Against double precision, as good as that of the default adjoint, or better."""
 
@@ -207,6 +209,7 @@ def test_time_does_not_drift():
     assert final(dr.ALF4()) > 200
 
 
+@pytest.mark.more
 def test_chaos():
     """Where plain sums drift by much more in the walk back between two restarts."""
 
@@ -232,8 +235,8 @@ def test_chaos():
     assert compensated < (1e-2 if recent else 0.1) * error(dr.ALF6()) < 1e-8
 
 
-@pytest.mark.parametrize("dtype", with_slow((jnp.float16,), (jnp.bfloat16,)))
-@pytest.mark.parametrize("compensated", with_slow((False,), (True,)))
+@pytest.mark.parametrize("dtype", cases((jnp.float16,), slow=(jnp.bfloat16,)))
+@pytest.mark.parametrize("compensated", cases((False,), slow=(True,)))
 def test_half_precision(dtype, compensated):
     """Of the state; time is in single precision."""
 

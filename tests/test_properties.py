@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, BITWISE, COMPENSATED, SOLVERS, with_slow
+from .problems import as_vector, BITWISE, cases, COMPENSATED, SOLVERS
 
 
 F32, F64 = "float32", "float64"
@@ -105,7 +105,7 @@ def round_trip(solver):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(
-    "solver", with_slow(SOLVERS[1:2], (SOLVERS[0], *SOLVERS[2:])), ids=repr
+    "solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])), ids=repr
 )
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(systems, states, states, st.floats(-4, 4, width=32), unit)
@@ -233,9 +233,10 @@ def gradient(adjoint, solver, controller, saveat):
 
 
 # Every controller and every way of saving, with solvers and dtypes in turn.
-CASES = with_slow(
-    ((dr.ALF4(), "pid", "subs", DTYPES[1]),),
-    (
+CASES = cases(
+    (),
+    more=((dr.ALF4(), "pid", "subs", DTYPES[1]),),
+    slow=(
         (BITWISE, "pid", "fn", DTYPES[0]),
         (dr.ALF6(), "given", "subs", DTYPES[0]),
         (dr.ALF4(), "fixed", "ends", DTYPES[0]),

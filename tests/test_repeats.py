@@ -16,6 +16,7 @@ from diffrax_reversible._adjoint.walk import Walk
 from .counter import Counter
 from .problems import (
     as_terms,
+    cases,
     FAMILIES,
     kepler,
     Network,
@@ -23,7 +24,6 @@ from .problems import (
     PID,
     relative_error,
     sum_of_squares,
-    with_slow,
     Y0,
 )
 from .test_replays import final_of, gradient, pid, relaxation, STORE
@@ -83,9 +83,10 @@ EVERYTHING = dfx.SaveAt(
 
 @pytest.mark.parametrize(
     "family",
-    with_slow(
-        ("coupling",),
-        ("splitting", "LeapfrogMidpoint", "ReversibleHeun", "SemiImplicitEuler"),
+    cases(
+        (),
+        more=("coupling",),
+        slow=("splitting", "LeapfrogMidpoint", "ReversibleHeun", "SemiImplicitEuler"),
     ),
 )
 def test_families(family, misses):
@@ -94,6 +95,7 @@ def test_families(family, misses):
     assert_same(loss_of(case, EVERYTHING), case.y0, case.field, network_args())
 
 
+@pytest.mark.more
 def test_event_and_jump(misses):
     """Both within steps that are undone twice."""
     controller = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.7, 1.3]))
@@ -123,6 +125,7 @@ def test_times(misses):
     assert_same(loss, TS, Y0)
 
 
+@pytest.mark.more
 def test_batch(misses):
     """Of solves of different lengths, and with and without restarts."""
     final = final_of(relaxation, 10.0, 0.05)
@@ -153,6 +156,7 @@ def test_steps_that_are_recomputed(misses):
     assert_same(loss, jnp.array([1.0, 0.3]))
 
 
+@pytest.mark.more
 def test_steps_that_are_forgotten(misses, monkeypatch):
     """What is made again between two known states is written over what was recorded."""
     monkeypatch.setattr(steps, "_most_rows", 0)
@@ -164,7 +168,7 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
     assert_same(loss, Y0, Network(), network_args())
 
 
-@pytest.mark.parametrize("noisy", (False, True))
+@pytest.mark.parametrize("noisy", cases((False,), more=(True,)))
 def test_misses_below_the_tolerance(noisy, monkeypatch):
     """Are undone once more, but not along a Brownian path, which a replay may evaluate to
     something that is as far from what the solve had."""
@@ -199,6 +203,7 @@ def test_misses_below_the_tolerance(noisy, monkeypatch):
     assert (run(dr.ReversibleAdjoint()) == once) == noisy
 
 
+@pytest.mark.more
 def test_orbits_that_are_forgotten(monkeypatch):
     """In single precision, where a gradient can be off by some per cent if every miss that
     is no error is let through."""
@@ -225,7 +230,7 @@ def test_orbits_that_are_forgotten(monkeypatch):
     assert repeated > once
 
 
-@pytest.mark.parametrize("rate, dt0", with_slow(((10.0, 0.1),), ((20.0, 0.05),)))
+@pytest.mark.parametrize("rate, dt0", cases(((10.0, 0.1),), slow=((20.0, 0.05),)))
 def test_contraction_in_single_precision(rate, dt0):
     """With default settings, on steps that lose the digits of the state between restarts:
     no error, at the cost of some evaluations. With equal steps, as solves that are compiled
@@ -276,6 +281,7 @@ def test_vector_field_that_cancels():
     assert relative_error(grad, expected) < 1e-5
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "solver, count", ((dr.McCallumFoster(dfx.Tsit5()), 300), (dr.ALF6(), 150)), ids=str
 )
@@ -294,6 +300,7 @@ def test_heat_in_single_precision(solver, count):
     assert relative_error(grad, expected) < 1e-4
 
 
+@pytest.mark.more
 def test_few_large_steps_in_single_precision():
     """As those of a network at loose tolerances, in a batch of which every member waits for
     the others: no step is undone once more."""
@@ -320,6 +327,7 @@ def test_few_large_steps_in_single_precision():
     assert relative_error(grad, expected) < 1e-6
 
 
+@pytest.mark.more
 def test_many_entries_in_single_precision():
     """Of thousands of sums, some come close to zero, and round as the others do: they
     neither cost more than a few segments, nor is the gradient refused."""

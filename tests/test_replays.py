@@ -13,12 +13,12 @@ from diffrax_reversible._adjoint import steps
 from .counter import Counter
 from .problems import (
     as_vector,
+    cases,
     kepler,
     lorenz,
     Network,
     network_args,
     relative_error,
-    with_slow,
 )
 
 
@@ -62,7 +62,7 @@ STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
 
 @pytest.mark.parametrize(
     "solver",
-    with_slow((dr.ALF4(),), (dr.McCallumFoster(dfx.Tsit5()), dr.ALF6())),
+    cases((dr.ALF4(),), slow=(dr.McCallumFoster(dfx.Tsit5()), dr.ALF6())),
     ids=("ALF4", "coupling", "ALF6"),
 )
 def test_any_number_of_checkpoints(solver):
@@ -78,7 +78,9 @@ def test_any_number_of_checkpoints(solver):
         assert np.max(np.abs(as_vector(grad[0]) - as_vector(expected[0]))) < 1e-12
 
 
-@pytest.mark.parametrize("checkpoints, most", with_slow(((8, 2.0),), ((32, 1.4), (4, 3.0))))
+@pytest.mark.parametrize(
+    "checkpoints, most", cases(((8, 2.0),), slow=((32, 1.4), (4, 3.0)))
+)
 def test_evaluations(checkpoints, most):
     """Times those with room for all restarts."""
     field = Counter()
@@ -110,6 +112,7 @@ def test_evaluations(checkpoints, most):
     assert 0 < replayed <= few - enough < 1.25 * replayed
 
 
+@pytest.mark.more
 def test_batch():
     """Every element restarts, and is replayed, where it has to."""
     final = final_of(relaxation, 10.0, 0.025)
@@ -135,15 +138,15 @@ ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
 
 @pytest.mark.parametrize(
     "field, y0, args, t1, tol",
-    with_slow(
+    cases(
         ((scaled(kepler), ORBIT, jnp.array(1.0), 30.0, 1e-8),),
-        ((scaled(lorenz), jnp.ones(3), jnp.array(1.0), 6.0, 1e-8),),
+        slow=((scaled(lorenz), jnp.ones(3), jnp.array(1.0), 6.0, 1e-8),),
     ),
     ids=("kepler", "lorenz"),
 )
 @pytest.mark.parametrize(
     "solver",
-    with_slow((dr.ALF4(),), (dr.McCallumFoster(dfx.Tsit5()),)),
+    cases((dr.ALF4(),), slow=(dr.McCallumFoster(dfx.Tsit5()),)),
     ids=("ALF4", "coupling"),
 )
 def test_no_bound_on_steps(field, y0, args, t1, tol, solver, monkeypatch):
@@ -177,6 +180,7 @@ def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
         assert relative_error(grad, expected) < 1e-8
 
 
+@pytest.mark.more
 def test_jumps_and_steps_that_are_recomputed(monkeypatch):
     """Flags of restarts and jumps are forgotten too."""
     monkeypatch.setattr(steps, "_most_rows", 0)
@@ -210,8 +214,9 @@ class Torn(dfx.AbstractStepSizeController):
         return True, t1 + 1e-6, t1 + state, False, state, dfx.RESULTS.successful
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
-    "solver", with_slow((dr.ALF4(),), (dfx.ReversibleHeun(),)), ids=(0, 1)
+    "solver", cases((dr.ALF4(),), slow=(dfx.ReversibleHeun(),)), ids=(0, 1)
 )
 def test_many_steps_in_single_precision(solver):
     """With default settings: a gradient is returned, of the precision's own accuracy."""

@@ -9,12 +9,12 @@ import pytest
 import diffrax_reversible as dr
 
 from .problems import (
+    cases,
     kepler,
     lorenz,
     PID,
     reference,
     relative_error,
-    with_slow,
 )
 
 
@@ -95,9 +95,9 @@ def value_and_grad(problem, solver, controller, steps, adjoint):
 
 
 # problem, solver, controller, steps, bounds on the error and on the restarts
-HARD = with_slow(
+HARD = cases(
     ((LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),),
-    (
+    slow=(
         (FAST_RELAXATION, dr.ALF6(), FIXED, 1600, 1e-10, 80),
         (FAST_RELAXATION, dr.ALF6(), pid(1e-4), 1600, 1e-4, 80),
         (VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, 1e-4, 40),
@@ -131,7 +131,9 @@ def test_van_der_pol_evaluations():
 
 
 @pytest.mark.parametrize("problem", (KEPLER, LOTKA_VOLTERRA, PENDULUM))
-@pytest.mark.parametrize("solver, steps", ((dr.ALF4(), 4000), (dr.ALF6(), 1000)))
+@pytest.mark.parametrize(
+    "solver, steps", cases(((dr.ALF4(), 4000),), more=((dr.ALF6(), 1000),))
+)
 @pytest.mark.parametrize("controller, restarts", ((FIXED, 0), (PID, 5)))
 def test_conservative(problem, solver, steps, controller, restarts):
     adjoint = dr.ReversibleAdjoint()
@@ -139,6 +141,7 @@ def test_conservative(problem, solver, steps, controller, restarts):
     assert sol.stats["num_restarts"] <= restarts
 
 
+@pytest.mark.more
 def test_batch():
     """Elements restart at steps of their own."""
 
@@ -154,6 +157,7 @@ def test_batch():
     assert relative_error(batched, jnp.stack(alone)) < 1e-9
 
 
+@pytest.mark.more
 def test_large_state_is_watched_on_a_sample():
     """Which notices all the same, here a contraction in a sixteenth of the entries."""
     rates = jnp.where(jnp.arange(20_000) % 16 == 3, 15.0, 0.1)

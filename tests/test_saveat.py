@@ -14,13 +14,13 @@ import diffrax_reversible as dr
 from .problems import (
     as_terms,
     Case,
+    cases,
     FAMILIES,
     Network,
     network_args,
     PID,
     relative_error,
     sum_of_squares,
-    with_slow,
     Y0,
 )
 
@@ -28,9 +28,10 @@ from .problems import (
 TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
-SOME = with_slow(
-    (FAMILIES["coupling"],),
-    [(ALF4,), *((case,) for name, case in FAMILIES.items() if name != "coupling")],
+SOME = cases(
+    (ALF4,),
+    more=(FAMILIES["coupling"],),
+    slow=[case for name, case in FAMILIES.items() if name != "coupling"],
 )
 
 
@@ -80,6 +81,7 @@ def weighted(sol):
     return sum((1 + i) * sum_of_squares(ys) for i, ys in enumerate(subs))
 
 
+@pytest.mark.more
 def test_t0_t1_ts():
     """Every combination of them."""
     combinations = list(it.product((False, True), (False, True), (None, TS)))[1:]
@@ -89,13 +91,16 @@ def test_t0_t1_ts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "saveat", with_slow((dfx.SaveAt(ts=TS),), (dfx.SaveAt(t0=True, t1=True),))
+    "saveat",
+    cases((dfx.SaveAt(ts=TS),), slow=(dfx.SaveAt(t0=True, t1=True),)),
+    ids=("ts", "ends"),
 )
 def test_alone(saveat):
     """Without others, whether they interpolate or not."""
     assert_same(saveat, ALF4, weighted)
 
 
+@pytest.mark.more
 def test_steps():
     subs = [
         dfx.SubSaveAt(steps=steps, t0=True, t1=t1, ts=TS)
@@ -104,7 +109,7 @@ def test_steps():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
-@pytest.mark.parametrize("case", with_slow((ALF6,), ((ALF4,),)))
+@pytest.mark.parametrize("case", cases((), more=(ALF6,), slow=(ALF4,)))
 def test_fn(case):
     """With a function to save, of which the output is not all real, `ts` included."""
     saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, steps=2, fn=scaled)
@@ -128,9 +133,7 @@ def test_subs(case):
     )
 
 
-@pytest.mark.parametrize(
-    "case", with_slow((ALF6,), [(case,) for case in (ALF4, *FAMILIES.values())])
-)
+@pytest.mark.parametrize("case", cases((ALF4,), more=(ALF6,), slow=FAMILIES.values()))
 def test_dense(case):
     def read(sol):
         ts = jnp.array([0.0, 0.4, 1.7, 3.0])

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import diffrax_reversible as dr
 
-from .problems import with_slow
+from .problems import cases
 
 
 DEVICES = 8
@@ -128,7 +128,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(("batch",), ("shard_map", "state")))
+@pytest.mark.parametrize("name", cases(("batch",), slow=("shard_map", "state")))
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     root = pathlib.Path(__file__).parent.parent

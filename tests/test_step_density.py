@@ -19,13 +19,13 @@ from diffrax_reversible._exact_sum import LowPart
 from .problems import (
     as_terms,
     BITWISE,
+    cases,
     FAMILIES,
     families,
     Network,
     network_args,
     relative_error,
     sum_of_squares,
-    with_slow,
 )
 
 
@@ -80,12 +80,11 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     assert relative_error(grad, expected) < tol
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
-    with_slow(
-        ((dr.ALF6(), -0.07, 3.0, -1.0),),
-        ((dr.ALF4(), None, 0.0, 3.0), (BITWISE, None, 0.0, 3.0)),
+    cases(
+        ((dr.ALF4(), None, 0.0, 3.0),),
+        slow=((dr.ALF6(), -0.07, 3.0, -1.0), (BITWISE, None, 0.0, 3.0)),
     ),
 )
 def test_gradients(solver, dt0, t0, t1):
@@ -113,6 +112,7 @@ def test_families(family):
     assert_same_gradient(loss, y0, field, network_args())
 
 
+@pytest.mark.more
 def test_gradients_of_everything_saved():
     """An event, ends of steps, dense output, a batch, and the end of the solve."""
 
@@ -133,6 +133,7 @@ def test_gradients_of_everything_saved():
     assert_same_gradient(batch, y0, jnp.array(5.0))
 
 
+@pytest.mark.more
 def test_continued():
     """From where another solve has ended, with its controller state: the first step of the
     second begins with a step size of its own."""
@@ -269,6 +270,7 @@ def test_density_comes_back(bound, wished):
         np.testing.assert_allclose(after[::-1], before, rtol=1e-9)
 
 
+@pytest.mark.more
 def test_walk_back_is_exact():
     """Over many steps and periods, with a solver of which the states come back too."""
 
@@ -281,6 +283,7 @@ def test_walk_back_is_exact():
     assert np.all(np.isfinite(jax.jit(jax.grad(loss))(perihelion(0.6))))
 
 
+@pytest.mark.more
 def test_wrong_inverse_is_noticed():
     class Forgetful(dr.StepDensityController):
         def inverse(self, t1, y1, args, controller_state):
@@ -344,7 +347,7 @@ def test_energy_does_not_drift():
 
 @pytest.mark.parametrize(
     "solver",
-    with_slow((dfx.Tsit5(),), (dfx.Heun(), dr.ALF8())),
+    cases((dfx.Tsit5(),), slow=(dfx.Heun(), dr.ALF8())),
     ids=lambda s: type(s).__name__,
 )
 @pytest.mark.parametrize(
@@ -361,6 +364,7 @@ def test_energy_does_not_drift():
             20.0,
         ),
     ),
+    ids=("relaxation", "constant", "rest", "logistic", "van der Pol"),
 )
 def test_any_solver_and_field(solver, field, y0, t1):
     """Also where derivatives vanish."""
@@ -454,6 +458,7 @@ def test_weights_in_args_are_not_carried():
     assert size(state(None, lambda t, y, _: field(t, y, weights))) > 2500
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 def test_weights_in_terms_are_not_held():
     """Nor is what else of its state a controller hands on as it is."""

@@ -12,13 +12,13 @@ import diffrax_reversible as dr
 from .problems import (
     as_terms,
     BITWISE,
+    cases,
     FAMILIES,
     families,
     Network,
     network_args,
     relative_error,
     sum_of_squares,
-    with_slow,
     Y0,
 )
 
@@ -84,8 +84,10 @@ def gradients(controller, saveat, solver, argnums, **kwargs):
     return gradient(dr.ReversibleAdjoint()), gradient(dfx.RecursiveCheckpointAdjoint())
 
 
-CASES = with_slow(
-    ((PID, "dense"), (JUMPS, "fn")), ((FIXED, "subs"), (PID, "ts"), (STEP_TO, "subs"))
+CASES = cases(
+    ((JUMPS, "fn"),),
+    more=((PID, "dense"),),
+    slow=((FIXED, "subs"), (PID, "ts"), (STEP_TO, "subs")),
 )
 
 
@@ -104,7 +106,7 @@ def test_against_default(controller, saveat):
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
 
 
-@pytest.mark.parametrize("controller", with_slow((PID,), (FIXED,)))
+@pytest.mark.parametrize("controller", cases((), more=(PID,), slow=(FIXED,)))
 def test_against_true_solution(controller):
     """To hold step locations fixed does not make the gradient worse than that of the
     default adjoint, which moves them."""
@@ -131,7 +133,7 @@ def test_against_true_solution(controller):
     assert ours < 5e-6
 
 
-@pytest.mark.parametrize("solver", with_slow((), (dr.ALF6(), BITWISE)), ids=repr)
+@pytest.mark.parametrize("solver", cases((), slow=(dr.ALF6(), BITWISE)), ids=repr)
 def test_solvers(solver):
     ours, default = gradients(STEP_TO, "subs", solver, (0, 1, 2))
     assert relative_error(ours, default) < 1e-10
@@ -145,14 +147,14 @@ def test_families(family):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.parametrize("argnums", with_slow(((0,),), (((1,),),)))
+@pytest.mark.parametrize("argnums", cases((), more=(((0,),),), slow=(((1,),),)))
 def test_one_at_a_time(argnums):
     ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10
 
 
 @pytest.mark.parametrize(
-    "controller, argnums", with_slow(((STEP_TO, (0, 1, 2)),), ((PID, (1, 2)),))
+    "controller, argnums", cases((), more=((STEP_TO, (0, 1, 2)),), slow=((PID, (1, 2)),))
 )
 def test_ends_of_steps_that_do_not_move(controller, argnums):
     ours, default = gradients(controller, "steps", dr.ALF4(), argnums)
@@ -185,6 +187,7 @@ def test_closed_form():
         assert abs(t1_bar - y1 * np.cos(t1)) < 1e-8
 
 
+@pytest.mark.more
 def test_batch():
     """Of solves of different lengths, which are learned."""
 
