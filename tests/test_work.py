@@ -20,7 +20,9 @@ from .problems import cases, PID
     ),
 )
 @pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
-@pytest.mark.parametrize("ts", cases((jnp.linspace(0, 3, 7),), slow=(None,)))
+@pytest.mark.parametrize(
+    "ts", cases((jnp.linspace(0, 3, 7),), slow=(None,)), ids=("ts", "t1")
+)
 def test_evaluations(solver, stages, extra, controller, ts):
     field = Counter()
 
