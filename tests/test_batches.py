@@ -93,6 +93,7 @@ def test_every_member_as_alone(solver, jumps):
     assert codes == {name: result._value for name, result in expected.items()}
 
 
+@pytest.mark.more
 def test_outputs_where_a_member_takes_no_steps():
     """All that Diffrax writes after the last step, by members that take and do not take
     one, and that reach `SaveAt(steps=2)` at their end and do not."""

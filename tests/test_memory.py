@@ -159,7 +159,6 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     assert ours <= used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.more
 def test_saved_outputs():
     """In proportion to what is saved, and not to the steps between."""
     size = 100_000
@@ -172,6 +171,7 @@ def test_saved_outputs():
     assert states(40) - states(10) < 2.1 * 30
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("t1", (False, True))
 def test_saved_outputs_of_a_batch(t1):
     """In a batch of gradients, no more for each output than under the default adjoint, and
