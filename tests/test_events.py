@@ -293,6 +293,7 @@ def test_steady_state():
     assert abs(ours - default) < 1e-10
 
 
+@pytest.mark.more
 def test_rejected_last_step():
     """In a batch Diffrax interpolates even where a solve has stopped, for want of steps,
     at one that was rejected. That cannot be walked back, and does not pass for zero."""

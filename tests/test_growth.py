@@ -114,6 +114,7 @@ def test_remedy(solver):
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.more
 def test_batch():
     """One member is refused, and not the other."""
     y0 = jnp.array([1.0, 1 / 500])

@@ -140,6 +140,7 @@ def test_batch(misses):
     np.testing.assert_allclose(got[0], expected[0], atol=1e-12)
 
 
+@pytest.mark.more
 def test_steps_that_are_recomputed(misses):
     """And not recorded."""
 
