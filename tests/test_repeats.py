@@ -256,12 +256,11 @@ def test_contraction_in_single_precision(rate, dt0):
 
 
 def test_nothing_helps():
-    """An error as ever: without states, or where a step alone misses its start."""
+    """An error as ever, without states."""
     final = final_of(relaxation, jnp.float32(10.0), stepsize_controller=pid(1e-4))
     inputs = jnp.ones(2, jnp.float32), jnp.float32(40.0)
-    for adjoint in (dr.ReversibleAdjoint(0), dr.ReversibleAdjoint(drift_tol=1e-9)):
-        with pytest.raises(RuntimeError, match="missed a state"):
-            gradient(final, adjoint)(*inputs)
+    with pytest.raises(RuntimeError, match="missed a state"):
+        gradient(final, dr.ReversibleAdjoint(0))(*inputs)
 
 
 def test_vector_field_that_cancels():

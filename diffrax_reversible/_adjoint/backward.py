@@ -14,10 +14,9 @@ from jaxtyping import Array, Float
 
 from .._custom_types import IntScalarLike
 from .._diffrax import State
-from .._solver.capabilities import recall
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_replace, tree_zeros_like
-from .between_steps import go_on, undo_jump
+from .._tree import tree_add, tree_zeros_like
+from .between_steps import go_on
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
@@ -27,58 +26,10 @@ from .pull_outputs import (
     pull_dense_times,
     pull_last,
     pull_start,
-    pull_step_outputs,
 )
-from .pull_step import pull_step
 from .replay import Replayer
-from .steps import Record
+from .undo_step import undo_step
 from .walk import Position, Walk
-
-
-def _undo_step(walk: Walk, position: Position, record: Record) -> Position:
-    """One step of the walk."""
-    step = position.step - 1
-    _, args = walk.combine(walk.params)
-    clock = record.undo(
-        step,
-        position.clock,
-        walk.problem.stepsize_controller,
-        walk.residuals.count - 1,
-        walk.residuals.record.outermost,
-        position.y,
-        args,
-    )
-    position = eqx.tree_at(lambda p: p.clock, position, clock)
-    restarted, crossed = record.before(step)
-    position = pull_step_outputs(walk, position, clock.end)
-    recorded = record.recorded_before(step)
-    solver_state = recall(walk.problem.solver, position.solver_state, recorded)
-    pulled = pull_step(walk, position, solver_state, step)
-    ct, growth = pulled.cotangent, position.growth
-    if growth is not None:
-        assert pulled.probe is not None
-        growth = growth.update(pulled.probe)
-    y0, state0 = pulled.y, pulled.solver_state
-    if walk.problem.with_jumps:
-        state0, ct = lax.cond(
-            eqxi.unvmap_any(crossed),
-            lambda: undo_jump(walk, crossed, clock.start, y0, state0, ct),
-            lambda: (state0, ct),
-        )
-        y0, state0 = walk.settle(2 * step - 1, (y0, state0))
-    hidden = position.hidden
-    if hidden is not None:
-        hidden = tree_add(hidden, pulled.hidden)
-    position = walk.show_progress(position, clock.start)
-    no = jnp.array(False)
-    return tree_replace(
-        lambda p: (
-            *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
-            *(p.growth, p.known, p.restarted, p.hidden),
-        ),
-        position,
-        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, hidden),
-    )
 
 
 def _pull_init(walk: Walk, position: Position) -> Position:
@@ -126,7 +77,7 @@ def _undo_all(walk: Walk, position: Position) -> Position:
 
         def undo(carry):
             position, count = carry
-            return _undo_step(walk, position, kept.record), count + 1
+            return undo_step(walk, position, kept.record), count + 1
 
         moves = dataclasses.replace(position, **{name: None for name in _stays})
         moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))

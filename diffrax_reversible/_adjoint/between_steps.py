@@ -15,14 +15,14 @@ from .._custom_types import (
     IntScalarLike,
     RealScalarLike,
     SolverState,
-    Y,
 )
-from .._solver.capabilities import before_jump, CanRestart, cross_jump
+from .._solver.capabilities import CanRestart, interrupt
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import coarsest_eps, Drift
 from .kept import Kept
 from .known import Known
+from .undo_step import undo_step
 from .walk import longest_reach, Position, Walk
 
 
@@ -55,7 +55,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         before = known.step
         known, kept = lax.cond(
             eqxi.unvmap_any(replays),
-            lambda: _replay(walk, known, kept, step, replays, position.reach),
+            lambda: _replay(walk, known, kept, step, replays, position.least_reach),
             lambda: (known, kept),
         )
         count = position.replayed + jnp.where(replays, known.step - before, 0)
@@ -66,11 +66,39 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
     if walk.repeats:
         # Else the steps are to be made again first, with states held in between.
-        goes_on = step - stop <= position.reach
+        goes_on = step - stop <= position.least_reach
         goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
         stop = jnp.where(replayed | goes_on, stop, step)
     stop = jnp.where(here, stop, position.stop)
-    return eqx.tree_at(lambda p: p.stop, position, stop), kept
+    position = eqx.tree_at(lambda p: p.stop, position, stop)
+    if walk.pulls_from_start:
+        position = _pull_from_start(walk, position, kept, here)
+    return position, kept
+
+
+def _pull_from_start(
+    walk: Walk, position: Position, kept: Kept, here: BoolScalarLike
+) -> Position:
+    """Pull back through a single step from its start, which is held, where the walk has
+    missed it."""
+    solver, record, checkpoints = walk.problem.solver, kept.record, kept.checkpoints
+    assert record is not None and checkpoints is not None
+
+    def alone(position):
+        start = position.step - 1
+        single = position.undoes_next & (position.stop == start) & checkpoints.held(start)
+        return here & single & (position.reach == 0)
+
+    def pull(position):
+        known = checkpoints.before(position.step, walk.replayer.start)
+        terms, args = walk.combine(walk.params)
+        step = known.t, known.y, args, known.solver_state
+        before = record.before(position.step - 1)
+        state, _, _ = interrupt(solver, terms, *step, *before)
+        return undo_step(walk, position, record, (known.y, state))
+
+    # A loop of one round at most: in place, and in a batch for those alone that need it.
+    return lax.while_loop(alone, pull, position)
 
 
 def _replay(
@@ -165,11 +193,8 @@ def _go_back(
     choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
     counts = here & jnp.logical_not(missed)
     if walk.drift_tol < walk.replay_tol:
-        # The miss of a single step does not grow: the walk goes on from what is known.
-        single = walk.repeats & (origin.step - position.step <= 1)
-        looser = position.known | single
         share = walk.drift_tol / walk.replay_tol
-        walked = [jnp.where(looser, share * w, w) for w in walked]
+        walked = [jnp.where(position.known, share * w, w) for w in walked]
     undone = position.undone + jnp.where(here, origin.step - position.step, 0)
     params_cotangent = None
     if walk.repeats:
@@ -216,7 +241,7 @@ def _judge(
     # NaN if the walk has overflowed.
     off = [w.astype(jnp.float32) for w in beside]
     worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
-    right = worst <= walk.drift_tol
+    within = worst <= walk.drift_tol
     if walk.residuals.record.outermost is not None:
         # Recorded times are off only where the solve was replayed.
         off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
@@ -225,14 +250,19 @@ def _judge(
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
-    right = right & (off <= _allowed(walk, parted, length))
-    missed = here & so_far & jnp.logical_not(right)
-    missed = missed & (length > 1) & (reach > 1)
+    right = within & (off <= _allowed(walk, parted, length))
+    several = (length > 1) & (reach > 1)
+    missed = several & jnp.logical_not(right)
+    if walk.pulls_from_start:
+        # A single step that is missed as well is not undone any more.
+        missed |= (length == 1) & (reach > 0) & jnp.logical_not(within)
+    missed &= here & so_far
     well = max(_well * walk.drift_tol, _rounding * coarsest_eps(walk.start_states))
     well = (off <= well) & (worst <= _repeated_of_all * walk.drift_tol)
     well = here & well & (2 * length >= reach)
-    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, 1)
-    reach = jnp.where(well, 2 * reach, jnp.where(missed, fewer, reach))
+    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, jnp.where(several, 1, 0))
+    more = jnp.maximum(2 * reach, 1)
+    reach = jnp.where(well, more, jnp.where(missed, fewer, reach))
     return missed, parted, jnp.minimum(reach, longest_reach)
 
 
@@ -294,34 +324,4 @@ def _undo_restart(
         lambda n, o: jnp.where(restarted, n, o),
         (after, before),
         (known.solver_state, ct),
-    )
-
-
-def undo_jump(
-    walk: Walk,
-    crossed: BoolScalarLike,
-    t: RealScalarLike,
-    y: Y,
-    solver_state: SolverState,
-    ct: Cotangent,
-) -> tuple[SolverState, Cotangent]:
-    """Undo the crossing of a jump just before `t`, if it was `crossed`."""
-    solver = walk.problem.solver
-    terms, args = walk.combine(walk.params)
-    before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
-    diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
-
-    def cross(y, diff_state, params):
-        context = walk.context(params)
-        after = context.times.of(t)
-        state = eqx.combine(diff_state, nondiff_state)
-        times = before_jump(after), after
-        state, _ = cross_jump(solver, context.terms, *times, y, context.args, state)
-        return eqx.filter(state, eqx.is_inexact_array)
-
-    _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
-    y_bar, state_bar, params_bar = pull(ct.solver_state)
-    new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-    return jtu.tree_map(
-        lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
     )

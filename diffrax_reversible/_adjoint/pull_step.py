@@ -41,12 +41,17 @@ class PulledStep(NamedTuple):
 
 
 def pull_step(
-    walk: Walk, position: Position, solver_state: SolverState, step: IntScalarLike
+    walk: Walk,
+    position: Position,
+    solver_state: SolverState,
+    step: IntScalarLike,
+    known: tuple[Y, SolverState] | None = None,
 ) -> PulledStep:
     """Undo the `step` that ends at a position, and pull back through it.
 
     If entries are set off in it, the states between its ends can be on the wrong side of a
     kink when they are reconstructed, and it is made again, from where these were at rest.
+    If its start is `known`, nothing is reconstructed.
     """
     t0, t1 = position.clock.start, position.clock.end
     state, rest = (position.y, solver_state), walk.residuals.kept.rest
@@ -62,7 +67,7 @@ def pull_step(
         return rest.moving(2 * step, off)
 
     def pulled(start, ct, cursors, dense_bar, end):
-        y0, state0 = settle(start)
+        y0, state0 = settle(start) if known is None else known
         ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
         return PulledStep(y0, state0, ct, cursors, probe, hidden(end))
 
@@ -76,7 +81,7 @@ def pull_step(
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
 
         def undo():
-            y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar)
+            y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar, known)
             here = position.y, position.solver_state
             return pulled((y0, state0), bar, cursors, dense_bar, here)
 
@@ -85,7 +90,7 @@ def pull_step(
             start, made, pull = linearise_step(*undone, settle, reads=reads)
             return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
 
-        if rest is None:
+        if rest is None or known is not None:
             return undo()
         return lax.cond(eqxi.unvmap_any(rest.ends(2 * step)), undo_and_make, undo)
 
@@ -93,7 +98,8 @@ def pull_step(
         times = walk.context(params).times
         return times.of(t0), times.of(t1)
 
-    start, made, pull = linearise_step(*undone, settle, step_times)
+    settled = settle if known is None else None
+    start, made, pull = linearise_step(*undone, settled, step_times, start=known)
     info = t0, t1, made.dense_info
     dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
     return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)

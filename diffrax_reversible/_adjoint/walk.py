@@ -24,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._solver.capabilities import error_scales
-from .._solver.pullback import Cotangent, HasProbe
+from .._solver.pullback import Cotangent, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
 from .drift import Drift, drifts
@@ -50,7 +50,8 @@ class Position(eqx.Module):
     - `growth`: of the cotangent, if the solver can tell.
     - `origin`: this, where the state was known last; only the step, the state, and what is
         differentiated of the solver state, if steps are not undone a second time.
-    - `reach`: over how many steps the walk may go without a known state.
+    - `reach`: over how many steps the walk may go without a known state; zero if it is not
+        to undo a single one.
     - `parted`: how far a replay has been off a state that was known before.
     - `drifts`: how far the walk has been off so far, or a replay, as a part of what that
         may be, of what the walk may be.
@@ -102,6 +103,11 @@ class Position(eqx.Module):
         diff_state = eqx.filter(here.solver_state, eqx.is_inexact_array)
         kept = here.step, here.y, diff_state
         return tree_replace(lambda p: (p.step, p.y, p.solver_state), nothing, kept)
+
+    @property
+    def least_reach(self) -> IntScalarLike:
+        """After how many steps there is to be a known state."""
+        return jnp.maximum(self.reach, 1)
 
     @property
     def undoes_next(self) -> BoolScalarLike:
@@ -167,6 +173,11 @@ class Walk(eqx.Module):
     def repeats(self) -> bool:
         """Whether steps are undone once more, where the walk has missed a known state."""
         return self.residuals.kept.holds and math.isfinite(self.drift_tol)
+
+    @property
+    def pulls_from_start(self) -> bool:
+        """Whether steps that cannot be undone are differentiated from their start."""
+        return self.repeats and isinstance(self.problem.solver, HasPullbackFromStart)
 
     @property
     def stops(self) -> bool:

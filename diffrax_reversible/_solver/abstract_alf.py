@@ -50,7 +50,7 @@ from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullback, Probe
+from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class AbstractALF(
     CanCrossJumps[ALFState],
     HasExtraDenseInfo[ALFState],
     HasErrorScales[ALFState],
-    HasPullback[ALFState],
+    HasPullbackFromStart[ALFState],
     HasProbe[ALFState],
     AbstractAdaptiveSolver[ALFState],
 ):
@@ -350,6 +350,7 @@ class AbstractALF(
         solver_state: ALFState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: tuple[Y, ALFState] | None = None,
     ) -> tuple[Y, ALFState, Cotangent]:
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
@@ -390,6 +391,7 @@ class AbstractALF(
             (cotangent.y, v_bar),
             cotangent.params,
             sides_bar if functionals else None,
+            None if start is None else sums_of(*start),
         )
         y0, v0, low = split_sums(*pulled.parts)
         z_bar, v_bar = pulled.bars

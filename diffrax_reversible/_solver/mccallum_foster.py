@@ -40,7 +40,7 @@ from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull, Update
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullback, Probe
+from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -89,7 +89,7 @@ class McCallumFoster(
     CanRestart[CoupledState],
     KeepsStateAtJumps[CoupledState],
     HasErrorScales[CoupledState],
-    HasPullback[CoupledState],
+    HasPullbackFromStart[CoupledState],
     HasProbe[CoupledState],
     AbstractAdaptiveSolver[CoupledState],
 ):
@@ -333,6 +333,7 @@ class McCallumFoster(
         solver_state: CoupledState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
+        start: tuple[Y, CoupledState] | None = None,
     ) -> tuple[Y, CoupledState, Cotangent]:
         """One evaluation and one pull-back for each evaluation of a step, except for unused
         stages."""
@@ -352,6 +353,7 @@ class McCallumFoster(
             (cotangent.y, cotangent.solver_state.copy),
             cotangent.params,
             sides_bar,
+            None if start is None else as_sums((start[0], start[1].copy)),
         )
         y0, z0 = as_trees(pulled.parts)
         # Undo the scaling by the first update, which is the last to be undone.

@@ -92,6 +92,27 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
         """
 
 
+class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
+    """One that can also differentiate a step without undoing it, in the memory that undoing
+    takes, if its start is known: where the flow contracts so much that a single step cannot
+    be undone."""
+
+    @abc.abstractmethod
+    def backward_step_and_pullback(
+        self,
+        combine: Combine,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: _SolverState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+        start: tuple[Y, _SolverState] | None = None,
+    ) -> tuple[Y, _SolverState, Cotangent]:
+        """As of `HasPullback`. The `start` is the state and the solver state at `t0`."""
+
+
 class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     """A solver that can pull a cotangent back through the vector field at the start of a
     step."""
@@ -130,11 +151,18 @@ def backward_step_and_pullback(
     solver_state: SolverState,
     cotangent: Cotangent,
     dense_cotangent: DenseInfo | None,
+    start: tuple[Y, SolverState] | None = None,
 ) -> tuple[Y, SolverState, Cotangent]:
-    """See `HasPullback`. By default the step is computed again and differentiated."""
+    """See `HasPullback`. By default the step is computed again and differentiated.
+
+    With a `start`, by a solver that is `HasPullbackFromStart`, nothing is undone."""
     step = combine, params, t0, t1, y1, solver_state
+    cotangents = cotangent, dense_cotangent
+    if start is not None:
+        assert isinstance(solver, HasPullbackFromStart)
+        return solver.backward_step_and_pullback(*step, *cotangents, start)
     if isinstance(solver, HasPullback):
-        return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
+        return solver.backward_step_and_pullback(*step, *cotangents)
     reads = dense_cotangent is not None
     start, _, pull = linearise_step(solver, *step, reads=reads)
     return *start, pull(cotangent, dense_cotangent)
@@ -159,6 +187,7 @@ def linearise_step(
     settle: Callable[[tuple[Y, SolverState]], tuple[Y, SolverState]] | None = None,
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
     reads: bool = True,
+    start: tuple[Y, SolverState] | None = None,
 ) -> tuple[tuple[Y, SolverState], Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
     """Undo a step, compute it again, and return its start, its results, and its pull-back.
 
@@ -168,9 +197,11 @@ def linearise_step(
     - `step_times`: `t0` and `t1` as a function of `params`, if they depend on them.
     - `reads`: whether the interpolation data are read; otherwise the evaluations for them
         are omitted.
+    - `start`: the state and the solver state at `t0`, if they are known.
     """
     terms, args = combine(params)
-    start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
+    if start is None:
+        start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
     origin = start if settle is None else settle(start)
     diff_state, nondiff_state = eqx.partition(origin[1], eqx.is_inexact_array)
 

@@ -1,0 +1,97 @@
+"""One step of the walk back, and the jump before it."""
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
+from .._solver.capabilities import before_jump, cross_jump, recall
+from .._solver.pullback import Cotangent
+from .._tree import tree_add, tree_replace
+from .pull_outputs import pull_step_outputs
+from .pull_step import pull_step
+from .steps import Record
+from .walk import Position, Walk
+
+
+def undo_step(
+    walk: Walk,
+    position: Position,
+    record: Record,
+    known: tuple[Y, SolverState] | None = None,
+) -> Position:
+    """Go back over a step, to its start, which is reconstructed unless it is `known`."""
+    step = position.step - 1
+    _, args = walk.combine(walk.params)
+    clock = record.undo(
+        step,
+        position.clock,
+        walk.problem.stepsize_controller,
+        walk.residuals.count - 1,
+        walk.residuals.record.outermost,
+        position.y,
+        args,
+    )
+    position = eqx.tree_at(lambda p: p.clock, position, clock)
+    restarted, crossed = record.before(step)
+    position = pull_step_outputs(walk, position, clock.end)
+    recorded = record.recorded_before(step)
+    solver_state = recall(walk.problem.solver, position.solver_state, recorded)
+    pulled = pull_step(walk, position, solver_state, step, known)
+    ct, growth = pulled.cotangent, position.growth
+    if growth is not None:
+        assert pulled.probe is not None
+        growth = growth.update(pulled.probe)
+    y0, state0 = pulled.y, pulled.solver_state
+    if walk.problem.with_jumps:
+        state0, ct = lax.cond(
+            eqxi.unvmap_any(crossed),
+            lambda: _undo_jump(walk, crossed, clock.start, y0, state0, ct),
+            lambda: (state0, ct),
+        )
+        y0, state0 = walk.settle(2 * step - 1, (y0, state0))
+    hidden = position.hidden
+    if hidden is not None:
+        hidden = tree_add(hidden, pulled.hidden)
+    position = walk.show_progress(position, clock.start)
+    no = jnp.array(False)
+    return tree_replace(
+        lambda p: (
+            *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
+            *(p.growth, p.known, p.restarted, p.hidden),
+        ),
+        position,
+        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, hidden),
+    )
+
+
+def _undo_jump(
+    walk: Walk,
+    crossed: BoolScalarLike,
+    t: RealScalarLike,
+    y: Y,
+    solver_state: SolverState,
+    ct: Cotangent,
+) -> tuple[SolverState, Cotangent]:
+    """Undo the crossing of a jump just before `t`, if it was `crossed`."""
+    solver = walk.problem.solver
+    terms, args = walk.combine(walk.params)
+    before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
+    diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
+
+    def cross(y, diff_state, params):
+        context = walk.context(params)
+        after = context.times.of(t)
+        state = eqx.combine(diff_state, nondiff_state)
+        times = before_jump(after), after
+        state, _ = cross_jump(solver, context.terms, *times, y, context.args, state)
+        return eqx.filter(state, eqx.is_inexact_array)
+
+    _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
+    y_bar, state_bar, params_bar = pull(ct.solver_state)
+    new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    return jtu.tree_map(
+        lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
+    )
