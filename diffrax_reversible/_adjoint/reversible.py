@@ -21,19 +21,32 @@ def _as_python(x: Any) -> Any:
 class ReversibleAdjoint(AbstractAdjoint):
     """Backpropagates by walking the solve backwards, without storing its trajectory.
 
-    For use with an [`diffrax_reversible.AbstractReversibleSolver`][], or a solver that
-    [`diffrax_reversible.as_reversible`][] has a reversible form of, such as
-    [`diffrax.ReversibleHeun`][]. The gradient is that of the numerical solution itself, as
-    under [`diffrax.RecursiveCheckpointAdjoint`][] with the same solver, up to the rounding
+    For use with an `AbstractReversibleSolver`, or a solver that
+    `as_reversible` has a reversible form of, such as
+    `diffrax.ReversibleHeun`. The gradient is that of the numerical solution itself, as
+    under `diffrax.RecursiveCheckpointAdjoint` with the same solver, up to the rounding
     of the reconstructed states.
+
+    Example:
+
+    >>> import diffrax, jax
+    >>> from diffrax_reversible import ALF4, ReversibleAdjoint
+    >>> decay = diffrax.ODETerm(lambda t, y, rate: -rate * y)
+    >>> def loss(rate):
+    ...     step = 0.0, 1.0, 0.05
+    ...     adjoint = ReversibleAdjoint()
+    ...     sol = diffrax.diffeqsolve(decay, ALF4(), *step, 1.0, rate, adjoint=adjoint)
+    ...     return sol.ys[0]
+    >>> print(f"{jax.grad(loss)(1.0):.4f}")
+    -0.3679
 
     **Times**
 
     Step locations other than `t0` and `t1` are held fixed. Under
-    [`diffrax.PIDController`][] and [`diffrax_reversible.StepDensityController`][] they do
+    `diffrax.PIDController` and `StepDensityController` they do
     not depend on the state anyway, as far as gradients go, nor on `t1`; with respect to
     `SaveAt(ts=...)` the gradient equals that of the default adjoint. How steps depend on
-    `t0`, and under [`diffrax.ConstantStepSize`][] on `t1`, is ignored, so that gradients
+    `t0`, and under `diffrax.ConstantStepSize` on `t1`, is ignored, so that gradients
     with respect to these are accurate to the error of the solve, not to rounding. A
     controller of your own declares that its steps carry no derivative by
     `jax.lax.stop_gradient`, as Diffrax's controllers do. Otherwise gradients of what is
@@ -47,7 +60,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     The backward pass undoes the steps from one *known state* to the one before, and
     continues from there, so that rounding errors grow over one such segment only. The known
     states are the start and at most `checkpoints` others: the states before restarts (see
-    [`diffrax_reversible.ALF4`][]), which cannot be undone, and in the remaining room one
+    `ALF4`), which cannot be undone, and in the remaining room one
     every 64 steps or more, evenly spread. A jump can be undone: the solvers of this package
     exchange the vector field that they carry along, by two evaluations and no stored state.
 
@@ -71,26 +84,32 @@ class ReversibleAdjoint(AbstractAdjoint):
     sizes do: it is divided by four after a miss, down to a single step, and doubled where
     misses are small.
 
+    If a single step misses by more than `drift_tol`, as where the flow contracts by orders
+    of magnitude within it, or where terms of the vector field cancel to the last digit,
+    then `ALF4` and its like, and `McCallumFoster`, do not undo it. They differentiate it
+    from its start, as the default adjoint does, but store none of its stages: for `n`
+    evaluations that takes `n² / 2` others. An entry of a vector field is a sum, and rounds
+    as its terms do: a miss of four machine epsilons of the largest entry of its array
+    repeats no segment, and one of 16 in a single step is no miss.
+
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
-    The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a single step
-    misses by `drift_tol`, or if the whole solve does without `checkpoints`. An entry of a
-    vector field is a sum, and rounds as its terms do: a miss of four machine epsilons of
-    the largest entry of its array repeats no segment, and one of 16 in a single step is no
-    error.
+    The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a replay
+    differs from the solve by more than it may, and with `checkpoints=0` or solvers other
+    than those, if a step, or the solve, misses by more than `drift_tol`.
 
     **Solutions and gradients that are lost**
 
     Solvers that do not restart lose the solution itself where the flow contracts: the
     second approximation that they carry along departs from the first, and nothing in the
-    solution shows it. These are [`diffrax_reversible.ALF2`][],
-    [`diffrax.ReversibleHeun`][] and [`diffrax.LeapfrogMidpoint`][]: on
+    solution shows it. These are `ALF2`,
+    `diffrax.ReversibleHeun` and `diffrax.LeapfrogMidpoint`: on
     `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is an
     error, or that of what was computed.
 
     Fast modes that have died out do not affect the solution, and explicit adaptive solvers
     take steps that these modes are not stable for. A gradient excites them, and grows by
     each such step under every adjoint: on a heat equation of 50 points that of
-    [`diffrax.Tsit5`][] is off by a factor of more than ten, at all tolerances from 1e-3 to
+    `diffrax.Tsit5` is off by a factor of more than ten, at all tolerances from 1e-3 to
     1e-10. Here, with the solvers that restart, it is an error that says how to bound the
     steps: no entry must have grown in steps in which the vector field contracts what grew.
 
@@ -110,12 +129,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     `checkpoints`, and with those a second sum of the cotangent of everything differentiated
     except the state; one evaluation of the vector field with its pull-back; and a record of
     the last steps, of 9 bytes each in float64 (17 if there may be jumps). The record has
-    room for 256 steps at least, for more if [`diffrax.RecursiveCheckpointAdjoint`][] takes
+    room for 256 steps at least, for more if `diffrax.RecursiveCheckpointAdjoint` takes
     as much memory for `max_steps` or if there are many `checkpoints`, and for 16,384 at
     most. So memory is bounded for any number of steps, and `max_steps=None` has gradients.
     From `max_steps=256` on, 128 states of 64 numbers, or one of 4,096, take no more than
     with the default adjoint; smaller states and fewer steps may take more. With an
-    [`diffrax_reversible.AbstractReversibleStepSizeController`][] no times are recorded, but
+    `AbstractReversibleStepSizeController` no times are recorded, but
     only which steps followed a restart.
 
     **Work**
@@ -236,7 +255,7 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     how many steps come before (`step`), the time (`t`, or `-t` if `t1 < t0`), whether the
     solver was restarted there (`restarted`), by how much the backward pass missed the
     state, as a fraction of `drift_tol` (`miss`), and whether it undoes the last segment
-    again for that reason (`repeated`). [`diffrax_reversible.explain`][] shows them.
+    again for that reason (`repeated`). `explain` shows them.
 
 **Raises:**
 

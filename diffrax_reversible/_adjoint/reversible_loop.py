@@ -23,7 +23,7 @@ from .validate import (
 
 
 class Settings(NamedTuple):
-    """Of [`diffrax_reversible.ReversibleAdjoint`][] and `diffeqsolve`."""
+    """Of `ReversibleAdjoint` and `diffeqsolve`."""
 
     checkpoints: int | None
     drift_tol: float | None

@@ -38,7 +38,7 @@ def _is_buffer(x: Any) -> bool:
 
 def room_for_steps(y: Y, t: RealScalarLike, max_steps: int | None, known: int) -> int:
     """How many bytes a record of steps can take beside so many bytes of `known` states, for
-    both to take no more than [`diffrax.RecursiveCheckpointAdjoint`][].
+    both to take no more than `diffrax.RecursiveCheckpointAdjoint`.
 
     By default that has `n` checkpoints with `n (n + 3) / 2 >= max_steps`, of the state and
     its derivative, and of about eight numbers more: times, counters, and the state of the

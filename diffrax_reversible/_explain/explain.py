@@ -37,14 +37,14 @@ def explain(
 ) -> Explanation:
     """Explain why a solve or its gradient is slow, large, or refused.
 
-    Call it in place of [`diffrax.diffeqsolve`][], with the same arguments, and print what
+    Call it in place of `diffrax.diffeqsolve`, with the same arguments, and print what
     it returns:
 
         print(diffrax_reversible.explain(terms, solver, t0, t1, dt0, y0, args, ...))
 
     It solves, differentiates, and tells which steps were taken and rejected, where the
     solver was restarted, how far the backward pass missed known states, what memory the
-    gradient takes beside [`diffrax.RecursiveCheckpointAdjoint`][], and what to change.
+    gradient takes beside `diffrax.RecursiveCheckpointAdjoint`, and what to change.
     Call it outside of `jax.jit`, `jax.vmap` and `jax.grad`, for one member of a batch.
 
     **Arguments:**
@@ -60,7 +60,7 @@ def explain(
 
     **Returns:**
 
-    An [`diffrax_reversible.Explanation`][].
+    An `Explanation`.
 
     **Raises:**
 
