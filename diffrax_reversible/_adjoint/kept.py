@@ -27,8 +27,8 @@ class Kept(eqx.Module):
     - `record`, `checkpoints`: the steps and the known states; `None` if nothing is
         differentiated.
     - `spacing`, `due`: the number of attempted steps between spread states, and that at
-        which the next one is held. It is independent of the states held, so that all
-        elements of a batch hold one at once.
+        which the next one is held. The spacing is independent of the states held, so that
+        all elements of a batch hold one at once.
     - `advanced`: whether the last step was accepted. After a rejected one, the state may
         have been restarted, and is not held.
     - `rest`: the entries at rest; `None` if they do not matter.

@@ -171,7 +171,7 @@ class Checkpoints(eqx.Module):
         return read_row(self.rows, i).where(steps[i] >= 0, start)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
-        """The step of that state."""
+        """The step of the last known state before a `step`."""
         steps = jnp.where(self.rows.step < step, self.rows.step, 0)
         return jnp.maximum(jnp.max(steps, initial=0), 0)
 

@@ -150,8 +150,8 @@ class Record(eqx.Module):
         )
 
     def where(self, pred: BoolScalarLike, other: "Record") -> "Record":
-        """This record, with the numbers of the `other` unless `pred`. Where that is chosen,
-        the buffers have to be the same."""
+        """This record, with the numbers of the `other` unless `pred`. Without `pred`, both
+        must have the same buffers."""
 
         def numbers(record):
             return (

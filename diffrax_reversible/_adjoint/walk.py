@@ -126,7 +126,7 @@ class Walk(eqx.Module):
     replayer: Replayer
     outputs: list[Output]
     dense_rows: DenseInfo | None
-    # The cotangent of the interpolation data of the last step, if an event was located in it.
+    # The cotangent of the interpolation data of the last step, if an event lies in it.
     end_dense: DenseInfo | None
     # The differentiated leaves of `Inputs.context`, and the rest.
     params: Params
