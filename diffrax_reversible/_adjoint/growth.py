@@ -35,7 +35,7 @@ _passed_on = 3.0
 _next_to_zero = 0.1
 # The growth of an entry is multiplied by this after a step that shows it to be slow.
 _acquitted = 0.25
-# The share of grown entries in an array of the gradient that is accepted. If the initial
+# The accepted share of grown entries in an array of the gradient. If the initial
 # state is not differentiated, a share of the largest size that the array has had: grown
 # entries change sign from step to step, and hardly affect sums over the steps.
 least_share = 0.01
@@ -101,8 +101,8 @@ class Growth(eqx.Module):
             by = y_bar / units(size)
             unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
             # Among thousands of entries some are next to zero, where the quotient may have
-            # any size, just before others are passed on to them: a single step of these
-            # proves nothing.
+            # any size, just before other entries are passed on to them: a single step of
+            # these proves nothing.
             factor = factor.astype(by.dtype)
             next_to_zero = strength < _next_to_zero * largest(strength)
             most = jnp.where(next_to_zero, _passed_on * factor, jnp.inf)

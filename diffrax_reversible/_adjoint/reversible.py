@@ -57,7 +57,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     The backward pass undoes the steps from one *known state* to the one before, and
     continues from there, so that rounding errors grow over one such segment only. The known
-    states are the start and at most `checkpoints` others: the states before restarts (see
+    states are the start and at most `checkpoints` more: the states before restarts (see
     `ALF4`), which cannot be undone, and in the remaining room one every 64 steps or more,
     evenly spread. A jump can be undone: the solvers of this package exchange the value of
     the vector field that they carry, by two evaluations and no stored state.
@@ -153,7 +153,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         entries are exchanged. To raise its own errors Diffrax gathers the solution on one
         device: pass `diffeqsolve(..., throw=False)` where that matters.
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
-    - A `progress_meter` shows the backward pass as well, from 0 % to 100 % once more.
+    - A `progress_meter` also shows the backward pass, again from 0 % to 100 %.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
