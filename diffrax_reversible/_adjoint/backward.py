@@ -1,4 +1,4 @@
-"""The walk back along the steps of a solve, pulling cotangents along."""
+"""The backward pass: undo the steps of a solve and pull cotangents back through them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,9 +33,9 @@ from .walk import Position, Walk
 
 
 def _pull_init(walk: Walk, position: Position) -> Position:
-    """The solver state that the solve began with, unless it was given.
+    """Pull the cotangent of the first solver state back, unless that was passed.
 
-    It is made here again, and its activations are not held on to meanwhile.
+    `init` is called again here, so that its activations need not be stored.
     """
     problem, ct = walk.problem, position.cotangent
     if problem.passed_solver_state:
@@ -54,22 +54,22 @@ def _pull_init(walk: Walk, position: Position) -> Position:
     return eqx.tree_at(lambda p: p.cotangent, position, ct)
 
 
-# Of a position, while steps are undone.
+# Fields of a position that do not change while steps are undone.
 _stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
 
-# In a batch, elements that can undo steps make so many of them while others wait for a
-# known state.
+# The number of steps that some elements of a batch may undo while the rest wait for a known
+# state.
 _at_once = 16
 
 
 def _undo_all(walk: Walk, position: Position) -> Position:
-    """The whole walk: what cannot be undone is seen to outside of the loop over steps."""
+    """The whole walk. Restarts and known states are handled outside the loop over steps."""
 
     def undo_steps(position, kept):
         def undoes(carry):
             position, count = carry
             if not walk.stops:
-                # Those that are done wait for the others, and nothing else is to be done.
+                # Only the start ends the loop; elements that are done wait for the rest.
                 return position.undoes_next
             waits = jnp.logical_not(position.undoes_next | position.done)
             waits = eqxi.unvmap_any(waits) & (count >= _at_once)
@@ -90,7 +90,7 @@ def _undo_all(walk: Walk, position: Position) -> Position:
 
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
     if not walk.stops:
-        # In memory for fewer states.
+        # Without an outer loop, fewer states are in memory.
         return go_on(walk, undo_steps(position, kept), kept)[0]
 
     def on_the_way(carry):
@@ -100,12 +100,12 @@ def _undo_all(walk: Walk, position: Position) -> Position:
 
 
 class Walked(NamedTuple):
-    """What has come of a walk back.
+    """The results of a backward pass.
 
-    - `gradient`: the cotangent of what was solved.
-    - `drifts`: how far the walk was off where it could be checked.
-    - `shares`: which part of the cotangent has grown where the solution contracts.
-    - `undone`, `replayed`: how many steps were.
+    - `gradient`: the cotangent of the inputs.
+    - `drifts`: the largest errors of the reconstruction at known states.
+    - `shares`: the fractions of the gradient that grew where the solution contracts.
+    - `undone`, `replayed`: the numbers of steps undone and replayed.
     """
 
     gradient: Inputs
@@ -128,13 +128,13 @@ def walk_back(
 
     **Arguments:**
 
-    - `inputs`, `problem`: what was solved.
+    - `inputs`, `problem`: the solve.
     - `perturbed`: which leaves of `inputs` are differentiated.
-    - `residuals`: what `solve_and_record` kept of it.
-    - `cotangent`: as the final state of the solve, with `None` for zero.
-    - `drift_tol`: by how much known states may be missed. Where there is room for others in
-        between, the steps are undone once more, before it is told that they were.
-    - `watch`: what to call at every known state.
+    - `residuals`: the residuals from `solve_and_record`.
+    - `cotangent`: the cotangent of the final state, with `None` for zero.
+    - `drift_tol`: the accepted error at known states. Where states can be held in between,
+        the steps are undone again before a larger error is reported.
+    - `watch`: a function called at every known state.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
@@ -171,7 +171,7 @@ def walk_back(
 
 
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:
-    """Where the walk begins."""
+    """The position at which the walk begins."""
     record, checkpoints, end = residuals.record, residuals.kept.checkpoints, residuals.end
     assert checkpoints is not None
     saved = [save_states(end)[output.index] for output in pulled.outputs]
@@ -194,14 +194,15 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
 
 
 def _walked(position: Position, perturbed: Inputs) -> Walked:
-    """Where the walk has ended."""
+    """The results, from the position at which the walk ended."""
     ct, drifts = position.cotangent, position.drifts
     assert drifts is not None
     if position.params_cotangent is not None:
         params_bar = tree_add(position.params_cotangent, ct.params)
         ct = dataclasses.replace(ct, params=params_bar)
     if len(drifts) > 0:
-        # Judged by the tolerance for the state. A walk that stopped halfway is never right.
+        # The tolerance of the state bounds errors in time too; NaN refuses an unfinished
+        # walk.
         last = jnp.where(position.done, position.clock.drift, jnp.nan)
         drifts = [*drifts, last.astype(drifts[0].dtype)]
     shares = []

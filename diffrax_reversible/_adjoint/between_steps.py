@@ -1,4 +1,4 @@
-"""What happens between two steps of the walk back: known states, restarts, jumps."""
+"""Between two steps of the walk: known states, restarts and replays."""
 
 import dataclasses
 
@@ -26,27 +26,27 @@ from .undo_step import undo_step
 from .walk import longest_reach, Position, Walk
 
 
-# Fractions of the tolerance. The walk repeats a segment that misses a known state by more
-# than the first, which was tuned on `examples/benchmarks/outcomes.py`, or by more than the
-# second for all the steps of the solve, if that is more: the sum of what eight segments of
-# a longer solve may miss by. It goes further at once after a miss by less than the third.
+# Fractions of the tolerance. The walk repeats a segment whose miss exceeds both the first,
+# tuned on `examples/benchmarks/outcomes.py`, and the segment's share of the second, by
+# which eight segments may miss together. After a miss below the third, the number of steps
+# between known states doubles.
 _repeated, _repeated_of_all, _well = 1 / 64, 1 / 8, 1 / 512
-# Rounding errors in machine epsilons of the largest entry of an array: what makes no
-# difference to a gradient, and what a single step may make.
+# Rounding errors, in machine epsilons of the largest entry of an array: negligible for a
+# gradient, and allowed in a single step.
 _rounding, _rounding_of_step = 4, 16
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
-    """Where the step before cannot be undone: go on from a known state, after a look at
-    where the walk has come to. If it is not held, or what was before is not recorded,
-    then the solve is replayed from the last one that is.
+    """Continue from a known state where the step before cannot be undone, and compare the
+    reconstruction with it. If that state is not held, or the steps before it are not
+    recorded, the solve is replayed from the last state that is held.
 
-    Of a batch, elements that can go on as they are do nothing here.
+    Elements of a batch that can undo their next step do nothing here.
     """
     assert kept.record is not None and kept.checkpoints is not None
     step = position.step
     here = jnp.logical_not(position.undoes_next | position.done)
-    # Else it was come to before.
+    # A known position continues from an earlier state.
     held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
     replays = here & jnp.logical_not(held)
     limit = step + jnp.where(held, 1, 0)
@@ -65,7 +65,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     replayed, step = replays & (position.step == step), position.step
     stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
     if walk.repeats:
-        # Else the steps are to be made again first, with states held in between.
+        # Otherwise replay the steps first, to hold states in between.
         goes_on = step - stop <= position.least_reach
         goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
         stop = jnp.where(replayed | goes_on, stop, step)
@@ -79,8 +79,8 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
 def _pull_from_start(
     walk: Walk, position: Position, kept: Kept, here: BoolScalarLike
 ) -> Position:
-    """Pull back through a single step from its start, which is held, where the walk has
-    missed it."""
+    """Pull back through a single step from its start, a known state, if the walk has missed
+    that."""
     solver, record, checkpoints = walk.problem.solver, kept.record, kept.checkpoints
     assert record is not None and checkpoints is not None
 
@@ -97,7 +97,7 @@ def _pull_from_start(
         state, _, _ = interrupt(solver, terms, *step, *before)
         return undo_step(walk, position, record, (known.y, state))
 
-    # A loop of one round at most: in place, and in a batch for those alone that need it.
+    # A loop of at most one iteration updates in place, and only the elements that need it.
     return lax.while_loop(alone, pull, position)
 
 
@@ -113,7 +113,7 @@ def _replay(
     most = walk.residuals.end.num_steps
     new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
     assert replayed.record is not None and kept.record is not None
-    # Of the others nothing was written, nor held.
+    # Elements that do not replay have written and held nothing.
     record = replayed.record.where(replays, kept.record)
     kept = tree_replace(
         lambda k: (k.record, k.checkpoints), kept, (record, replayed.checkpoints)
@@ -124,7 +124,7 @@ def _replay(
 def _come_to(
     walk: Walk, position: Position, known: Known, here: BoolScalarLike
 ) -> Position:
-    """Go on from what is known where the walk is, if this element is `here`."""
+    """Replace the reconstruction by the `known` state, if this element is `here`."""
     restarted = position.restarted & here
     ct, state = position.cotangent, known.solver_state
     if walk.residuals.restartable:
@@ -138,10 +138,10 @@ def _come_to(
     misses = walk.drifts(position, (known.y, state), _beside_rounding(walk, single))
     walked, beside = ([getattr(m, name) for m in misses] for name in Drift._fields)
     if walk.repeats:
-        # There is no shorter way back, and the solve itself rounds as much.
+        # A single step cannot be divided, and the solve itself rounds as much.
         walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]
-    # Beside the state a solver carries rounding errors that grow, up to a restart, and are
-    # not the same when a step is made again.
+    # Rounding errors in the solver state grow up to a restart, and differ when a step is
+    # recomputed.
     of_y = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
     for misses in (walked, beside):
         misses[of_y:] = [jnp.where(position.known, 0, w) for w in misses[of_y:]]
@@ -172,14 +172,14 @@ def _go_back(
     beside: list[Float[Array, ""]],
     here: BoolScalarLike,
 ) -> Position:
-    """Where the walk has `arrived` at a known state, if this element is `here`; or
-    where it was known before, if it has missed this one by too much, for those steps
-    to be undone once more, with known states in between."""
+    """The position to continue from, if this element is `here`: the known state at which
+    the walk `arrived` or, if it missed that by too much, the origin of the segment, to
+    undo the steps again with known states in between."""
     origin, drifts = position.origin, position.drifts
     assert origin is not None and drifts is not None
     missed, parted, reach = jnp.array(False), position.parted, position.reach
     if walk.repeats:
-        # In a conditional, for XLA not to repeat all this for every array that is chosen.
+        # A conditional keeps XLA from repeating all this for every array that is chosen.
         missed, parted, reach = lax.cond(
             eqxi.unvmap_any(here),
             lambda: _judge(walk, position, arrived, walked, beside, here),
@@ -201,7 +201,7 @@ def _go_back(
         params_bar = arrived.cotangent.params
         added = choose(counts, params_bar, tree_zeros_like(params_bar))
         params_cotangent = tree_add(position.params_cotangent, added)
-        # As plain zeros do not wait for the sum, XLA makes a copy of what is added.
+        # Plain zeros would not wait for the sum, and XLA would copy the summand.
         zeros = jtu.tree_map(jnp.subtract, params_cotangent, params_cotangent)
         arrived = eqx.tree_at(
             lambda p: p.cotangent.params,
@@ -234,8 +234,8 @@ def _judge(
     beside: list[Float[Array, ""]],
     here: BoolScalarLike,
 ) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
-    """Whether the walk has missed a known state, how far a replay has been off so far, and
-    over how many steps the walk may go from now on, which is found as step sizes are."""
+    """Whether the walk missed a known state, the largest error of a replay so far, and the
+    next number of steps between known states, which adapts as step sizes do."""
     origin, drifts, reach = position.origin, position.drifts, position.reach
     assert origin is not None and drifts is not None
     # NaN if the walk has overflowed.
@@ -243,7 +243,7 @@ def _judge(
     worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
     within = worst <= walk.drift_tol
     if walk.residuals.record.outermost is not None:
-        # Recorded times are off only where the solve was replayed.
+        # Recorded times are exact, unless the solve was replayed.
         off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
     off = jnp.max(jnp.stack(off))
     parted = jnp.maximum(position.parted, jnp.where(here & position.known, off, 0))
@@ -254,7 +254,7 @@ def _judge(
     several = (length > 1) & (reach > 1)
     missed = several & jnp.logical_not(right)
     if walk.pulls_from_start:
-        # A single step that is missed as well is not undone any more.
+        # A single step that misses is not undone again.
         missed |= (length == 1) & (reach > 0) & jnp.logical_not(within)
     missed &= here & so_far
     well = max(_well * walk.drift_tol, _rounding * coarsest_eps(walk.start_states))
@@ -267,11 +267,11 @@ def _judge(
 
 
 def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
-    """The part of the largest entry of an array that every entry counts for, where it is
-    decided whether steps are undone once more, and whether a `single` step is missed.
+    """The least scale of an entry, as a fraction of the largest in its array, for deciding
+    whether to undo steps again, and whether a `single` step misses.
 
-    An entry of a vector field is a sum, and its rounding errors are those of the terms, not
-    of the entry. With this part, so many epsilons of the largest entry are no miss.
+    An entry of a vector field is a sum, and rounds as its terms do. With this scale, so
+    many epsilons of the largest entry are no miss.
     """
     epsilons = jnp.where(single, _rounding_of_step, _rounding)
     rounding = coarsest_eps(walk.start_states) * epsilons
@@ -282,13 +282,12 @@ def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
 def _allowed(
     walk: Walk, parted: Float[Array, ""], length: IntScalarLike
 ) -> Float[Array, ""]:
-    """By how much the walk may miss a known state before it repeats the segment, of so many
-    steps.
+    """The largest miss of a known state after which a segment of `length` steps is kept.
 
-    This is a fraction of the tolerance, so that gradients are more accurate than what is
-    refused. It is more, up to the tolerance, where a replay differs from the solve by
-    more: by how much it has `parted` already, and where the replay evaluates a Brownian
-    path, which turns an ulp of time into the square root of an ulp.
+    This is a fraction of the tolerance, so that gradients are more accurate than required.
+    It is larger, up to the tolerance, if a replay has `parted` further from the solve. With
+    a Brownian path it is the tolerance, as the path turns an ulp of time into the square
+    root of an ulp.
     """
     terms, _ = walk.combine(walk.params)
     is_path = lambda x: isinstance(x, AbstractBrownianPath)
@@ -317,7 +316,7 @@ def _undo_restart(
 
     _, pull = eqx.filter_vjp(restart, known.y, diff_state, walk.params)
     y_bar, state_bar, params_bar = pull(ct.solver_state)
-    # Not what `filter_vjp` gives, which might round in another way than the solve did.
+    # The output of `filter_vjp` might round differently from the solve.
     after = restart(known.y, diff_state, walk.params)
     before = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
     return jtu.tree_map(

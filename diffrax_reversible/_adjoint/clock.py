@@ -1,4 +1,4 @@
-"""Where the walk back is in time."""
+"""The position of the walk in time."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from .._precision import eps
 
 
 class Clock(eqx.Module):
-    """Where the walk is in time: at the start of the step that was undone last.
+    """The position of the walk in time: the start of the step that was undone last.
 
-    - `start`, `end`: of that step. They are the very floats that the solver was called
-        with, if recorded.
-    - `previous_end`: of the step before it.
-    - `controller_state`: at `start`, if that step was recomputed.
-    - `drift`: by how much recomputed times were off so far, as a fraction of the step.
+    - `start`, `end`: the ends of that step; if recorded, the same floats that the solver
+        was called with.
+    - `previous_end`: the end of the step before it.
+    - `controller_state`: the controller state at `start`, if steps are recomputed.
+    - `drift`: the largest error of recomputed times, as a fraction of the step.
     """
 
     start: RealScalarLike
@@ -32,8 +32,7 @@ class Clock(eqx.Module):
         controller_state: PyTree,
         known: BoolScalarLike = True,
     ) -> "Clock":
-        """Go on from what is true in place of `start` and what is to come before it, if it
-        is `known`."""
+        """Replace `start`, and the values that precede it, by true ones, if `known`."""
         drift = jnp.maximum(self.drift, jnp.where(known, self.off(t), 0))
         new = t, previous_end, controller_state
         old = self.start, self.previous_end, self.controller_state
@@ -41,16 +40,16 @@ class Clock(eqx.Module):
         return Clock(start, self.end, before, state, drift)
 
     def off(self, t: RealScalarLike) -> Float[Array, ""]:
-        """How far `start` is from what is true, as a fraction of the step."""
+        """The distance of `start` from the true time, as a fraction of the step."""
         step = jnp.abs(self.end - self.start)
-        # Sums that are compiled apart may round differently.
+        # The same sum may round differently in separately compiled code.
         ulps = 4 * eps(t) * jnp.abs(t)
         off = jnp.maximum(jnp.abs(t - self.start) - ulps, 0)
         return jnp.where(off != 0, off / jnp.where(step == 0, 1, step), 0)
 
 
 class Ends(eqx.Module):
-    """Both ends of a step."""
+    """The ends of a step."""
 
     start: RealScalarLike
     end: RealScalarLike

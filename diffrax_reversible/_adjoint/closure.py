@@ -1,4 +1,4 @@
-"""Making what functions close over visible to differentiation."""
+"""Making closed-over values visible to differentiation."""
 
 import copy
 import functools as ft
@@ -29,13 +29,12 @@ def close_terms(
     y: Y,
     solver_state: SolverState,
 ) -> tuple[Terms, Args]:
-    """`terms` and `args`, but with the traced values that functions close over as leaves.
+    """`terms` and `args`, with the traced values that functions close over as leaves.
 
     A custom gradient cannot see a closed-over value, and would drop its cotangent. The
     vector field of an `ODETerm` or a `ControlTerm` is replaced as a whole, together with
-    the `args` that it is called with, so that it does not matter where in it a traced value
-    hides. Of other terms, and of controls, only functions among their leaves are replaced,
-    so that they remain of the type that they were.
+    its `args`, so that a traced value may hide anywhere in it. In controls and other terms,
+    only functions among the leaves are replaced, which preserves their types.
     """
 
     def there_and_back(terms, args, t, y, solver_state):
@@ -72,8 +71,8 @@ def close_controller(
     args: Args,
     init_state: State,
 ) -> AbstractStepSizeController:
-    """The same of a controller, as of the norm of a `PIDController`. One of your own is
-    replaced as a whole if there are traced values left."""
+    """`controller`, with the traced values that its functions close over as leaves, such as
+    the norm of a `PIDController`. If any remain, it is replaced as a whole."""
     y, state = init_state.y, init_state.controller_state
     error_order = solver.error_order(terms)
 
@@ -97,14 +96,14 @@ def close_controller(
         advance_densely, solver, terms, t, t, y, args, init_state.solver_state
     )
     step = t, t, y, y, args, y_error, error_order
-    # Python scalars, as the first state may have, are arrays in a loop.
+    # Python scalars, which the first state may contain, become arrays in a loop.
     states = state, _arrays(state)
     bound = ft.partial(adapt, controller)
     return _ClosedController(_Closed([close(bound, *step, state) for state in states]))
 
 
 def _map_fields(fn: Callable, terms: Terms) -> Terms:
-    """`terms` with `fn` of their vector fields, where that is what they are made of."""
+    """`terms` with `fn` applied to the vector field of each `ODETerm` or `ControlTerm`."""
 
     def has_field(x):
         return isinstance(x, ODETerm | ControlTerm)
@@ -112,7 +111,7 @@ def _map_fields(fn: Callable, terms: Terms) -> Terms:
     def replace(term):
         if not has_field(term):
             return term
-        # Not with `equinox.tree_at`, as it may be a PyTree without leaves.
+        # `equinox.tree_at` cannot replace a PyTree without leaves.
         new = copy.copy(term)
         object.__setattr__(new, "vector_field", fn(term.vector_field))
         return new
@@ -121,18 +120,17 @@ def _map_fields(fn: Callable, terms: Terms) -> Terms:
 
 
 def _copy(args: Args) -> Args:
-    """Not the very objects: there are some that can be used only once, as the state of
-    layers in Equinox."""
+    """A copy, as some objects can be used only once, such as `equinox.nn.State`."""
     return jtu.tree_map(lambda x: x, args)
 
 
 class _ClosedController(AbstractStepSizeController[PyTree, RealScalarLike | None]):
-    """A controller with all that its steps depend on as leaves."""
+    """A controller with everything that its steps depend on as leaves."""
 
     adapt: Callable
 
     def wrap(self, direction):
-        # Done, and so is `init`.
+        # Diffrax has already called it, and `init`.
         raise AssertionError
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
@@ -146,7 +144,7 @@ class _ClosedController(AbstractStepSizeController[PyTree, RealScalarLike | None
 
 
 class _FieldSpy:
-    """A vector field that notes with what times and states it is called."""
+    """A vector field that records the structure of the times and states of its calls."""
 
     def __init__(self, field: Callable, args: Args):
         self.given = field
@@ -166,8 +164,8 @@ class _FieldSpy:
 
 
 class _ClosedField(eqx.Module):
-    """A vector field with all that it depends on as leaves, and the `args` as well: one
-    version for each kind of call."""
+    """A vector field with everything that it depends on, the `args` included, as leaves:
+    one version for each structure of its calls."""
 
     versions: list[Any]
 
@@ -191,13 +189,12 @@ def _choose(versions: list[Any], args: tuple, kwargs: dict) -> Callable:
     for version in versions[:-1]:
         if eqx.tree_equal(call, _structure(version.in_struct)):
             return version
-    # It says how it was called, should it not fit either.
+    # If this does not fit either, its error shows the call.
     return versions[-1]
 
 
 def _close_leaves(tree: PyTree, run: Callable[[PyTree], Any]) -> PyTree:
-    """`tree` with functions among its leaves replaced, by how they are called when it is
-    `run`."""
+    """`tree` with the functions among its leaves closed, for the calls that `run` makes."""
     spies = jtu.tree_map(lambda x: _Spy(x) if _is_function(x) else x, tree)
     eqx.filter_eval_shape(run, spies)
     return jtu.tree_map(_close, spies)
@@ -213,9 +210,9 @@ def _captures(fn: Callable, *args) -> bool:
 
 
 def close(fn: Callable, *args, **kwargs) -> Callable:
-    """`fn` with all that it depends on as leaves, to be called as `fn(*args, **kwargs)`."""
-    # A function without a closure is passed through by Equinox, although there may be
-    # functions with one in its arguments.
+    """`fn` with everything it depends on as leaves, for calls as `fn(*args, **kwargs)`."""
+    # Equinox passes a function without a closure through, although its arguments may
+    # contain functions with one.
     return eqx.filter_closure_convert(lambda *a, **k: fn(*a, **k), *args, **kwargs)
 
 
@@ -231,7 +228,7 @@ def _structure(x: PyTree) -> PyTree:
 
 
 class _Spy:
-    """A function that notes with what it is called."""
+    """A function that records the structure of its calls."""
 
     def __init__(self, fn: Callable):
         self.fn = fn
@@ -246,9 +243,9 @@ class _Spy:
 
 
 class _Closed(eqx.Module):
-    """A function with what it closes over as leaves, one version for each kind of call."""
+    """A function with its closed-over values as leaves, one version per call structure."""
 
-    # Of the type that `equinox.filter_closure_convert` returns.
+    # Results of `equinox.filter_closure_convert`.
     versions: list[Any]
 
     def __call__(self, *args, **kwargs):
@@ -256,7 +253,7 @@ class _Closed(eqx.Module):
 
 
 def _close(x: Any) -> Any:
-    """What is to stand in place of a leaf, given what a spy has seen."""
+    """The replacement for a leaf, from the calls that a spy has recorded."""
     if not isinstance(x, _Spy):
         return x
     versions = [close(x.fn, *args, **kwargs) for args, kwargs in x.calls]

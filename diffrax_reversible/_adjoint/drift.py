@@ -1,4 +1,4 @@
-"""How far the walk back missed the state that the solve had started from."""
+"""Errors of the reconstruction at known states, and the refusal of wrong gradients."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from .growth import least_share
 from .validate import call, torn_steps
 
 
-# What is accepted by default, if the square root of the machine epsilon is not more: with
-# so much in double precision, gradients were off by 4e-4 at the most, see `drift_tol`.
+# The least default tolerance. With it, in double precision, gradients were off by at most
+# 4e-4, see `drift_tol`.
 _default_tol = 1e-6
 
 _decades = range(-16, 9)
@@ -27,22 +27,22 @@ def _message(size: str) -> str:
     return (
         f"{call}: the walk back from the end of the solve missed a state that is known "
         f"by a relative error {size}, more than `ReversibleAdjoint(drift_tol=...)` allows, "
-        "and its gradient would be wrong. Either steps were too large to be stable "
+        "so its gradient would be wrong. Either steps were too large to be stable "
         "(decrease the tolerances or `dt0`), or the solution contracts too strongly from "
         "one known state to the next (hold more, by `ReversibleAdjoint(checkpoints=...)`, "
         "shorten the solve, or use `adjoint=RecursiveCheckpointAdjoint()`), or "
-        "rounding was too coarse (use float64, or a solver that does not round, as "
-        "`ALF4(compensated=True)`). If a gradient of that accuracy will do, increase "
+        "rounding was too coarse (use float64, or compensated additions, as in "
+        "`ALF4(compensated=True)`). If a gradient of that accuracy suffices, increase "
         "`drift_tol`."
     )
 
 
 _grown = (
-    f"{call}: the gradient grows in modes in which the solution contracts, as steps are "
-    "larger than these modes are stable for. They have died out and do not affect the "
-    "solution, but every gradient excites them again, whatever the adjoint. Bound the "
-    "steps to well below what the fastest mode is stable for (`PIDController(dtmax=...)`), "
-    "or tighten the tolerances, or use an implicit solver (`solver=Kvaerno5()` with "
+    f"{call}: the gradient grows in modes in which the solution contracts, as steps exceed "
+    "the stability limit of these modes. They have died out and do not affect the "
+    "solution, but every gradient excites them again, whatever the adjoint. Bound steps "
+    "well below the stability limit of the fastest mode (`PIDController(dtmax=...)`), or "
+    "tighten the tolerances, or use an implicit solver (`solver=Kvaerno5()` with "
     "`adjoint=RecursiveCheckpointAdjoint()`). To get the gradient anyway, pass "
     "`ReversibleAdjoint(drift_tol=float('inf'))`."
 )
@@ -58,8 +58,8 @@ _messages = [
 
 
 class Drift(NamedTuple):
-    """The largest error of an entry of an array, as a fraction of its scale, and `beside`
-    the largest one: of its scale or a part of the largest scale, whichever is more."""
+    """The largest error in an array: `by_entry` relative to the scale of each entry, and
+    `beside` relative to at least a fraction of the largest scale in the array."""
 
     by_entry: Float[Array, ""]
     beside: Float[Array, ""]
@@ -68,13 +68,13 @@ class Drift(NamedTuple):
 def drifts(
     reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike
 ) -> list[Drift]:
-    """For every leaf, where `least` is the part of the largest scale."""
+    """The errors of every leaf, where `least` is that fraction of the largest scale."""
 
     def of_leaf(r, t, scale):
         scale, error = units(scale), jnp.abs(r - t)
         floor = jnp.asarray(least, scale.dtype) * largest(scale)
         both = error / scale, error / jnp.maximum(scale, floor)
-        # Together, for XLA not to hold the scales.
+        # One reduction for both, so that XLA does not store the scales.
         zeros = jnp.zeros((2,), scale.dtype)
         larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]))
         return Drift(*lax.reduce(both, tuple(zeros), larger, tuple(range(error.ndim))))
@@ -84,7 +84,7 @@ def drifts(
 
 
 def tolerance(drift_tol: float | None, state: PyTree) -> float:
-    """What `drift_tol` is for a state, by default as its coarsest array has it."""
+    """The `drift_tol` for a state, whose default depends on its coarsest array."""
     if drift_tol is not None:
         return drift_tol
     # Arrays of the finer dtypes depend on those of the coarsest.
@@ -92,9 +92,8 @@ def tolerance(drift_tol: float | None, state: PyTree) -> float:
 
 
 def replay_tolerance(drift_tol: float | None, state: PyTree) -> float:
-    """By how much a replay may differ from the solve, by default: by the inverse of the
-    factor that rounding errors grow by between restarts, if that is more than what the
-    walk may miss."""
+    """The accepted difference between a replay and the solve. By default it is at least the
+    inverse of the factor by which rounding errors grow between restarts."""
     tol = tolerance(drift_tol, state)
     if drift_tol is not None:
         return tol
@@ -118,8 +117,8 @@ def refuse_wrong(
     drift_tol: float | None,
     throw: bool,
 ) -> PyTree:
-    """Replace a gradient by an error, or by NaN, if the walk back went astray, as it does
-    if steps are `torn`, or if the gradient grew where it should not."""
+    """Replace a gradient by an error, or by NaN, if the walk missed a known state, if steps
+    are `torn`, or if the gradient grew where the solution contracts."""
     if len(drifts) == 0:
         return gradient
     tol = tolerance(drift_tol, drifts)
@@ -135,10 +134,10 @@ def refuse_wrong(
         jnp.isfinite(worst), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
     ).astype(jnp.int32)
     messages = [*_messages, _grown, torn_steps]
-    # Of a batch the largest is raised, which has to be that of a member that is wrong.
+    # A batch raises the largest index, which has to belong to an element that is wrong.
     index = jnp.where(grown & within, len(messages) - 2, index)
     index = jnp.where(torn, len(messages) - 1, index)
-    # But a Boolean goes through the error, as what does is gathered on one device.
+    # Only a Boolean passes through the error, which gathers its operand on one device.
     wrong = eqx.internal.branched_error_if(wrong, wrong, index, messages)
     return _poison(wrong, gradient)
 

@@ -18,10 +18,9 @@ from .problem import Context, Inputs, Problem, save_states, sub_saveats, Times
 class PulledFinish(eqx.Module):
     """Cotangents just after the last step.
 
-    - `outputs`: of what had been saved, but for outputs of which the cotangent is known
-        to be zero.
+    - `outputs`: of the saved outputs, except those whose cotangent is known to be zero.
     - `y`, `params`: of the state and the differentiated leaves of the context.
-    - `end_dense`: of what the last step interpolated with, or `None` if the solve cannot
+    - `end_dense`: of the interpolation data of the last step, or `None` if the solve cannot
         end within a step.
     """
 
@@ -42,12 +41,12 @@ def pull_finish(
 ) -> PulledFinish:
     """Pull the cotangent of the final state back to the end of the last step.
 
-    If an event may have ended the solve, Diffrax locates it between them, by a root find
-    that it differentiates implicitly, takes back what was saved after it, and writes the
-    outputs of `SaveAt(t1=True)`. Otherwise that is left to `pull_last`.
+    If an event may have ended the solve, Diffrax then locates it, by a root find that it
+    differentiates implicitly, discards the outputs after it, and writes those of
+    `SaveAt(t1=True)`. Otherwise `pull_last` pulls these back.
     """
     end, with_event = residuals.end, problem.finds_roots
-    # The time of an event depends on more than times.
+    # The time of an event depends on more than `Times`.
     with_ts = with_times or with_event
     bars = {}
     for i, saved in enumerate(save_states(cotangent)):
@@ -78,7 +77,7 @@ def pull_finish(
 
 
 class _Finish(NamedTuple):
-    """What Diffrax does after the last step, as a function that can be differentiated."""
+    """Diffrax's work after the last step, as a differentiable function."""
 
     inputs: Inputs
     nondiff: Context
@@ -88,7 +87,7 @@ class _Finish(NamedTuple):
     def __call__(
         self, y: Y, written: dict[int, Row], dense_info: DenseInfo, params: Params
     ) -> dict[int, Row]:
-        """From what was `written` before, by the outputs that have a cotangent."""
+        """The final outputs that have a cotangent, from those `written` before."""
         context: Context = eqx.combine(params, self.nondiff)
         state = self._end(y, written, dense_info, context.times)
         ys = self.residuals.zero_ys()
@@ -109,7 +108,7 @@ class _Finish(NamedTuple):
         dense_info: DenseInfo,
         times: Times,
     ) -> State:
-        """The state after the last step, with what is differentiated of it."""
+        """The state after the last step, with its differentiated leaves replaced."""
         end = self.residuals.end
         state = eqx.tree_at(lambda s: (s.y, s.tprev), end, (y, times.of(end.tprev)))
         assert end.event_tprev is not None and end.event_tnext is not None
@@ -126,7 +125,7 @@ class _Finish(NamedTuple):
 
 
 def _poison_rejected(residuals: Residuals, dense_bar: DenseInfo, y_bar: Y) -> Y:
-    """NaN if the step that was interpolated in was rejected: it cannot be walked back."""
+    """NaN if the interpolated step was rejected, as the walk undoes accepted steps only."""
     used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
     wrong = (residuals.end.event_tnext != residuals.record.last_end) & used
     return jtu.tree_map(lambda y: jnp.where(wrong, jnp.nan, y), y_bar)

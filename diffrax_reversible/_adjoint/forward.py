@@ -1,4 +1,4 @@
-"""The solve itself, and what is kept of it for the walk back."""
+"""The solve itself, and its residuals for the backward pass."""
 
 from collections.abc import Callable
 
@@ -26,13 +26,13 @@ from .steps import Record, room_for_steps
 
 
 class Residuals(eqx.Module):
-    """What is kept of a solve: its end, where its last steps were, and known states.
+    """The residuals of a solve: its end, a record of its last steps, and known states.
 
-    Nothing of it grows with the number of steps.
+    Their size does not grow with the number of steps.
     """
 
-    # After the last step, and before the event that ended the solve is located and the
-    # last outputs are written. Without what was saved, of which there are just shapes.
+    # After the last step, before the event that ended the solve is located and the last
+    # outputs are written. Outputs are kept only as shapes.
     end: State
     ys_structs: list[PyTree[jax.ShapeDtypeStruct]]
     dense_structs: PyTree[jax.ShapeDtypeStruct]
@@ -43,7 +43,7 @@ class Residuals(eqx.Module):
 
     @property
     def count(self) -> IntScalarLike:
-        """How many steps there were."""
+        """The number of steps."""
         return self.record.count
 
     @property
@@ -52,14 +52,14 @@ class Residuals(eqx.Module):
         return self.kept.record
 
     def zero_ys(self) -> list[PyTree[Array]]:
-        """In the shapes of what each `SubSaveAt` writes."""
+        """Zeros in the shapes of the outputs of each `SubSaveAt`."""
         return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
 
 
 def _solve(
     inputs: Inputs, problem: Problem, make_kept: Callable[[State], Kept]
 ) -> tuple[State, dict, State, Kept]:
-    """Returns also what the loop over steps ended with."""
+    """Also returns the state after the loop over steps, and the residuals."""
     ends = []
 
     def loop_over_steps(cond_fun, body_fun, init_val, *, max_steps, buffers):
@@ -87,7 +87,7 @@ def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
 def solve_and_record(
     inputs: Inputs, problem: Problem, checkpoints: int
 ) -> tuple[State, dict, Residuals]:
-    """As `solve_plainly`, and keep what the walk back needs."""
+    """As `solve_plainly`, with the residuals for the backward pass."""
     controller, solver = problem.stepsize_controller, problem.solver
     restartable = needs_restart(solver, inputs.solver_state) is not False
     branches = _may_branch(inputs, problem)
@@ -125,7 +125,7 @@ def solve_and_record(
 
 
 def _may_branch(inputs: Inputs, problem: Problem) -> bool:
-    """Whether the vector field, or what is saved, may have kinks."""
+    """Whether the vector field, or a `SaveAt(fn=...)`, may have kinks."""
     context, t = inputs.context, jnp.asarray(problem.t0)
     terms, args, solver = context.terms, context.args, problem.solver
 
@@ -133,7 +133,7 @@ def _may_branch(inputs: Inputs, problem: Problem) -> bool:
         try:
             return eqx.filter(solver.func(terms, t, y, args), eqx.is_inexact_array)
         except NotImplementedError:
-            # The solver does not know it as a whole.
+            # The solver has no vector field as a whole.
             end = jnp.asarray(problem.init_state.tnext)
             return advance(solver, terms, t, end, y, args, inputs.solver_state)[0]
 
@@ -145,8 +145,8 @@ def _may_branch(inputs: Inputs, problem: Problem) -> bool:
 
 
 def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> State:
-    """What Diffrax makes of the `end` of a loop over steps: it locates the event that
-    ended it, and writes the last outputs beside `ys`, those written so far."""
+    """The final state, from the `end` of the loop over steps: Diffrax locates the event
+    that ended it, and adds the last outputs to `ys`, those written so far."""
 
     def no_steps(cond_fun, body_fun, init_val, *, max_steps, buffers):
         return _replace(end, lambda s: [saved.ys for saved in save_states(s)], ys)
@@ -155,7 +155,7 @@ def finish(inputs: Inputs, problem: Problem, end: State, ys: list[PyTree]) -> St
 
 
 def _without_saved(state: State) -> State:
-    """But for the times that were saved."""
+    """`state` without its outputs, except their times."""
 
     def saved(state):
         ys = [saved.ys for saved in save_states(state)]

@@ -1,4 +1,4 @@
-"""Whether a cotangent grows on the way back where the solution contracts."""
+"""Detecting cotangents that grow where the solution contracts."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,57 +11,56 @@ from .._solver.pullback import Probe
 from .._tree import largest, sum_of_magnitudes
 
 
-# All of these are tuned, with ALF4, 6 and 8 at tolerances from 1e-10 to 1e-3. On a heat
-# equation and a fast linear mode gradients that are off have to be refused, and on van der
-# Pol's, Lorenz' and Kepler's equations, on networks, and on states of entries in very
-# different units none of those that are right.
+# All of these are tuned, with ALF4, 6 and 8 at tolerances from 1e-10 to 1e-3: to refuse
+# wrong gradients on a heat equation and a fast linear mode, and to accept right ones on van
+# der Pol's, Lorenz' and Kepler's equations, on networks, and on states with entries in very
+# different units.
 #
-# Steps with `h λ` between these may be too large for a mode. What is beyond is no mode, but
-# other entries in other units.
+# Steps with `h λ` between these may be too large for a mode. Beyond, `λ` is not a mode's
+# but due to entries in other units.
 _contracts = -1.0
 _at_most = 1000.0
-# In smaller steps as well, if the cotangent of a solver state that has grown apart from the
+# Smaller steps count as well if the cotangent of a solver state that has departed from the
 # state pulls back to so many times the cotangent of the state.
 _parasitic = 2.0
-# What an entry of the cotangent has been is forgotten by so much a step, for growth to be
-# seen that begins after an entry has decayed.
+# The largest size of an entry of the cotangent decays by this factor per step, to detect
+# growth that begins after the entry has decayed.
 _remembered = 0.97
-# By so much an entry has to grow in steps in which it should not. By less it may in any
-# solve of a few steps that are barely accurate.
+# An entry has grown if by more than this factor in steps in which it should not. Any solve
+# of a few, barely accurate steps may show less.
 _least = 4.0
-# Of growth that may have been passed on by other entries, this much counts.
+# The limit per step on growth that other entries may have passed on.
 _passed_on = 3.0
-# Beside the largest of its array.
+# An entry is next to zero below this fraction of the largest in its array.
 _next_to_zero = 0.1
-# What an entry has grown by counts this much after a step in which it is seen to be slow.
+# The growth of an entry is multiplied by this after a step that shows it to be slow.
 _acquitted = 0.25
-# A share of an array of the gradient that may be made up of what has grown. If the state
-# that the solve starts from is not differentiated, a share of what the array has ever been:
-# what has grown changes sign from step to step, and sums over the steps hardly see it.
+# The accepted share of grown entries in an array of the gradient. If the initial
+# state is not differentiated, a share of the largest size that the array has had: grown
+# entries change sign from step to step, and hardly affect sums over the steps.
 least_share = 0.01
 _share_of_all = 0.3
 
 
 class Growth(eqx.Module):
-    """What is known of the growth of a cotangent.
+    """The growth of a cotangent where the solution contracts.
 
-    A mode of which the solution has died out can be seen neither by the error estimate nor
-    by the deviation, and steps are accepted that it is not stable for. The solution is the
-    same, but the cotangent excites the mode again, and it grows on the way back, under
-    whatever adjoint: the derivative of such steps is large, and that of the flow is tiny.
+    A mode that has died out in the solution shows in neither the error estimate nor the
+    deviation, so steps beyond its stability limit are accepted. The solution is unaffected,
+    but the cotangent excites the mode again, and it grows in the backward pass of every
+    adjoint: such steps have a large derivative, and the flow a tiny one.
 
-    The modes that an entry is made of are told by how the vector field pulls cotangents
-    back. Of `Jᵀ w = λ w` the quotient of both sides is `λ`, and as growing modes prevail,
-    what has grown shows its own. A cotangent may well grow as the flow demands; then the
-    quotient is positive, or if modes oscillate, then it is negative only where an entry
-    passes through zero, and is not at its largest. What a step adds to an entry at its
-    largest is little of it, but if `v` of asynchronous leapfrog has a cotangent of its own,
-    as the deviation of `v` has in the forward pass, then that is most of it.
+    The pull-back through the vector field shows which modes an entry consists of. For
+    `Jᵀ w = λ w` the quotient of both sides is `λ`, and as growing modes prevail, grown
+    entries show theirs. Where a cotangent grows as the flow demands, the quotient is
+    positive; if modes oscillate, it is negative only where an entry passes through zero,
+    and is not at its largest. A step adds little to an entry at its largest, unless `v` of
+    asynchronous leapfrog has a cotangent of its own, as its deviation has in the forward
+    pass; then it adds most of it.
 
-    - `sizes`: what each entry of the cotangent of the state has been at the most, less what
-        is forgotten.
-    - `factors`: by how much it has grown beyond that where it should not.
-    - `largest`: the largest entry of each array that there has been of those that had not.
+    - `sizes`: the largest size of each entry of the state's cotangent, with decay.
+    - `factors`: its growth beyond that in steps where it should not grow.
+    - `largest`: the largest entry of each array so far among those that have not grown.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -77,13 +76,13 @@ class Growth(eqx.Module):
         return Growth(_few_digits(sizes), _few_digits(ones), largest(sizes))
 
     def expect(self, added: Y) -> "Growth":
-        """After outputs have `added` to the cotangent."""
+        """The growth after outputs have `added` to the cotangent."""
         sizes = sum_of_magnitudes(added, [added])
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return Growth(_few_digits(sizes), self.factors, self.largest)
 
     def update(self, probe: Probe) -> "Growth":
-        """After a step was pulled back."""
+        """The growth after the pull-back of a step."""
         control = jnp.asarray(probe.control)
 
         def grow(size, factor, vf_bar, pulled, y_bar, outputs):
@@ -94,22 +93,22 @@ class Growth(eqx.Module):
             contracts = product < _contracts * strength**2
             contracts &= jnp.abs(rate) < _at_most * strength
             contracts |= (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
-            # Not what an entry grows from nothing, as others are passed on to it. Of units
-            # in which others are large that is more, but not by more than what is pulled
-            # back is beyond the entry's own; what an unstable step grows by is. Where
-            # there are outputs as well, it cannot be told.
+            # An entry that grows from zero, as other entries are passed on to it, does not
+            # count. Passed on in larger units, it grows more, but by no more than the
+            # quotient, which an unstable step exceeds. With outputs in the step, the two
+            # cannot be distinguished.
             known = size == units(size)
             by = y_bar / units(size)
             unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
-            # Of thousands of entries some are next to zero, where the quotient is of any
-            # size, just before others are passed on to them: of these, a single step proves
-            # nothing.
+            # Among thousands of entries some are next to zero, where the quotient may have
+            # any size, just before other entries are passed on to them: a single step of
+            # these proves nothing.
             factor = factor.astype(by.dtype)
             next_to_zero = strength < _next_to_zero * largest(strength)
             most = jnp.where(next_to_zero, _passed_on * factor, jnp.inf)
             most = jnp.where(unstable, most, _passed_on)
-            # An entry that has not decayed, and of which the quotient is that of a slow
-            # mode, is not made of what grows in fast ones.
+            # An entry that has not decayed, with the quotient of a slow mode, does not
+            # consist of growing fast ones.
             slow = jnp.logical_not(contracts) & (2 * by > 1)
             by = jnp.minimum(by, most)
             by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
@@ -134,8 +133,8 @@ class Growth(eqx.Module):
         return Growth(_few_digits(sizes), _few_digits(factors), rights)
 
     def shares(self, y_bar: Y, beside_all: bool) -> list[Float[Array, ""]]:
-        """For every array the largest entry that has grown, as a fraction of its largest,
-        or `beside_all` that there have been, in which case more is let through."""
+        """The largest grown entry of every array, as a fraction of its largest entry, or
+        `beside_all`, of the largest so far, in which case larger shares are accepted."""
 
         def share(y_bar, factor, so_far):
             y_bar = jnp.abs(y_bar)

@@ -1,4 +1,4 @@
-"""What is kept of a solve while it runs, for the walk back."""
+"""The residuals that a solve collects while it runs."""
 
 from typing import Self
 
@@ -16,22 +16,23 @@ from .rest import Rest
 from .steps import Record
 
 
-# In a solve of fewer steps no state is held but those before restarts.
+# A solve of fewer steps holds only the states before restarts.
 least_spacing = 64
 
 
 class Kept(eqx.Module):
-    """What is kept of the steps of a solve.
+    """The residuals that a solve collects step by step.
 
-    - `restarts`: how many there were.
-    - `record`, `checkpoints`: `None` where nothing is differentiated.
-    - `spacing`, `due`: after how many steps, with those that are rejected, another state is
-        to be held, and after how many the next one. So that it is due in all elements of a
-        batch at once, the spacing does not depend on what is held.
-    - `advanced`: whether the last step was accepted. A state that was tried from before may
+    - `restarts`: the number of restarts.
+    - `record`, `checkpoints`: the steps and the known states; `None` if nothing is
+        differentiated.
+    - `spacing`, `due`: the number of attempted steps between spread states, and that at
+        which the next one is held. The spacing is independent of the states held, so that
+        all elements of a batch hold one at once.
+    - `advanced`: whether the last step was accepted. After a rejected one, the state may
         have been restarted, and is not held.
-    - `rest`: `None` if it does not matter what was at rest.
-    - `varying`: which leaves of the controller state a known state has.
+    - `rest`: the entries at rest; `None` if they do not matter.
+    - `varying`: which leaves of the controller state are part of a known state.
     """
 
     restarts: Int[Array, ""]
@@ -44,7 +45,7 @@ class Kept(eqx.Module):
     varying: tuple[bool, ...] = eqx.field(static=True, default=())
 
     def buffers(self) -> list:
-        """What `equinox.internal.while_loop` may update in place."""
+        """The buffers that `equinox.internal.while_loop` may update in place."""
         return [] if self.record is None else self.record.buffers()
 
     @property
@@ -56,7 +57,7 @@ class Kept(eqx.Module):
     ) -> tuple[Self, BoolScalarLike]:
         """Record the step from `before` to `after`, if it was accepted.
 
-        Returns also whether the state after it is to be held.
+        Also returns whether to hold the state after it.
         """
         if self.record is None:
             return self, False
@@ -82,9 +83,9 @@ class Kept(eqx.Module):
         crossed: BoolScalarLike,
         goes_on: BoolScalarLike,
     ) -> Self:
-        """Before the solve is restarted at `state`, or a jump `crossed`, and goes on with
-        another `solver_state`; or neither, if the state is only to be held, unless this
-        element of a batch has ended."""
+        """Record that the solve `restarts` at `state`, or has `crossed` a jump there, and
+        continues with `solver_state`, and hold the state if it is due. In a batch,
+        `goes_on` is false for elements that have ended."""
         count = self.restarts + jnp.where(restarts, 1, 0)
         kept = tree_replace(lambda k: k.restarts, self, count)
         if self.record is None:
@@ -118,17 +119,17 @@ class Kept(eqx.Module):
 
     @property
     def _prefers_restarts(self) -> BoolScalarLike:
-        """As long as nothing is forgotten of the record, only restarts are replayed."""
+        """Whether the record is complete, so that only restarts need replays."""
         assert self.record is not None
         return self.record.first == 0
 
     def _is_last(self, state: State) -> BoolScalarLike:
-        """Whether no other state will be held before the end, for that."""
+        """Whether no further state is due before the end."""
         del state
         return False
 
     def _next_spacing(self, state: State) -> IntScalarLike:
-        """Twice as much whenever about half of the states that were held are given up."""
+        """The spacing, doubled whenever about half of the held states have been dropped."""
         assert self.checkpoints is not None
         many = state.num_steps >= 2 * self.checkpoints.capacity * self.spacing
         return jnp.where(many, 2 * self.spacing, self.spacing)
@@ -141,7 +142,7 @@ class Kept(eqx.Module):
         return restarts, made_jump
 
     def before_step(self, state: State) -> State:
-        """`state`, with what else a controller needs to know in its state."""
+        """`state`, with additional data for the controller in the controller state."""
         return state
 
     def after_step(self, state: State) -> State:

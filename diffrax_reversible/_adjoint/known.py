@@ -1,4 +1,4 @@
-"""States of a solve that are held, for the walk back to go on from."""
+"""Known states of a solve, from which the walk continues."""
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -19,12 +19,12 @@ from .._tree import read_row, tree_replace, write_row
 
 
 class Known(eqx.Module):
-    """All that a solve goes on from: after a step, and before a restart or a jump.
+    """All that a solve continues from: after a step, and before a restart or a jump.
 
-    - `controller_state`: those of its leaves that vary.
-    - `step`: how many steps there had been.
-    - `t`, `next_t`: the ends of the next step, as far as the controller knows.
-    - `last_end`: where the last step ended.
+    - `controller_state`: the varying leaves of the controller state.
+    - `step`: the number of steps so far.
+    - `t`, `next_t`: the ends of the next step, as first attempted.
+    - `last_end`: the end of the last step.
     """
 
     y: Y
@@ -38,8 +38,7 @@ class Known(eqx.Module):
 
     @staticmethod
     def of(state: State, last_end: RealScalarLike, varying: tuple[bool, ...]) -> "Known":
-        """Of a state of which every leaf is an array, with those of the controller state
-        that vary."""
+        """From a `state` whose leaves are all arrays."""
         leaves, structure = jtu.tree_flatten(state.controller_state)
         leaves = [x if v else None for x, v in zip(leaves, varying, strict=True)]
         return Known(
@@ -54,7 +53,7 @@ class Known(eqx.Module):
         )
 
     def resume(self, state: State) -> State:
-        """`state`, as it was then."""
+        """`state`, with the values of the known state."""
         controller_state = eqx.combine(self.controller_state, state.controller_state)
         return tree_replace(
             lambda s: (
@@ -79,8 +78,8 @@ class Known(eqx.Module):
 class Checkpoints(eqx.Module):
     """A bounded number of known states.
 
-    - `rows`: the states, in any order; `step` is negative where there is none.
-    - `restarts`: whether the solve was restarted there, which cannot be undone without.
+    - `rows`: the states, in any order; `step` is negative in empty rows.
+    - `restarts`: whether the solve was restarted there, which cannot be undone.
     """
 
     rows: Known
@@ -107,27 +106,25 @@ class Checkpoints(eqx.Module):
         prefer_restarts: BoolScalarLike,
         needed: BoolScalarLike = False,
     ) -> "Checkpoints":
-        """Hold another state, if it is `wanted`, in place of what is missed the least.
+        """Hold another state, if it is `wanted`, in place of the one with the least cost.
 
-        What is missed is told from how many steps there are from the state before to that
-        after, as a fraction of the steps to the `end`, and times the number of states from
-        here to there, which the walk is done with when it comes here, and has room for
-        others. By this rule, found by trying out several, restarts in every step are walked
-        back with no more replays than binomial checkpointing takes: for 76 and 4 states
-        2.0 times all steps, for 1,000 and 8 states 3.2 times.
+        The cost of dropping a state is the number of steps between its neighbours, as a
+        fraction of the steps to the `end`, times the number of states from it to the end,
+        whose rows are free by the time the walk arrives at it. With this rule, chosen by
+        experiment, restarts in every step take no more replays than binomial checkpointing:
+        2.0 times all steps for 76 of them and 4 states, 3.2 times for 1,000 and 8 states.
 
-        While `prefer_restarts`, states that are evenly spread are given up for those before
-        restarts.
+        With `prefer_restarts`, evenly spread states are dropped before those of restarts.
 
         **Arguments:**
 
-        - `known`: not before any that is held and not done with.
-        - `end`: where the walk back begins. States from there on are done with.
-        - `needed`: whether it is not to be missed itself.
+        - `known`: the state, which may not precede a live one.
+        - `end`: the step where the walk begins. States before it are live.
+        - `needed`: whether `known` itself must not be dropped.
         """
         if self.capacity == 0:
             return self
-        # In a conditional, for XLA not to repeat all this for every array that is written.
+        # A conditional keeps XLA from repeating all this for every array that is written.
         i, wanted = lax.cond(
             eqxi.unvmap_any(wanted),
             lambda: self._place(known.step, restarts, wanted, end, prefer_restarts, needed),
@@ -149,7 +146,7 @@ class Checkpoints(eqx.Module):
         steps = jnp.append(self.rows.step, step)
         spread = jnp.logical_not(jnp.append(self.restarts, restarts))
         live = (steps >= 0) & (steps < end)
-        # Those that are live first, in order.
+        # Live states first, in order.
         steps = jnp.where(live, steps, end)
         order = jnp.argsort(steps)
         steps, live, spread = steps[order], live[order], spread[order]
@@ -161,12 +158,12 @@ class Checkpoints(eqx.Module):
         missed = jnp.where(prefer_restarts & spread, evenly, missed)
         missed = jnp.where(needed & (order == self.capacity), jnp.inf, missed)
         i = order[jnp.argmin(jnp.where(live, missed, -jnp.inf))]
-        # A replay begins at a state that is held.
+        # A replay begins at a state that is held already.
         wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(step))
         return jnp.minimum(i, self.capacity - 1), wanted
 
     def before(self, step: IntScalarLike, start: Known) -> Known:
-        """The last state that is known before a `step`, which may be the `start`."""
+        """The last known state before a `step`, which may be the `start`."""
         if self.capacity == 0:
             return start
         steps = jnp.where(self.rows.step < step, self.rows.step, -1)
@@ -174,10 +171,10 @@ class Checkpoints(eqx.Module):
         return read_row(self.rows, i).where(steps[i] >= 0, start)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
-        """After how many steps that is known."""
+        """The step of the last known state before a `step`."""
         steps = jnp.where(self.rows.step < step, self.rows.step, 0)
         return jnp.maximum(jnp.max(steps, initial=0), 0)
 
     def held(self, step: IntScalarLike) -> BoolScalarLike:
-        """Whether the state is known after just as many steps."""
+        """Whether the state after exactly `step` steps is known."""
         return jnp.any(self.rows.step == step) | (step == 0)

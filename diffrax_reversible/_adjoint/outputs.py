@@ -1,4 +1,4 @@
-"""The cotangents of what a solve has saved."""
+"""The cotangents of the outputs of a solve."""
 
 import equinox as eqx
 import jax.lax as lax
@@ -10,24 +10,24 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import BoolScalarLike, IntScalarLike
 
 
-# The cotangents of the time and of the state, or what was made of it, of one output: the
-# former is `None` if no times are differentiated.
+# The cotangents of the time and the value of one output. The former is `None` if no times
+# are differentiated.
 Row = tuple[Float[Array, ""] | None, PyTree[Array]]
 
 
 class Cursor(eqx.Module):
-    """How many outputs, and how many of its `ts`, a `SubSaveAt` has left to read."""
+    """The numbers of outputs and of `ts` of a `SubSaveAt` that are still to be read."""
 
     save_index: IntScalarLike
     ts_index: IntScalarLike
 
 
 class Output(eqx.Module):
-    """The cotangent of what one `SubSaveAt` wrote."""
+    """The cotangents of the outputs of one `SubSaveAt`."""
 
     sub: SubSaveAt
     rows: tuple[Float[Array, " rows"] | None, PyTree[Array]]
-    # Which of `Context.save_fns` made it.
+    # The index of its function in `Context.save_fns`.
     index: int = eqx.field(static=True)
     saves_state: bool = eqx.field(static=True)
 

@@ -1,4 +1,4 @@
-"""A solve in two parts: what is differentiated, and what is held fixed."""
+"""Splitting a solve into its differentiated inputs and its fixed part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,10 +33,10 @@ from .validate import hold_fixed, hold_times_fixed
 def make_visible(
     terms: Terms, args: Args, event: Event | None, init_state: State, given: dict[str, Any]
 ) -> tuple[Context, dict[str, Any]]:
-    """What functions close over, as leaves.
+    """The context of a solve, with closed-over values as leaves.
 
-    `given` is what else a solve is given, and conditions of events. Returns also what of it
-    is to be replaced, and the event.
+    `given` has the other arguments of the solve, which conditions of events receive. Also
+    returns the replacements for some of these, and the event.
     """
     solver, t0 = given["solver"], given["t0"]
     y0, solver_state = init_state.y, init_state.solver_state
@@ -49,8 +49,7 @@ def make_visible(
     given = given | dict(stepsize_controller=controller)
 
     def close_condition(fn: Callable) -> Callable:
-        # Closed vector fields are bound to `args`, and a condition may call them with
-        # others.
+        # A closed vector field is bound to its `args`; a condition may pass different ones.
         def condition(t, y, args, terms):
             return fn(t, y, args, terms=given_terms if closed else terms, **given)
 
@@ -71,9 +70,9 @@ def partition(
     passed_solver_state: bool,
     passed_controller_state: bool,
 ) -> tuple[Inputs, Problem]:
-    """Raises an error later, if something is differentiated that is held fixed."""
+    """The inputs and the fixed part, which raises an error if it is differentiated."""
     y0, solver_state = init_state.y, init_state.solver_state
-    # If it was not passed, the walk back differentiates `init` itself.
+    # If no solver state was passed, the backward pass differentiates `init`.
     passed, made = (solver_state, None) if passed_solver_state else (None, solver_state)
     times = [given[name] for name in ("t0", "t1", "saveat")]
     (y0, passed, context), (made, *times) = reverse_only(
@@ -89,7 +88,7 @@ def partition(
         )
     controller, solver = given["stepsize_controller"], given["solver"]
     controlled = controller, solver, context.terms, context.args, init_state
-    # In this order, as everything that comes later may depend on what comes first.
+    # In this order, as later fields may depend on earlier ones.
     problem = Problem(
         t0=t0,
         t1=t1,

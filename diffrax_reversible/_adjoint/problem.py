@@ -1,4 +1,4 @@
-"""What is solved: all that is differentiated, and all that is held fixed."""
+"""The definition of a solve: its differentiated inputs, and its fixed part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,24 +35,24 @@ EventFns = tuple[Callable, ...]
 class Times(eqx.Module):
     """The times that a solve is differentiated with respect to.
 
-    For everything else the copies of them in `Problem` serve, which are held fixed.
+    Everything else uses the copies in `Problem`, which are held fixed.
     """
 
     t0: RealScalarLike
     t1: RealScalarLike
-    # Of every `SubSaveAt` in order.
+    # The times of every `SubSaveAt`, in order.
     ts: tuple[Array | None, ...]
 
     def of(self, t: RealScalarLike) -> RealScalarLike:
         """`t`, with the derivative of an end of the solve if it is one.
 
-        Where the other ends of steps are does not depend on anything.
+        The other ends of steps are constants.
         """
         return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
 
 
 class Context(eqx.Module):
-    """What the whole of a solve depends on, and is differentiated with respect to."""
+    """The differentiated inputs of every step."""
 
     terms: Terms
     args: Args
@@ -62,7 +62,7 @@ class Context(eqx.Module):
 
 
 class Inputs(eqx.Module):
-    """All that a solve is differentiated with respect to."""
+    """All differentiated inputs of a solve."""
 
     y0: Y
     solver_state: SolverState
@@ -70,8 +70,7 @@ class Inputs(eqx.Module):
 
 
 class Problem(eqx.Module):
-    """All that is held fixed. `saveat`, `event` and `init_state` lack what is in
-    `Inputs`."""
+    """The fixed part of a solve. `saveat`, `event` and `init_state` lack the `Inputs`."""
 
     solver: AbstractReversibleSolver
     stepsize_controller: AbstractStepSizeController
@@ -83,13 +82,13 @@ class Problem(eqx.Module):
     init_state: State
     progress_meter: Any
     max_steps: int | None = eqx.field(static=True)
-    # Whether the solver state was given, and is not what `init` makes of everything else.
+    # Whether the solver state was passed, and does not come from `init`.
     passed_solver_state: bool = eqx.field(static=True)
     # Whether steps can begin at a jump.
     with_jumps: bool = eqx.field(static=True)
-    # Whether the ends of steps follow the state, as far as gradients go.
+    # Whether the ends of steps have a derivative with respect to the state.
     steps_follow_state: bool = eqx.field(static=True)
-    # Which leaves of the controller state are not the same all the time.
+    # Which leaves of the controller state vary.
     varying: tuple[bool, ...] = eqx.field(static=True)
 
     @property
@@ -99,7 +98,7 @@ class Problem(eqx.Module):
 
     @property
     def saves_ends_of_steps(self) -> bool:
-        """Whether outputs can be made at the end of a step other than the last."""
+        """Whether outputs can be written at the end of a step other than the last."""
         by_event = self.event is not None and (
             self.event.root_finder is None
             or any(
@@ -110,7 +109,7 @@ class Problem(eqx.Module):
         return by_event or any(sub.steps != 0 for sub in sub_saveats(self.saveat))
 
     def interpolates(self, state: State) -> BoolScalarLike:
-        """Whether the step that begins at `state` may be interpolated in."""
+        """Whether the step that begins at `state` may be interpolated."""
         if self.saveat.dense or self.finds_roots:
             return True
         reads = False
@@ -122,11 +121,11 @@ class Problem(eqx.Module):
         return reads
 
     def at(self, times: Times) -> "Problem":
-        """With the ends of the solve at `times`."""
+        """The problem, with the ends of the solve at `times`."""
         return eqx.tree_at(lambda p: (p.t0, p.t1), self, (times.t0, times.t1))
 
     def without_outputs(self, controller: Any) -> "Problem":
-        """The same steps, by a `controller`, of which nothing is saved."""
+        """The same steps, by a `controller`, without outputs."""
         meter = NoProgressMeter()
         state = tree_replace(
             lambda s: [
@@ -173,12 +172,12 @@ def _while_loop(*args, **kwargs):
 
 
 def sub_saveats(saveat: SaveAt) -> list[SubSaveAt]:
-    """Every `SubSaveAt`, in the order that `save_states` has them too."""
+    """Every `SubSaveAt`, in the order of `save_states`."""
     return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, SubSaveAt))
 
 
 def save_states(state: State) -> list[SaveState]:
-    """What every `SubSaveAt` has written."""
+    """The save state of every `SubSaveAt`."""
     leaves = jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
     # There are none with `SaveAt(dense=True)`, but `equinox.tree_at` has a leaf there.
     return [leaf for leaf in leaves if isinstance(leaf, SaveState)]
@@ -233,8 +232,8 @@ def _replace_cond_fns(event: Event, fns: list[Callable]) -> Event:
 def makes_jumps(
     controller: AbstractStepSizeController, solver, terms, args, init_state: State
 ) -> bool:
-    """Whether steps can begin at a jump. Diffrax too tells at trace time that they cannot,
-    by what is a Python `False`."""
+    """Whether steps can begin at a jump. As in Diffrax, a Python `False` in place of an
+    array shows that they cannot."""
     y, t = init_state.y, jnp.asarray(init_state.tprev)
     _, _, _, made_jump, _, _ = eqx.filter_eval_shape(
         controller.adapt_step_size,
@@ -248,8 +247,8 @@ def makes_jumps(
 def follows_state(
     controller: AbstractStepSizeController, solver, terms, args, init_state: State
 ) -> bool:
-    """Whether the ends of steps have a derivative with respect to the state or `args`. That
-    of a controller that detaches them by `jax.lax.stop_gradient` has none."""
+    """Whether the ends of steps have a derivative with respect to the state or `args`, as
+    they have unless the controller detaches them by `jax.lax.stop_gradient`."""
     known, unknown = eqx.partition((init_state.y, args), eqx.is_inexact_array)
     t, state = jnp.asarray(init_state.tprev), init_state.controller_state
 
@@ -271,7 +270,7 @@ def follows_state(
 def varying_leaves(
     controller: AbstractStepSizeController, solver, terms, args, init_state: State
 ) -> tuple[bool, ...]:
-    """Which leaves of its state a controller replaces, and does not hand on as they are."""
+    """Which leaves of its state a controller replaces, and does not return unchanged."""
     y, t = init_state.y, jnp.asarray(init_state.tprev)
     leaves, structure = jtu.tree_flatten(init_state.controller_state)
 
@@ -292,8 +291,8 @@ def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:
 
 
 def take_state(init_state: State) -> State:
-    """`init_state` without what is differentiated, and without a result that is known when
-    it is traced, with which Diffrax makes a leaner loop."""
+    """`init_state` without its differentiated leaves, and without a result that is known at
+    trace time, with which Diffrax makes a leaner loop."""
     result = init_state.result
     result = None if result is RESULTS.successful else result
     return _replace_state(init_state, None, None, result)

@@ -1,4 +1,4 @@
-"""The cotangents of what a solve has saved, pulled back along the walk."""
+"""The pull-back of the outputs of a solve, along the walk."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ _Time = Callable[[Times], RealScalarLike]
 def pull_output(
     walk: Walk, output: Output, row: Row, time: _Time, y: Y, params_cotangent: Params
 ) -> tuple[Y, Params]:
-    """Pull the cotangent of one output back to the state that it was made of."""
+    """Pull the cotangent of one output back to the state it was computed from."""
     t_bar, saved_bar = row
     if output.saves_state and t_bar is None:
         return saved_bar, params_cotangent
@@ -50,7 +50,7 @@ def pull_output(
 def pull_into_state(
     walk: Walk, position: Position, output: Output, row: Row, time: _Time
 ) -> Position:
-    """As `pull_output`, for an output made of the state where the walk is."""
+    """As `pull_output`, for an output of the state at the `position`."""
     ct = position.cotangent
     y_bar, params_bar = pull_output(walk, output, row, time, position.y, ct.params)
     ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
@@ -61,7 +61,7 @@ def pull_into_state(
 
 
 def pull_last(walk: Walk, position: Position) -> Position:
-    """Outputs that Diffrax writes after the last step, unless it locates an event: those of
+    """Pull back outputs written after the last step, unless an event is located: those of
     `SaveAt(t1=True)`, and of `SaveAt(ts=...)` if `t0 == t1`."""
     problem, end = walk.problem, walk.residuals.end
     if problem.finds_roots:
@@ -91,7 +91,7 @@ def pull_last(walk: Walk, position: Position) -> Position:
 
 
 def pull_start(walk: Walk, position: Position) -> Position:
-    """Outputs that were written before the first step."""
+    """Pull back outputs written before the first step."""
     for output in walk.outputs:
         if output.sub.t0:
             position = pull_into_state(
@@ -101,7 +101,7 @@ def pull_start(walk: Walk, position: Position) -> Position:
 
 
 def pull_step_outputs(walk: Walk, position: Position, t1: RealScalarLike) -> Position:
-    """Outputs of `SaveAt(steps=n)`, written at the end of a step."""
+    """Pull back outputs of `SaveAt(steps=n)`, written at the end of a step."""
     for i, output in enumerate(walk.outputs):
         steps = output.sub.steps
         if steps == 0:
@@ -114,7 +114,7 @@ def pull_step_outputs(walk: Walk, position: Position, t1: RealScalarLike) -> Pos
 
 
 def pull_dense_times(walk: Walk, position: Position, cotangent: State) -> Position:
-    """The times that dense output is between."""
+    """Pull back the times between which dense output interpolates."""
     leaves = jtu.tree_leaves(cotangent.dense_ts)
     if not walk.differentiates_times or len(leaves) == 0:
         return position
@@ -140,7 +140,7 @@ def pull_dense(
     t1: RealScalarLike,
     dense_info: DenseInfo,
 ) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
-    """Outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
+    """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
     step = position.step - 1
     if walk.dense_rows is None:
         dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
@@ -152,7 +152,7 @@ def pull_dense(
         dense_bar = tree_add(dense_bar, end_dense)
     cursors = list(position.cursors)
     params_bar = position.cotangent.params
-    # `ts` were written in the first step that ends at or after them.
+    # Each of `ts` was written in the first step that ends at or after it.
     last_end = position.clock.previous_end
     for i in interpolated:
         dense_bar, params_bar, cursors[i] = _pull_ts(
@@ -173,7 +173,7 @@ def _pull_ts(
     interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
     carry: tuple[DenseInfo, Params, Cursor],
 ) -> tuple[DenseInfo, Params, Cursor]:
-    """Every remaining output of `SaveAt(ts=...)` in the step."""
+    """Pull back every remaining output of `SaveAt(ts=...)` in the step."""
     t0, t1, dense_info = interpolation
     ts = output.sub.ts
     assert ts is not None
@@ -207,8 +207,8 @@ def _pull_ts(
             new_bar, more_bar = pull(y_bar)
             params_bar = tree_add(params_bar, more_bar)
         else:
-            # Linear, so that it does not matter where. Not `jax.linear_transpose`: before
-            # JAX 0.7 that does not know of loops over what is linear, as in `jnp.polyval`.
+            # Linear, so any point will do. `jax.linear_transpose` does not support loops
+            # over linear functions, as in `jnp.polyval`, before JAX 0.7.
             anywhere = jtu.tree_map(jnp.zeros_like, dense_bar)
             _, pull = jax.vjp(lambda info: evaluate(info, walk.params), anywhere)
             (new_bar,) = pull(y_bar)

@@ -1,4 +1,4 @@
-"""The gradient of a step of the walk back."""
+"""Undoing a step and pulling a cotangent back through it."""
 
 import functools as ft
 from typing import NamedTuple
@@ -25,11 +25,11 @@ from .walk import Position, Walk
 
 
 class PulledStep(NamedTuple):
-    """What is known at the start of a step that was undone.
+    """The results at the start of a step that was undone.
 
-    - `probe`: how a cotangent was pulled back, if the walk tells growth by that.
-    - `hidden`: by how much entries were off that were set off in this step, at its end;
-        `None` if it does not matter what was at rest.
+    - `probe`: the probe of the step, if the walk detects growth.
+    - `hidden`: the errors at the end of the step of entries that it set off; `None` if
+        entries at rest do not matter.
     """
 
     y: Y
@@ -49,9 +49,9 @@ def pull_step(
 ) -> PulledStep:
     """Undo the `step` that ends at a position, and pull back through it.
 
-    If entries are set off in it, the states between its ends can be on the wrong side of a
-    kink when they are reconstructed, and it is made again, from where these were at rest.
-    If its start is `known`, nothing is reconstructed.
+    If the step sets entries off, its reconstructed stages may be on the wrong side of a
+    kink, so it is recomputed from its start, where these entries rest. If its start is
+    `known`, nothing is reconstructed.
     """
     t0, t1 = position.clock.start, position.clock.end
     state, rest = (position.y, solver_state), walk.residuals.kept.rest
@@ -76,7 +76,7 @@ def pull_step(
     if linear and not walk.differentiates_times:
         dense_bar, ct, cursors = None, position.cotangent, position.cursors
         if len(interpolated) > 0 or walk.with_dense:
-            # Nothing but its shapes is used: interpolations are linear.
+            # Only its shapes are used, as interpolations are linear.
             info = t0, t1, _dense_struct(walk, t0, t1, *state)
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
 
@@ -108,7 +108,7 @@ def pull_step(
 def _with_probe(
     walk: Walk, position: Position, y0: Y, ct: Cotangent, dense_bar: DenseInfo | None
 ) -> tuple[Cotangent, Probe | None]:
-    """A cotangent without its probe, and how it was pulled back, if that is of use."""
+    """A cotangent without its probe, and the probe, if the walk detects growth."""
     probe = ct.probe
     ct = Cotangent(ct.y, ct.solver_state, ct.params)
     if position.growth is None:

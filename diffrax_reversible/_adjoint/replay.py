@@ -1,4 +1,4 @@
-"""Steps of a solve made again, from a known state on."""
+"""Replaying steps of a solve from a known state."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,24 +17,24 @@ from .stepper import Advancing, Stepper
 
 
 class _Next(eqx.Module):
-    """A step, if it is `known`: then the one before it is accepted."""
+    """A step, if it is `known`; the one before it was then accepted."""
 
     known: BoolScalarLike
     ends: Ends
 
 
 class _ReplayedState(eqx.Module):
-    """The state of a controller, and what is recorded of the solve that is replayed."""
+    """The state of a controller, and the recorded next step of the replayed solve."""
 
     state: PyTree
     next_step: _Next
 
 
 class _Replaying(eqx.Module):
-    """A controller that is not asked where the solve is recorded.
+    """A controller that follows the record of the solve, where there is one.
 
-    Error estimates round differently in two loops that are compiled apart, and decisions
-    could fall differently.
+    Error estimates round differently in separately compiled loops, which could change the
+    decisions of a controller.
     """
 
     controller: AbstractStepSizeController
@@ -55,11 +55,11 @@ class _Replaying(eqx.Module):
 
 
 class _Replay(Kept):
-    """What is kept of a replay.
+    """The residuals that a replay collects.
 
-    - `target`: to how many steps.
-    - `recorded`: whether every step to there, and what was between them, is recorded.
-    - `last`: the last step that is recorded, and its end.
+    - `target`: the step to replay to.
+    - `recorded`: whether every step up to there, with restarts and jumps, is recorded.
+    - `last`: the last recorded step, and its end.
     """
 
     target: IntScalarLike = 0
@@ -74,14 +74,14 @@ class _Replay(Kept):
         last: tuple[IntScalarLike, RealScalarLike],
         spacing: IntScalarLike,
     ) -> "_Replay":
-        """From what is `known`, where no step was made again so far."""
+        """The residuals at the start of a replay from a `known` state."""
         assert kept.record is not None
         count, last_end = kept.record.count, kept.record.last_end
-        # Of the step before the target the end is not another's start, if it was the last
-        # that was made again.
+        # The end of the step before the target is not recorded as the start of the next, if
+        # the last replay ended there.
         within = target <= count
         to = jnp.where(within, count - 1, last[0]), jnp.where(within, last_end, last[1])
-        # Each with a record of the steps before it.
+        # The record has room for the steps before each state.
         rows = kept.record.rows or jnp.iinfo(jnp.int32).max
         spacing = jnp.minimum(spacing, rows)
         return _Replay(
@@ -115,7 +115,7 @@ class _Replay(Kept):
     def interruptions(
         self, state: State, restarts: BoolScalarLike, made_jump: BoolScalarLike
     ) -> tuple[BoolScalarLike, BoolScalarLike]:
-        """As they were in the solve, if that is recorded."""
+        """The interruptions of the solve, if they are recorded."""
         assert self.record is not None
         if self.record.flags is None:
             return restarts, made_jump
@@ -127,8 +127,8 @@ class _Replay(Kept):
         return restarts, made_jump
 
     def start(self, state: State) -> State:
-        """With the step that was accepted next, if it is recorded, in place of that which
-        was tried first."""
+        """`state`, with the next accepted step, if it is recorded, in place of the first
+        attempt."""
         step = self._step(state.num_accepted_steps)
         if step is None:
             return state
@@ -149,7 +149,7 @@ class _Replay(Kept):
         return tree_replace(lambda s: s.controller_state, state, inner)
 
     def _step(self, step: IntScalarLike) -> _Next | None:
-        """`None` if steps are recomputed."""
+        """The recorded step, or `None` if steps are recomputed."""
         assert self.record is not None
         if self.record.starts is None:
             return None
@@ -157,9 +157,9 @@ class _Replay(Kept):
 
 
 class Replayer:
-    """Makes steps of a solve again, from a known state on.
+    """Replays steps of a solve from a known state.
 
-    - `start`: where the solve began.
+    - `start`: the known state at the start of the solve.
     """
 
     def __init__(self, inputs: Inputs, problem: Problem):
@@ -190,12 +190,12 @@ class Replayer:
         replays: BoolScalarLike,
         spacing: IntScalarLike,
     ) -> tuple[Known, Kept]:
-        """To a number of steps, if this element of a batch `replays`.
+        """Replay up to the step `target`, if this element of a batch `replays`.
 
         - `last`: the last step of the solve, and its end.
-        - `most`: how many steps it took, with those that were rejected. No replay takes
-            more.
-        - `spacing`: after how many steps another state is held, if there is room.
+        - `most`: the number of attempted steps of the solve, which bounds those of a
+            replay.
+        - `spacing`: the number of steps between states to hold, if there is room.
         """
 
         def on_the_way(state):
@@ -204,7 +204,7 @@ class Replayer:
 
         replay = _Replay.of(kept, known, target, last, spacing)
         state = replay.start(known.resume(self._init_state))
-        # A constant, as before JAX 0.7 Equinox cannot compare one that is traced outside.
+        # A constant, as Equinox cannot compare one traced outside before JAX 0.7.
         state = tree_replace(lambda s: s.result, state, RESULTS.successful)
         state, replay = self._stepper.run(state, replay, on_the_way)
         assert replay.record is not None

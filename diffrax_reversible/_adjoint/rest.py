@@ -1,4 +1,4 @@
-"""Entries of a state that do not move until something sets them off."""
+"""Entries of a state that rest at their initial value until they are set off."""
 
 from typing import Self
 
@@ -15,16 +15,16 @@ _States = tuple[Y, SolverState]
 
 
 class Rest(eqx.Module):
-    """For how long every entry of the state and the solver state stayed, to the last bit,
-    what it was at the start of a solve.
+    """How long each entry of the state and the solver state kept its initial value, to the
+    last bit.
 
-    Solves begin where the vector field has a kink, or a quotient that is guarded where it
-    is zero over zero: a concentration is zero until something is infused, a hidden state
-    until an input arrives. A reconstructed state is off by rounding, and may be on the
-    other side. Whoever knows how long an entry was at rest knows that it was on neither.
+    A solve may begin at a kink of the vector field, or at a guarded quotient of zero over
+    zero: a concentration is zero until an infusion, a hidden state until an input arrives.
+    A reconstructed entry is off by rounding, and may be on either side. An entry at rest is
+    known to be on neither.
 
-    - `moved`: for entries that moved in the `n`-th step, from zero on, `2 n`, and for those
-        that were changed just before it, by a restart or at a jump, `2 n - 1`.
+    - `moved`: `2 n` for entries that first moved in the `n`-th step, counted from zero, and
+        `2 n - 1` for those that a restart or a jump changed just before it.
     """
 
     moved: PyTree[Int[Array, "..."]]
@@ -39,7 +39,7 @@ class Rest(eqx.Module):
     def during(
         self, when: IntScalarLike, before: _States, after: _States, pred: BoolScalarLike
     ) -> Self:
-        """After something that may have changed the states, if it was made."""
+        """Record which entries changed from `before` to `after`, if `pred`."""
         when = jnp.asarray(when, jnp.int32)
 
         def update(moved, before, after):
@@ -50,12 +50,12 @@ class Rest(eqx.Module):
         return type(self)(jtu.tree_map(update, self.moved, before, after))
 
     def moving(self, when: IntScalarLike, x: _States) -> _States:
-        """Of the entries that were set off then, and zero of others."""
+        """`x` at the entries that were set off at `when`, and zero elsewhere."""
         x = eqx.filter(x, eqx.is_inexact_array)
         return jtu.tree_map(lambda m, x: jnp.where(m == when, x, 0), self.moved, x)
 
     def settle(self, when: IntScalarLike, states: _States, start: _States) -> _States:
-        """Reconstructed states, with what was at rest as it was at the `start`."""
+        """Reconstructed states, with entries at rest replaced by those at the `start`."""
 
         def choose(moved, x, start):
             return x if moved is None else jnp.where(moved >= when, start, x)
@@ -64,6 +64,6 @@ class Rest(eqx.Module):
         return jtu.tree_map(choose, self.moved, states, start, is_leaf=is_none)
 
     def ends(self, when: IntScalarLike) -> BoolScalarLike:
-        """Whether any entry is set off then."""
+        """Whether any entry is set off at `when`."""
         leaves = jtu.tree_leaves(self.moved)
         return jnp.array([jnp.any(moved == when) for moved in leaves]).any()

@@ -1,8 +1,8 @@
-"""A worded error where JAX's own would not name the remedy: forward-mode differentiation.
+"""An error for forward-mode differentiation that names the remedy, unlike JAX's own.
 
-JAX begins both modes of differentiation alike, so that a function cannot tell which one it
-is in. What tells them apart is whether the tangents are computed, or the linear map that
-makes them is transposed. Here that map is an operation that can only be transposed.
+JAX begins both modes of differentiation alike, so a function cannot tell which one it is
+in. Forward mode evaluates the linear map of tangents, and reverse mode transposes it. Here
+that map is an operation that can only be transposed.
 """
 
 import equinox as eqx
@@ -16,11 +16,11 @@ from .validate import forward_mode
 
 
 def reverse_only(x: PyTree, detached: PyTree) -> tuple[PyTree, PyTree]:
-    """`x`, which can be differentiated in reverse mode only, and `detached`, which cannot
-    be, as a custom gradient differentiates it in another way.
+    """Return `x`, differentiable in reverse mode only, and `detached`, not differentiable,
+    as a custom gradient differentiates it in another way.
 
-    Of several nested transformations that is the innermost that differentiates any of
-    these. As identity in the others, forward mode over reverse mode is not affected.
+    This applies to the innermost transformation that differentiates any of them. To outer
+    ones it is the identity, so that forward mode over reverse mode still works.
     """
     diff, nondiff = eqx.partition((x, detached), eqx.is_inexact_array)
     leaves, structure = jtu.tree_flatten(diff)
@@ -28,7 +28,7 @@ def reverse_only(x: PyTree, detached: PyTree) -> tuple[PyTree, PyTree]:
     return eqx.combine(jtu.tree_unflatten(structure, leaves), nondiff)
 
 
-# Of `count` arrays that can be differentiated in reverse mode, and others that cannot be.
+# The first `count` arrays are differentiable in reverse mode, the rest not at all.
 _identity_p = jex.Primitive("reverse_only")
 _identity_p.multiple_results = True
 _tangent_p = jex.Primitive("reverse_only_tangent")
@@ -45,7 +45,7 @@ def _jvp(primals, tangents, *, count):
             return t
         return _tangent_p.bind(t) if i < count else ad.Zero(jnp.asarray(t).aval)
 
-    # No longer in the primal output, for the transformations around this one.
+    # The primal output drops the operation, for outer transformations.
     return list(primals), [tangent(i, t) for i, t in enumerate(tangents)]
 
 
@@ -66,6 +66,6 @@ _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
 batching.defvectorized(_tangent_p)
 ad.deflinear(_tangent_p, lambda ct: [ct])
-# In reverse mode it has been transposed before anything else can see it.
+# Reverse mode transposes it before any other transformation applies.
 ad.primitive_jvps[_tangent_p] = _refuse
 mlir.register_lowering(_tangent_p, _refuse)

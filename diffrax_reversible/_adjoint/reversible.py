@@ -1,4 +1,4 @@
-"""The adjoint that walks a solve back."""
+"""The adjoint that undoes the steps of a solve."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +14,17 @@ from .validate import check_supported
 
 
 def _as_python(x: Any) -> Any:
-    """A NumPy scalar as what it is in Python."""
+    """A NumPy scalar as a Python scalar."""
     return x.item() if isinstance(x, np.generic) else x
 
 
 class ReversibleAdjoint(AbstractAdjoint):
-    """Backpropagates by walking the solve backwards, without storing its trajectory.
+    """Backpropagates by undoing the steps of a solve, without storing its trajectory.
 
-    For use with an `AbstractReversibleSolver`, or a solver that
-    `as_reversible` has a reversible form of, such as
-    `diffrax.ReversibleHeun`. The gradient is that of the numerical solution itself, as
-    under `diffrax.RecursiveCheckpointAdjoint` with the same solver, up to the rounding
-    of the reconstructed states.
+    For use with an `AbstractReversibleSolver`, or a solver whose reversible form
+    `as_reversible` returns, such as `diffrax.ReversibleHeun`. The gradient is that of the
+    numerical solution itself, as under `diffrax.RecursiveCheckpointAdjoint` with the same
+    solver, up to the rounding of the reconstructed states.
 
     Example:
 
@@ -42,15 +41,14 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     **Times**
 
-    Step locations other than `t0` and `t1` are held fixed. Under
-    `diffrax.PIDController` and `StepDensityController` they do
-    not depend on the state anyway, as far as gradients go, nor on `t1`; with respect to
-    `SaveAt(ts=...)` the gradient equals that of the default adjoint. How steps depend on
-    `t0`, and under `diffrax.ConstantStepSize` on `t1`, is ignored, so that gradients
-    with respect to these are accurate to the error of the solve, not to rounding. A
-    controller of your own declares that its steps carry no derivative by
-    `jax.lax.stop_gradient`, as Diffrax's controllers do. Otherwise gradients of what is
-    saved at the ends of steps are refused.
+    The ends of steps other than `t0` and `t1` are held fixed. Under
+    `diffrax.PIDController` and `StepDensityController` they have no derivative with respect
+    to the state or `t1` anyway; the gradient with respect to `SaveAt(ts=...)` equals that
+    of the default adjoint. The dependence of steps on `t0`, and under
+    `diffrax.ConstantStepSize` on `t1`, is ignored, so gradients with respect to these are
+    accurate to the error of the solve, not to rounding. A controller of your own declares
+    by `jax.lax.stop_gradient` that its steps carry no derivative, as Diffrax's controllers
+    do. Otherwise gradients of outputs at the ends of steps are refused.
 
     An event that ends the solve is located as under any adjoint. Diffrax itself
     differentiates its time and state, through the last step.
@@ -59,69 +57,68 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     The backward pass undoes the steps from one *known state* to the one before, and
     continues from there, so that rounding errors grow over one such segment only. The known
-    states are the start and at most `checkpoints` others: the states before restarts (see
-    `ALF4`), which cannot be undone, and in the remaining room one
-    every 64 steps or more, evenly spread. A jump can be undone: the solvers of this package
-    exchange the vector field that they carry along, by two evaluations and no stored state.
+    states are the start and at most `checkpoints` more: the states before restarts (see
+    `ALF4`), which cannot be undone, and in the remaining room one every 64 steps or more,
+    evenly spread. A jump can be undone: the solvers of this package exchange the value of
+    the vector field that they carry, by two evaluations and no stored state.
 
-    `checkpoints` is a budget of memory, not a limit to the number of restarts. Where the
-    backward pass comes to a restart whose state is not held, it replays the solve from the
-    known state before, and holds states on the way in the room there is by then, as in
-    recursive checkpointing. Steps that are no longer on record are replayed too, with the
-    controller. A replay is compiled apart from the solve, and rounds differently. Where
-    step sizes are at the limit of stability the controller may then accept other steps; the
-    replay misses the next known state, and the gradient is an error.
+    `checkpoints` is a memory budget, not a limit on the number of restarts. At a restart
+    whose state is not held, the backward pass replays the solve from the known state
+    before, and holds states on the way in the free room, as in recursive checkpointing.
+    Steps that are no longer on record are replayed too, with the controller. A replay is
+    compiled separately from the solve, and rounds differently. At the limit of stability
+    the controller may then accept different steps; the replay misses the next known state,
+    and the gradient is an error.
 
     **Comparison with the forward pass**
 
     At every known state, and at the start, each entry of the reconstruction is compared
     with the forward pass, whether the solver watches that entry or not. If any misses by
-    more than a 64th of `drift_tol`, then the backward pass returns to the known state that
-    it came from, replays the solve from the one that it missed, holds states on the way,
-    and undoes the steps once more. (The threshold is an 8th if the whole solve was undone
-    at once, `drift_tol` itself with a Brownian path, and what a replay differs from the
-    solve by, if that is more.) The number of steps between known states adapts as step
+    more than a 64th of `drift_tol`, the backward pass returns to the known state that it
+    came from, replays the solve from the one that it missed, holds states on the way, and
+    undoes the steps again. (The threshold is an 8th if the whole solve was undone at once,
+    `drift_tol` itself with a Brownian path, and no less than the difference between a
+    replay and the solve.) The number of steps between known states adapts as step
     sizes do: it is divided by four after a miss, down to a single step, and doubled where
     misses are small.
 
-    If a single step misses by more than `drift_tol`, as where the flow contracts by orders
-    of magnitude within it, or where terms of the vector field cancel to the last digit,
-    then `ALF4` and its like, and `McCallumFoster`, do not undo it. They differentiate it
-    from its start, as the default adjoint does, but store none of its stages: for `n`
-    evaluations that takes `n² / 2` others. An entry of a vector field is a sum, and rounds
-    as its terms do: a miss of four machine epsilons of the largest entry of its array
-    repeats no segment, and one of 16 in a single step is no miss.
+    A single step may miss by more than `drift_tol` where the flow contracts by orders of
+    magnitude within it, or where terms of the vector field cancel to the last digit. `ALF4`
+    and its like, and `McCallumFoster`, then do not undo it, but differentiate it from its
+    start, as the default adjoint does. They store none of its stages: for `n` evaluations
+    that takes `n² / 2` more. An entry of a vector field is a sum, and rounds as its terms
+    do: a miss of four machine epsilons of the largest entry of its array repeats no
+    segment, and one of 16 in a single step is no miss.
 
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
     The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a replay
-    differs from the solve by more than it may, and with `checkpoints=0` or solvers other
-    than those, if a step, or the solve, misses by more than `drift_tol`.
+    differs too much from the solve (see `drift_tol`). With `checkpoints=0` or solvers other
+    than those, it is also one if a step, or the solve, misses by more than `drift_tol`.
 
     **Solutions and gradients that are lost**
 
     Solvers that do not restart lose the solution itself where the flow contracts: the
-    second approximation that they carry along departs from the first, and nothing in the
-    solution shows it. These are `ALF2`,
-    `diffrax.ReversibleHeun` and `diffrax.LeapfrogMidpoint`: on
+    second approximation that they carry departs from the first, and nothing in the solution
+    shows it. These are `ALF2`, `diffrax.ReversibleHeun` and `diffrax.LeapfrogMidpoint`: on
     `y' = -λ (y - cos t)` over a time `T` expect it past `λ T = 15`. The gradient is an
-    error, or that of what was computed.
+    error, or that of the computed solution.
 
     Fast modes that have died out do not affect the solution, and explicit adaptive solvers
-    take steps that these modes are not stable for. A gradient excites them, and grows by
-    each such step under every adjoint: on a heat equation of 50 points that of
+    take steps beyond the stability limit of such modes. A gradient excites them, and grows
+    in each such step under every adjoint: on a heat equation of 50 points that of
     `diffrax.Tsit5` is off by a factor of more than ten, at all tolerances from 1e-3 to
     1e-10. Here, with the solvers that restart, it is an error that says how to bound the
-    steps: no entry must have grown in steps in which the vector field contracts what grew.
+    steps: no entry may grow in steps in which the vector field contracts the growing mode.
 
     **Kinks**
 
-    Entries of the state that rest where the solve began, to the last bit, are known to be
-    there until something sets them off: so a gradient is on the side of a kink that the
-    solve was on, though it began at one, as at zero with `relu`. For vector fields that
-    compare or take maxima, this takes an integer and a number for each entry of the state
-    and the solver state, and in steps in which anything is set off, one evaluation more for
-    each evaluation. With a solver of implicit equations, a stage in such a step may be at
-    the kink but for rounding, and the gradient on either side, under every adjoint.
+    The solve records how long each entry of the state keeps its initial value, to the last
+    bit. The gradient is thus on the same side of a kink as the solve, even if the solve
+    begins at one, as at zero with `relu`. For vector fields that compare or take maxima,
+    this takes an integer and a number for each entry of the state and the solver state and,
+    in steps in which an entry begins to move, one more evaluation for each evaluation. With
+    an implicit solver, a stage in such a step may be at the kink up to rounding, and the
+    gradient on either side, under every adjoint.
 
     **Memory**
 
@@ -129,34 +126,34 @@ class ReversibleAdjoint(AbstractAdjoint):
     `checkpoints`, and with those a second sum of the cotangent of everything differentiated
     except the state; one evaluation of the vector field with its pull-back; and a record of
     the last steps, of 9 bytes each in float64 (17 if there may be jumps). The record has
-    room for 256 steps at least, for more if `diffrax.RecursiveCheckpointAdjoint` takes
-    as much memory for `max_steps` or if there are many `checkpoints`, and for 16,384 at
-    most. So memory is bounded for any number of steps, and `max_steps=None` has gradients.
-    From `max_steps=256` on, 128 states of 64 numbers, or one of 4,096, take no more than
-    with the default adjoint; smaller states and fewer steps may take more. With an
-    `AbstractReversibleStepSizeController` no times are recorded, but
-    only which steps followed a restart.
+    room for at least 256 steps, for more if `diffrax.RecursiveCheckpointAdjoint` takes
+    as much memory for `max_steps` or if there are many `checkpoints`, and for at most
+    16,384. So memory is bounded for any number of steps, and `max_steps=None` has
+    gradients. From `max_steps=256` on, 128 states of 64 numbers, or one of 4,096, take no
+    more than with the default adjoint; smaller states and fewer steps may take more. With
+    an `AbstractReversibleStepSizeController` the record has no times, but only which steps
+    followed a restart.
 
     **Work**
 
     For the solvers of this package one evaluation of the vector field and one pull-back
     through it for each evaluation of the forward pass. If a `SaveAt(fn=...)` interpolates,
-    or if times are differentiated, half as much again; for `ALF6` also in steps in which
-    anything is interpolated. Each known state costs one evaluation or one step, but none
-    with `ALF4` and its like. A replay takes the evaluations of a solve: on
-    `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps, and 8
-    checkpoints cost 1.6 times the evaluations of room for all, 4 checkpoints twice, and 1
-    checkpoint 6 times.
+    or if times are differentiated, half as much again; for `ALF6` also in steps with
+    interpolated outputs. Each known state costs one evaluation or one step, but none with
+    `ALF4` and its like. A replay takes the evaluations of a solve: on
+    `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
+    checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
+    1 checkpoint 6 times.
 
     **Transformations**
 
     - Second derivatives are by forward mode over reverse mode, as in `jax.hessian`.
     - A batch that is sharded over devices stays sharded, forwards and backwards. Besides
-        the gradients of what all devices share, only scalars and samples of some two
-        thousand entries are exchanged. To raise its own errors Diffrax gathers the solution
-        on one device: pass `diffeqsolve(..., throw=False)` where that matters.
+        the gradients of shared inputs, only scalars and samples of some two thousand
+        entries are exchanged. To raise its own errors Diffrax gathers the solution on one
+        device: pass `diffeqsolve(..., throw=False)` where that matters.
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
-    - A `progress_meter` shows the backward pass as well, from 0 % to 100 % once more.
+    - A `progress_meter` also shows the backward pass, again from 0 % to 100 %.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
@@ -206,7 +203,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         progress_meter,
     ):
         check_supported(terms)
-        # Those of others are replaced by their reversible form.
+        # Solvers of other packages are replaced by their reversible form.
         solver = as_reversible(solver)
         given = dict(
             solver=solver,
@@ -233,43 +230,43 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `checkpoints`: how many states and solver states are held at the most, besides the
-    start. More of them take more memory, and save evaluations if there are as many
-    restarts: `sol.stats["num_restarts"]` reports their number. Defaults to 8, but to none
-    for symplectic solvers, whose rounding errors do not grow.
-- `drift_tol`: the largest error of the reconstructed state that is accepted, where the
-    solve began and at every known state. Each entry is measured as a fraction of its size
-    there, of its size at the known state before, or of what a step adds to it, whichever is
-    largest, and of no less than `eps^(3/4)` of the largest entry of its array.
-    Defaults to 1e-6, or to the square root of the machine epsilon of the coarsest array of
-    the state, if that is more: 3.5e-4 in float32. By default steps that are made again may
-    differ from those of the solve by `eps^0.37`, 2.8e-3 in float32. Where the problem is
-    sensitive to its state, gradients may be off by up to about 400 times the tolerance:
-    the most that `examples/benchmarks/outcomes.py` has found on conservative, contracting,
-    chaotic and unstable problems.
+- `checkpoints`: the largest number of states and solver states to hold, besides the start.
+    More of them take more memory, and save evaluations if there are as many restarts:
+    `sol.stats["num_restarts"]` reports their number. Defaults to 8, but to none for
+    symplectic solvers, whose rounding errors do not grow.
+- `drift_tol`: the largest accepted error of the reconstructed state, at the start of the
+    solve and at every known state. Each entry is measured as a fraction of its size there,
+    of its size at the known state before, or of its update by a step, whichever is largest,
+    and of no less than `eps^(3/4)` of the largest entry of its array. Defaults to 1e-6, or
+    to the square root of the machine epsilon of the coarsest array of the state, if that is
+    more: 3.5e-4 in float32. By default replayed steps may differ from those of the solve by
+    `eps^0.37`, 2.8e-3 in float32. Where the problem is sensitive to its state, gradients
+    may be off by up to about 400 times the tolerance: the most that
+    `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic and
+    unstable problems.
 - `report`: a function, such as `print`, that every gradient calls with a dictionary of the
-    number of steps that it has undone (`undone_steps`: more than the solve has, if some
-    were undone once more) and replayed (`replayed_steps`). Under `vmap` it is called for
-    each member of the batch. More `checkpoints` mean fewer replayed steps.
+    numbers of steps undone (`undone_steps`: more than the solve has, if some were undone
+    again) and replayed (`replayed_steps`). Under `vmap` it is called for each member of the
+    batch. More `checkpoints` mean fewer replayed steps.
 - `watch`: a function that the backward pass calls at every known state, with a dictionary:
-    how many steps come before (`step`), the time (`t`, or `-t` if `t1 < t0`), whether the
-    solver was restarted there (`restarted`), by how much the backward pass missed the
-    state, as a fraction of `drift_tol` (`miss`), and whether it undoes the last segment
-    again for that reason (`repeated`). `explain` shows them.
+    the number of steps before it (`step`), the time (`t`, or `-t` if `t1 < t0`), whether
+    the solver was restarted there (`restarted`), the error of the reconstruction, as a
+    fraction of `drift_tol` (`miss`), and whether the last segment is undone again because
+    of it (`repeated`). `explain` shows them.
 
 **Raises:**
 
 - `ValueError` for solvers that are not reversible.
-- `NotImplementedError` for gradients with respect to `t0` or `t1` of what is saved at the
-    end of a step, by `SaveAt(steps=...)` or where an event stops that is Boolean or not
-    located, if that end moves with them: with `t0` unless steps are given by `StepTo`, with
-    `t1` unless by that or a `PIDController`. For all gradients of what is saved at the
-    ends of steps, with a controller of your own whose steps follow the state. For
-    functions that close over traced values where these cannot be seen.
+- `NotImplementedError` for gradients with respect to `t0` or `t1` of outputs at the end of
+    a step, by `SaveAt(steps=...)` or at an event that is Boolean or not located, if that
+    end moves with them: with `t0` unless steps are given by `StepTo`, with `t1` unless by
+    `StepTo` or a `PIDController`. For all gradients of such outputs, with a controller of
+    your own whose steps depend on the state. For closed-over traced values that are not
+    visible.
 - `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
     forward mode, for second derivatives along times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if the backward pass misses a known state, if a step
     does not begin where the last one ended although the controller reports no jump, or if
-    the gradient grows where the solution contracts (not with a `drift_tol` that lets
-    everything through).
+    the gradient grows where the solution contracts (unless `drift_tol` accepts
+    everything).
 """

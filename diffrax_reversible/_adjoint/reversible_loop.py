@@ -1,4 +1,4 @@
-"""A solve, and its gradient by walking it back, as JAX sees them."""
+"""A solve and its backward pass, as a function with a custom gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from .validate import (
 
 
 class Settings(NamedTuple):
-    """Of `ReversibleAdjoint` and `diffeqsolve`."""
+    """The settings of `ReversibleAdjoint` and `diffeqsolve`."""
 
     checkpoints: int | None
     drift_tol: float | None
@@ -35,13 +35,13 @@ class Settings(NamedTuple):
 def reversible_loop(
     inputs: Inputs, problem: Problem, settings: Settings
 ) -> tuple[State, dict]:
-    """The final state and statistics, of which the former can be differentiated."""
+    """The final state, which can be differentiated, and the statistics."""
     final_state, aux_stats = _solve(inputs, problem, settings)
     return _differentiate_outputs_only(final_state), aux_stats
 
 
 def _differentiate_outputs_only(final_state: State) -> State:
-    """Detach what the walk back holds fixed, and what is not real."""
+    """Detach everything but the outputs, as the backward pass holds it fixed."""
 
     def outputs(state):
         saved = [(save_state.ts, save_state.ys) for save_state in save_states(state)]
@@ -88,7 +88,7 @@ def _solve_bwd(
     )
     torn = residuals.record.torn
     if throw:
-        # As Diffrax raises it from the solution, which need not be used.
+        # Diffrax attaches this error to the solution, which need not be used.
         torn = residuals.result.error_if(torn, ~is_okay(residuals.result))
     if settings.report is not None:
         _report(settings.report, walked)

@@ -24,7 +24,7 @@ def _trace_once(*step):
 
 
 def _advance_densely(*step):
-    """Traced once, though Diffrax asks for shapes several times. The result of a compiled
+    """Traced once, although Diffrax asks for shapes several times. The result of a compiled
     function is an array; Diffrax makes a leaner loop if it sees that no step fails."""
     outputs, result, succeeds = _trace_once(*step)
     return *outputs, RESULTS.successful if succeeds else result
@@ -38,8 +38,8 @@ class _AdvancingState(eqx.Module):
 
 
 class Advancing(eqx.Module):
-    """The solver as `loop` sees it here: restarts are not made by its steps, and what only
-    interpolation takes is evaluated only where there is any."""
+    """The solver as passed to Diffrax's `loop`: its steps do not restart, and evaluate the
+    interpolation data only if they are read."""
 
     solver: AbstractReversibleSolver
 
@@ -54,7 +54,7 @@ class Advancing(eqx.Module):
         del made_jump
         step = self.solver, terms, t0, t1, y0, args
         if not isinstance(solver_state, _AdvancingState):
-            # Nothing but shapes is asked for, in every loop the same.
+            # Only shapes are read, which are the same in every loop.
             return _advance_densely(*step, solver_state)
         y1, y_error, dense_info, after, result = advance_densely(
             *step, solver_state.solver_state, solver_state.interpolates
@@ -64,7 +64,7 @@ class Advancing(eqx.Module):
 
 
 class Stepper:
-    """The steps of a solve, one by one, as Diffrax makes them."""
+    """Takes the steps of a solve, one by one, as Diffrax does."""
 
     def __init__(self, inputs: Inputs, problem: Problem, cond_fun, body_fun, buffers):
         self.inputs = inputs
@@ -76,11 +76,10 @@ class Stepper:
     def run(
         self, state: State, kept: Kept, running: Callable[[State], BoolScalarLike]
     ) -> tuple[State, Kept]:
-        """Make steps, as long as there are some to make, and the state is `running`.
+        """Take steps until the solve ends, or the state is not `running`.
 
-        The loop over them is left where a restart is due, a jump was made or a state is to
-        be held in any element of a batch, so that the steps between pay for nothing that
-        belongs to these, if there can be any.
+        The inner loop exits as soon as any element of a batch has to restart, cross a jump
+        or hold a state, so that ordinary steps do not pay for these.
         """
         restartable = any(due is not False for due in self._interruptions(state, kept))
 
@@ -91,8 +90,8 @@ class Stepper:
             before, kept, _ = carry
             after = self._step(before, kept)
             kept, holds = kept.append(before, after, self.problem.solver)
-            # In a batch this is called for elements that have finished as well, and what it
-            # makes of them must not interrupt the others.
+            # A batch also steps elements that have finished, which must not interrupt the
+            # rest.
             on = goes_on(before) & goes_on(after)
             due = self._any_due(after, kept, on) if restartable else jnp.array(False)
             if kept.holds:
@@ -133,14 +132,14 @@ class Stepper:
     def _interruptions(
         self, state: State, kept: Kept
     ) -> tuple[BoolScalarLike, BoolScalarLike]:
-        """Whether a restart is due, and whether a jump was made; Python `False` if there
-        are none at all."""
+        """Whether a restart is due, and whether there is a jump; Python `False` if there
+        can be none."""
         made_jump = self.problem.with_jumps and state.made_jump
         restarts = needs_restart(self.problem.solver, state.solver_state)
         return kept.interruptions(state, restarts, made_jump)
 
     def _any_due(self, state: State, kept: Kept, on: BoolScalarLike) -> BoolScalarLike:
-        """Whether there is either in any element that is on."""
+        """Whether any element that is `on` has to restart or to cross a jump."""
         due = jnp.logical_or(*self._interruptions(state, kept)) & on
         return eqxi.unvmap_any(due)
 
@@ -154,7 +153,7 @@ class Stepper:
     def _interrupt(
         self, state: State, kept: Kept, on: BoolScalarLike
     ) -> tuple[State, Kept]:
-        """Restart, cross a jump, or hold the state, if this element is on and has to."""
+        """Restart, cross a jump, or hold the state, if due and this element is `on`."""
         restarts, made_jump = (
             due is not False and due & on for due in self._interruptions(state, kept)
         )

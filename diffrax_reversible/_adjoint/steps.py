@@ -1,4 +1,4 @@
-"""Where the steps of a solve were: recorded, or to be recomputed on the walk back."""
+"""The ends of the steps of a solve, recorded, or recomputed in the backward pass."""
 
 import math
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from .clock import Clock, Ends
 # Its annotations are narrower than what it accepts.
 _write = cast(Callable[..., Array], eqxi.buffer_at_set)
 
-# For so many steps there is always room, and memory for more if Diffrax's default adjoint
-# takes as much, see `room_for_steps`.
+# The record always has room for so many steps, and for more if Diffrax's default adjoint
+# takes as much memory, see `room_for_steps`.
 _least_rows = 256
 _most_rows = 1 << 14
-# Without a bound on the number of steps as if there were this one.
+# Stands in for `max_steps=None`.
 _without_bound = 1 << 16
 
 _restarted, _crossed = 1, 2
@@ -37,37 +37,37 @@ def _is_buffer(x: Any) -> bool:
 
 
 def room_for_steps(y: Y, t: RealScalarLike, max_steps: int | None, known: int) -> int:
-    """How many bytes a record of steps can take beside so many bytes of `known` states, for
-    both to take no more than `diffrax.RecursiveCheckpointAdjoint`.
+    """The bytes available to a record of steps, so that it and so many bytes of `known`
+    states take no more memory than `diffrax.RecursiveCheckpointAdjoint`.
 
-    By default that has `n` checkpoints with `n (n + 3) / 2 >= max_steps`, of the state and
-    its derivative, and of about eight numbers more: times, counters, and the state of the
+    By default that has `n` checkpoints with `n (n + 3) / 2 >= max_steps`. Each stores the
+    state, its derivative, and about eight numbers: times, counters, and the state of the
     controller.
     """
     steps = _without_bound if max_steps is None else max_steps
     count = math.floor(math.sqrt(2 * steps + 0.25) - 1.5) + 1
     state = sum(jnp.asarray(x).nbytes for x in jtu.tree_leaves(y))
-    # Who asks for many known states has as much memory again.
+    # With many known states, the record may take as much memory again.
     return max(count * (2 * state + 8 * jnp.asarray(t).itemsize) - known, known)
 
 
 class Record(eqx.Module):
-    """Where the steps from `first` to before `count` were, and what was between them.
+    """The steps from `first` to before `count`, and the restarts and jumps between them.
 
-    As many as there are rows, in a ring: of a longer solve those are forgotten that were
-    made long ago. If steps are recomputed, there are no times; of a solve without restarts
-    and jumps, then, there is nothing to record, and nothing is forgotten.
+    The rows are a ring buffer: a longer solve overwrites the oldest steps. If steps are
+    recomputed, no times are recorded, and without restarts and jumps nothing is recorded or
+    overwritten.
 
-    - `starts`: of steps, of which each ends where the next one starts, unless there are
-        jumps.
-    - `previous_ends`: if there may be jumps, where the step before each ended.
-    - `flags`: whether there was a restart or a jump just before a step, if there may be.
-    - `scalars`: what the solver asks for, see `HasRecord`.
-    - `restarted`, `crossed`: of the next step.
-    - `last_end`: of the last step.
-    - `torn`: whether a step has not started where the last one ended, without a jump.
-    - `outermost`: the first and the last step, which need not be what the controller asked
-        for, if steps are recomputed.
+    - `starts`: the starts of steps. Each step ends at the start of the next, unless there
+        are jumps.
+    - `previous_ends`: the end of the step before each, if there may be jumps.
+    - `flags`: whether a restart or a jump precedes each step, if there may be any.
+    - `scalars`: the values that the solver records, see `HasRecord`.
+    - `restarted`, `crossed`: the flags of the next step.
+    - `last_end`: the end of the last step.
+    - `torn`: whether a step did not start at the end of the last one, without a jump.
+    - `outermost`: the first and the last step, if steps are recomputed. They may differ
+        from those that the controller chose.
     """
 
     starts: eqxi.MaybeBuffer[Float[Array, " rows"]] | None
@@ -95,7 +95,7 @@ class Record(eqx.Module):
         """**Arguments:**
 
         - `with_flags`: whether there may be restarts or jumps.
-        - `room`: how many bytes the record may take, if that is enough for a few hundred
+        - `room`: the bytes that the record may take, if these suffice for a few hundred
             steps.
         """
         t = jnp.asarray(t0)
@@ -126,20 +126,20 @@ class Record(eqx.Module):
 
     @property
     def rows(self) -> int | None:
-        """How many steps are held at the most; `None` if nothing is forgotten."""
+        """The largest number of steps on record; `None` if nothing is overwritten."""
         buffers = self.buffers()
         return buffers[0].shape[0] if len(buffers) > 0 else None
 
     def buffers(self) -> list:
-        """What `equinox.internal.while_loop` may update in place."""
+        """The buffers that `equinox.internal.while_loop` may update in place."""
         rows = self.starts, self.previous_ends, self.flags, self.scalars
         return jtu.tree_leaves(rows, is_leaf=_is_buffer)
 
     def rewind(
         self, step: IntScalarLike, last_end: RealScalarLike, last: IntScalarLike
     ) -> "Record":
-        """To record what comes after a `step` once more, up to the `last` of the solve at
-        the most."""
+        """The record for a replay that starts after a `step`, and ends at or before the
+        `last` one of the solve."""
         no = jnp.array(False)
         reaches = self.reaches(step, last)
         first = jnp.where(reaches, jnp.minimum(self.first, step), step)
@@ -150,8 +150,8 @@ class Record(eqx.Module):
         )
 
     def where(self, pred: BoolScalarLike, other: "Record") -> "Record":
-        """All but the buffers of another record, unless `pred`. It has the same buffers, or
-        those are not written to where it is chosen."""
+        """This record, with the numbers of the `other` unless `pred`. Without `pred`, both
+        must have the same buffers."""
 
         def numbers(record):
             return (
@@ -165,7 +165,7 @@ class Record(eqx.Module):
         return eqx.tree_at(numbers, self, chosen)
 
     def interrupt(self, restarted: BoolScalarLike, crossed: BoolScalarLike) -> "Record":
-        """Record that there was a restart before the next step, or a jump was crossed."""
+        """Record whether the solve restarted or crossed a jump before the next step."""
         flags = self.restarted | restarted, self.crossed | crossed
         return eqx.tree_at(lambda r: (r.restarted, r.crossed), self, flags)
 
@@ -210,10 +210,10 @@ class Record(eqx.Module):
         )
 
     def reaches(self, step: IntScalarLike, last: IntScalarLike) -> BoolScalarLike:
-        """Whether what was recorded just before a `step` is still there.
+        """Whether the record of the steps just before `step` is still there.
 
-        A replay to an earlier one may have been written over it, unless there are rows for
-        all steps up to the `last` of the solve.
+        A replay to an earlier step may have overwritten it, unless there are rows for all
+        steps up to the `last` of the solve.
         """
         if self.rows is None:
             return jnp.array(True)
@@ -222,7 +222,7 @@ class Record(eqx.Module):
     def covers(
         self, step: IntScalarLike, target: IntScalarLike, last: IntScalarLike
     ) -> BoolScalarLike:
-        """Whether all that was recorded from a `step` on to the `target` is still there."""
+        """Whether the whole record from a `step` to the `target` is still there."""
         if self.starts is None:
             return jnp.array(False)
         return (self.first <= step) & self.reaches(target, last)
@@ -230,8 +230,8 @@ class Record(eqx.Module):
     def ends(
         self, step: IntScalarLike, last: IntScalarLike, last_end: RealScalarLike
     ) -> Ends:
-        """Of a step that is recorded. Where the `last` one ended is told; what comes after
-        starts there."""
+        """The ends of a recorded step. The `last` one ends at `last_end`, where the next
+        one starts."""
         starts = self.starts if self.previous_ends is None else self.previous_ends
         assert self.starts is not None and starts is not None and self.rows is not None
         end = starts[(step + 1) % self.rows]
@@ -250,11 +250,11 @@ class Record(eqx.Module):
         return (flags & _restarted) != 0, (flags & _crossed) != 0
 
     def recorded_before(self, step: IntScalarLike) -> PyTree[Array]:
-        """What the solver had asked for before a step."""
+        """The values that the solver recorded before a step."""
         return jtu.tree_map(lambda rows: rows[step % rows.shape[0]], self.scalars)
 
     def clock(self, end: State) -> Clock:
-        """At the end of the last step."""
+        """The clock at the end of the last step."""
         t = jnp.asarray(end.tprev if self.outermost is None else self.last_end)
         state = None if self.outermost is None else end.controller_state
         return Clock(t, t, self.last_end, state, jnp.zeros_like(t))
@@ -269,12 +269,12 @@ class Record(eqx.Module):
         y1: Y,
         args: Args,
     ) -> Clock:
-        """Go on with the `step`-th step, of which `y1` is the end.
+        """Move the clock to the `step`-th step, whose final state is `y1`.
 
         **Arguments:**
 
-        - `last`, `outermost`: which step was the last one of the solve, and where it and
-            the first one were, if steps are recomputed.
+        - `last`, `outermost`: the number of the last step of the solve and, if steps are
+            recomputed, the first and the last step.
         """
         if outermost is None:
             assert self.starts is not None

@@ -1,4 +1,4 @@
-"""One step of the walk back, and the jump before it."""
+"""One step of the walk, and the jump before it."""
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -22,7 +22,7 @@ def undo_step(
     record: Record,
     known: tuple[Y, SolverState] | None = None,
 ) -> Position:
-    """Go back over a step, to its start, which is reconstructed unless it is `known`."""
+    """Undo a step, whose start is reconstructed unless it is `known`."""
     step = position.step - 1
     _, args = walk.combine(walk.params)
     clock = record.undo(

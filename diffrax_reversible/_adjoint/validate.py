@@ -1,4 +1,4 @@
-"""What `ReversibleAdjoint` refuses, one message for each."""
+"""The errors of `ReversibleAdjoint`, one message for each condition."""
 
 import equinox.internal as eqxi
 from diffrax import (
@@ -19,10 +19,10 @@ _remedy = "Use `adjoint=RecursiveCheckpointAdjoint()`"
 
 
 def check_supported(terms: Terms) -> None:
-    """Raise an error for what cannot be walked back."""
+    """Raise an error for terms whose steps cannot be undone."""
     if is_unsafe_sde(terms):
         raise ValueError(
-            f"{call} cannot walk back along an `UnsafeBrownianPath`, which gives another "
+            f"{call} cannot undo steps along an `UnsafeBrownianPath`, which gives another "
             "sample each time. Use `diffrax.VirtualBrownianTree`."
         )
 
@@ -47,8 +47,8 @@ forward_mode = (
 
 
 def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]:
-    """Whether ends of steps within the solve depend on `t0`, and on `t1`, as far as
-    gradients go. Of controllers that are not known they may."""
+    """Whether the interior ends of steps may have a derivative with respect to `t0`, and to
+    `t1`. Under unknown controllers they may."""
     while isinstance(controller, ClipStepSizeController):
         controller = controller.controller
     if isinstance(controller, StepTo):
@@ -58,21 +58,20 @@ def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]
 
 
 moving_steps = (
-    f"{call} holds fixed where the steps are, and so it has no gradients with respect to "
-    "`t0` or `t1` of what is saved at the end of a step, by `SaveAt(steps=...)` or where "
-    "an `Event` stops that is Boolean or has no `root_finder`. Save at times of your own, "
-    "by `SaveAt(ts=...)`, locate the event, make given steps with `StepTo`, or detach `t0` "
-    f"and `t1` with `jax.lax.stop_gradient`. {_remedy} otherwise."
+    f"{call} holds the ends of steps fixed, so it has no gradients with respect to `t0` or "
+    "`t1` of outputs at the end of a step, by `SaveAt(steps=...)` or at an `Event` that is "
+    "Boolean or has no `root_finder`. Save at times of your own by `SaveAt(ts=...)`, "
+    "locate the event, prescribe the steps with `StepTo`, or detach `t0` and `t1` with "
+    f"`jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 
 
 steps_that_follow_the_state = (
-    f"{call} holds fixed where the steps are. Those of this `stepsize_controller` follow "
-    "the state, and so it has no gradients of what is saved at the end of a step, by "
-    "`SaveAt(steps=...)` or where an `Event` stops that is Boolean or has no "
-    "`root_finder`. Save at times of your own, by `SaveAt(ts=...)`, or if the derivative "
-    "of the steps is not wanted, let `adapt_step_size` detach them with "
-    "`jax.lax.stop_gradient`. "
+    f"{call} holds the ends of steps fixed. With this `stepsize_controller` they depend on "
+    "the state, so it has no gradients of outputs at the end of a step, by "
+    "`SaveAt(steps=...)` or at an `Event` that is Boolean or has no `root_finder`. Save at "
+    "times of your own by `SaveAt(ts=...)` or, if the derivative of the steps is not "
+    "wanted, let `adapt_step_size` detach them with `jax.lax.stop_gradient`. "
     f"{_remedy} otherwise."
 )
 
@@ -89,7 +88,7 @@ def hold_fixed(x: PyTree, name: str) -> PyTree:
 
 
 def hold_times_fixed(x: PyTree) -> PyTree:
-    """Raise an error if a gradient is differentiated along the times `x`: it does not see
+    """Raise an error if a gradient is differentiated along the times `x`, as it ignores
     that steps depend on them."""
     return eqxi.nondifferentiable(
         x,
@@ -103,7 +102,7 @@ def hold_times_fixed(x: PyTree) -> PyTree:
 
 
 def differentiate_once(x: PyTree) -> PyTree:
-    """Raise an error if `x`, of a gradient, is differentiated again in reverse mode."""
+    """Raise an error if `x`, part of a gradient, is differentiated in reverse mode."""
     return eqxi.nondifferentiable_backward(
         x,
         msg=(

@@ -1,4 +1,4 @@
-"""Where the walk back is, and what does not change along it."""
+"""The walk over the steps of a solve, from the last to the first, and its position."""
 
 import dataclasses
 import math
@@ -35,31 +35,29 @@ from .problem import Context, Inputs, Problem
 from .replay import Replayer
 
 
-# More steps than there are between known states.
+# Exceeds the number of steps between known states.
 longest_reach = 1 << 28
 
 
 class Position(eqx.Module):
-    """Where the walk is, with `step` steps still to undo.
+    """The position of the walk, with `step` steps still to undo.
 
-    - `known`: whether the state and the solver state are those of the solve, and not
-        reconstructed.
-    - `restarted`: whether the solve was restarted here, which is still to be undone.
-    - `stop`: the step at which there is a known state, or nothing is recorded of what was
-        before.
-    - `growth`: of the cotangent, if the solver can tell.
-    - `origin`: this, where the state was known last; only the step, the state, and what is
-        differentiated of the solver state, if steps are not undone a second time.
-    - `reach`: over how many steps the walk may go without a known state; zero if it is not
-        to undo a single one.
-    - `parted`: how far a replay has been off a state that was known before.
-    - `drifts`: how far the walk has been off so far, or a replay, as a part of what that
-        may be, of what the walk may be.
-    - `undone`, `replayed`: how many steps were, so far.
-    - `hidden`: by how much entries were off that have come to rest since the state was
-        known last; `None` if it does not matter what was at rest.
-    - `params_cotangent`: up to there, beside that in `cotangent`, if steps may be undone a
-        second time.
+    - `known`: whether the state and the solver state are known, and not reconstructed.
+    - `restarted`: whether a restart here is still to be undone.
+    - `stop`: the step of the next known state, or of the oldest step on record.
+    - `growth`: the growth of the cotangent, if the solver can detect it.
+    - `origin`: the position at the last known state; only its step, state, and
+        differentiated leaves of the solver state, if steps are never undone again.
+    - `reach`: the largest number of steps between known states; zero if not even a single
+        step is to be undone.
+    - `parted`: the largest difference between a replay and the solve.
+    - `drifts`: the largest errors at known states; those of replays are scaled by the ratio
+        of the tolerances.
+    - `undone`, `replayed`: the numbers of steps undone and replayed so far.
+    - `hidden`: the errors of entries that have come to rest since the last known state;
+        `None` if entries at rest do not matter.
+    - `params_cotangent`: the part of the cotangent of the parameters from before the last
+        known state, if steps may be undone again.
     - `meter`: the state of the progress meter.
     """
 
@@ -84,7 +82,7 @@ class Position(eqx.Module):
     meter: PyTree = None
 
     def as_origin(self, whole: bool) -> "Position":
-        """What is to be known of it once the walk has gone on."""
+        """The part of this position that the walk keeps as an `origin`."""
         ct = dataclasses.replace(self.cotangent, params=None)
         here = dataclasses.replace(
             self,
@@ -106,7 +104,7 @@ class Position(eqx.Module):
 
     @property
     def least_reach(self) -> IntScalarLike:
-        """After how many steps there is to be a known state."""
+        """The number of steps between known states, at least one."""
         return jnp.maximum(self.reach, 1)
 
     @property
@@ -120,7 +118,7 @@ class Position(eqx.Module):
 
 
 class Walk(eqx.Module):
-    """What does not change along the walk."""
+    """The constants of the walk."""
 
     inputs: Inputs
     problem: Problem
@@ -128,16 +126,16 @@ class Walk(eqx.Module):
     replayer: Replayer
     outputs: list[Output]
     dense_rows: DenseInfo | None
-    # Of what the last step interpolated with, if an event was located within it.
+    # The cotangent of the interpolation data of the last step, if an event lies in it.
     end_dense: DenseInfo | None
-    # Those leaves of `Inputs.context` that are differentiated, and the others.
+    # The differentiated leaves of `Inputs.context`, and the rest.
     params: Params
     nondiff: Context
     differentiates_times: bool = eqx.field(static=True)
-    # By how much known states may be missed, by the walk and by replays.
+    # The accepted errors at known states, of the walk and of replays.
     drift_tol: float = eqx.field(static=True)
     replay_tol: float = eqx.field(static=True)
-    # Called wherever the walk comes to a known state.
+    # Called at every known state.
     watch: Callable[[dict[str, Any]], None] | None = eqx.field(static=True)
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
@@ -154,7 +152,7 @@ class Walk(eqx.Module):
     def settle(
         self, when: IntScalarLike, states: tuple[Y, SolverState]
     ) -> tuple[Y, SolverState]:
-        """Reconstructed states, with what was at rest then as it was at the start."""
+        """Reconstructed states, with entries at rest replaced by those at the start."""
         rest = self.residuals.kept.rest
         return states if rest is None else rest.settle(when, states, self.start_states)
 
@@ -171,7 +169,7 @@ class Walk(eqx.Module):
 
     @property
     def repeats(self) -> bool:
-        """Whether steps are undone once more, where the walk has missed a known state."""
+        """Whether steps are undone again, where the walk has missed a known state."""
         return self.residuals.kept.holds and math.isfinite(self.drift_tol)
 
     @property
@@ -181,11 +179,11 @@ class Walk(eqx.Module):
 
     @property
     def stops(self) -> bool:
-        """Whether the walk may come to a known state, or to a gap, before the start."""
+        """Whether a known state, or a gap in the record, may interrupt the walk."""
         return self.replays or self.residuals.kept.holds
 
     def start(self, position: Position) -> Position:
-        """With what is known where the walk begins."""
+        """The position at the start of the walk, with all fields."""
         if self.tells_growth(position):
             growth = Growth.start(position.cotangent.y)
             position = dataclasses.replace(position, growth=growth)
@@ -224,7 +222,7 @@ class Walk(eqx.Module):
         miss: RealScalarLike,
         repeated: BoolScalarLike,
     ) -> None:
-        """Tell whoever watches of a known state that the walk has come to, if `here`."""
+        """Call `watch` for a known state, if this element is `here`."""
         watch = self.watch
         if watch is None:
             return
@@ -245,7 +243,7 @@ class Walk(eqx.Module):
         jax.debug.callback(on_host, here, position.step, t, restarted, miss, repeated)
 
     def tells_growth(self, position: Position) -> bool:
-        """Whether the solver tells how cotangents are pulled back."""
+        """Whether the solver has a probe, to detect growth."""
         solver = self.problem.solver
         if not isinstance(solver, HasProbe):
             return False
@@ -259,8 +257,8 @@ class Walk(eqx.Module):
         true: tuple[Y, SolverState],
         least: RealScalarLike = 0.0,
     ) -> list[Drift]:
-        """How far the walk is off the true state and solver state, and the same where no
-        entry counts for less than the `least` part of the largest of its array."""
+        """The errors of the reconstructed state and solver state, where `least` is the
+        fraction of the largest scale in each array for `Drift.beside`."""
         terms, args = self.combine(self.params)
         step = position.clock.start, position.clock.end
         y, solver_state = true

@@ -1,4 +1,4 @@
-"""What to change, from what a solve and its gradient have done."""
+"""Advice on a solve and its gradient."""
 
 import math
 
@@ -8,20 +8,20 @@ from .explanation import default_gradient, Explanation, solver_name
 from .rivals import Rival
 
 
-# A solver is worth changing if a gradient takes less than this part of the time.
+# Another solver is advised if its gradient takes less than this fraction of the time.
 _faster = 0.8
 
 
 def advise(
     explanation: Explanation, solver: AbstractSolver, tolerance: float, single: bool
 ) -> list[str]:
-    """Sentences, the most urgent first.
+    """Advice as sentences, the most urgent first.
 
     **Arguments:**
 
-    - `explanation`: without advice.
-    - `tolerance`: the error that was asked for, relative to the state, or infinity if
-        steps are fixed.
+    - `explanation`: the explanation, without advice.
+    - `tolerance`: the requested error, relative to the state, or infinity if steps are
+        fixed.
     - `single`: whether the state is in single precision or coarser.
     """
     sentences = [
@@ -100,7 +100,7 @@ def _of_memory(explanation: Explanation) -> str | None:
 
 
 def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) -> str | None:
-    """The fastest gradient of no larger error, or of one that is within the tolerance."""
+    """The fastest gradient with an error no larger, or within the tolerance."""
     own = [rival for rival in rivals if solver_name(rival.solver) == solver_name(solver)]
     able = [rival for rival in rivals if math.isfinite(rival.error)]
     if len(own) == 0 or len(able) == 0:

@@ -1,4 +1,4 @@
-"""Where a solve has tried to step."""
+"""The attempted steps of a solve."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 
 
 class Attempts(NamedTuple):
-    """Every step that was tried, in the order of their starts. `accepted` is false for
-    those that were rejected."""
+    """All attempted steps, in the order of their starts. `accepted` is false for rejected
+    steps."""
 
     start: Float[np.ndarray, " steps"]
     end: Float[np.ndarray, " steps"]
@@ -20,8 +20,7 @@ class Attempts(NamedTuple):
 
     @staticmethod
     def of(notes: list[tuple[float, float, bool]], direction: float) -> "Attempts":
-        """Of what a `RecordingController` has noted, which integrates forwards in
-        `direction * t`."""
+        """From the notes of a `RecordingController`, whose time is `direction * t`."""
         table = np.array(sorted(notes), dtype=float).reshape(-1, 3)
         return Attempts(direction * table[:, 0], direction * table[:, 1], table[:, 2] == 1)
 
@@ -31,7 +30,7 @@ class Attempts(NamedTuple):
 
 
 class RecordingController(AbstractStepSizeController):
-    """Steps as another controller does, and notes every step that is tried."""
+    """Wraps a controller, and notes every attempted step."""
 
     controller: AbstractStepSizeController
     note: Callable[[tuple[float, float, bool]], None] = eqx.field(static=True)

@@ -37,26 +37,26 @@ def explain(
 ) -> Explanation:
     """Explain why a solve or its gradient is slow, large, or refused.
 
-    Call it in place of `diffrax.diffeqsolve`, with the same arguments, and print what
-    it returns:
+    Call it in place of `diffrax.diffeqsolve`, with the same arguments, and print the
+    result:
 
         print(diffrax_reversible.explain(terms, solver, t0, t1, dt0, y0, args, ...))
 
-    It solves, differentiates, and tells which steps were taken and rejected, where the
-    solver was restarted, how far the backward pass missed known states, what memory the
-    gradient takes beside `diffrax.RecursiveCheckpointAdjoint`, and what to change.
-    Call it outside of `jax.jit`, `jax.vmap` and `jax.grad`, for one member of a batch.
+    It solves and differentiates, and reports the accepted and rejected steps, the restarts,
+    the errors of the backward pass at known states, the memory of the gradient and of that
+    under `diffrax.RecursiveCheckpointAdjoint`, and what to change. Call it outside of
+    `jax.jit`, `jax.vmap` and `jax.grad`, for one member of a batch.
 
     **Arguments:**
 
     - `terms` to `args`, and `settings`: as for `diffeqsolve`. The default adjoint is
         `ReversibleAdjoint()`.
     - `loss`: the scalar function of the solution that is differentiated, with respect to
-        `y0`, `args` and `terms`. Defaults to the sum of squares of all that was saved.
+        `y0`, `args` and `terms`. Defaults to the sum of squares of all outputs.
     - `rivals`: solvers to compare with, each under `ReversibleAdjoint()`; `()` for none.
         Defaults to those of this package for the same kind of `terms`, if steps are
-        constant or by a `PIDController`. Their errors are those of what is saved, beside a
-        finer solve by the last of them.
+        constant or by a `PIDController`. Their errors are those of the outputs, compared
+        with a finer solve by the last of them.
 
     **Returns:**
 
@@ -65,8 +65,8 @@ def explain(
     **Raises:**
 
     - `ValueError` if arguments are traced.
-    - Whatever `diffeqsolve` raises for its arguments. If the solve does not succeed, or if
-        its gradient is refused, then the explanation tells why.
+    - The errors of `diffeqsolve` for its arguments. If the solve does not succeed, or its
+        gradient is refused, the explanation says why.
 
     **Cost:**
 
@@ -115,7 +115,7 @@ def _title(solve: Solve) -> str:
 
 
 def _solve(solve: Solve) -> tuple[str | None, Attempts, int]:
-    """Why it fails, what steps are tried, and how many restarts there are."""
+    """The reason for a failure, the attempted steps, and the number of restarts."""
     notes = []
     recording = RecordingController(solve.controller, notes.append)
     recorded = solve.but(stepsize_controller=recording, throw=False)
@@ -130,7 +130,7 @@ def _solve(solve: Solve) -> tuple[str | None, Attempts, int]:
 def _differentiate(
     solve: Solve, adjoint: Any
 ) -> tuple[list[dict[str, Any]], dict[str, int], str | None]:
-    """The known states, the counts of the backward pass, and why it is refused."""
+    """The known states, the counts of the backward pass, and the reason for a refusal."""
     known, reports = [], []
     if isinstance(adjoint, ReversibleAdjoint):
         adjoint = dataclasses.replace(adjoint, watch=known.append, report=reports.append)
@@ -153,7 +153,7 @@ def _memory(solve: Solve, adjoint: Any) -> dict[str, int | None]:
         try:
             memory[name] = temporary_bytes(solve.compile_gradient(other))
         except Exception:
-            # Which is told of elsewhere, or is not of this package.
+            # Reported elsewhere, or not an error of this package.
             memory[name] = None
     return memory
 

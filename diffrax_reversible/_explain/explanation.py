@@ -1,4 +1,4 @@
-"""What `explain` returns."""
+"""The result of `explain`."""
 
 import dataclasses
 from typing import Any
@@ -9,26 +9,26 @@ from .attempts import Attempts
 from .rivals import Rival
 
 
-# Of `Explanation.memory`.
+# A key of `Explanation.memory`.
 default_gradient = "gradient with RecursiveCheckpointAdjoint"
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a solve and its gradient do. `print` shows it as text, and `plot` draws it.
+    """A report on a solve and its gradient. `print` shows it as text; `plot` draws it.
 
     - `title`: the solver, the dtype and the step size controller.
-    - `failed`: why the solve itself has not succeeded; else `None`.
-    - `attempts`: every step that was tried: `start`, `end` and `accepted`, NumPy arrays
-        with one entry per step.
-    - `num_restarts`: how often the solver was restarted.
-    - `known_states`: what `ReversibleAdjoint(watch=...)` is called with: the known states
-        that the backward pass has come to.
-    - `undone_steps`, `replayed_steps`: what `ReversibleAdjoint(report=...)` is called
-        with. `None` if no gradient was attempted.
-    - `refused`: why there is no gradient; else `None`.
+    - `failed`: the reason why the solve itself failed, or `None`.
+    - `attempts`: all attempted steps: `start`, `end` and `accepted`, NumPy arrays with one
+        entry per step.
+    - `num_restarts`: the number of restarts.
+    - `known_states`: the known states of the backward pass, as the dictionaries of
+        `ReversibleAdjoint(watch=...)`.
+    - `undone_steps`, `replayed_steps`: the numbers of `ReversibleAdjoint(report=...)`, or
+        `None` if no gradient was attempted.
+    - `refused`: the reason why there is no gradient, or `None`.
     - `memory`: compiled temporary memory in bytes, of the solve, of its gradient, and of
-        the gradient under `RecursiveCheckpointAdjoint`, where XLA tells.
+        the gradient under `RecursiveCheckpointAdjoint`, where XLA reports it.
     - `rivals`: time, memory and error of the same solve with the solvers of this package.
     - `advice`: what to change, as sentences.
     """
@@ -103,8 +103,8 @@ class Explanation:
         return lines
 
     def plot(self, path: Any = None) -> Any:
-        """Draw where steps were taken, rejected and restarted, and how far the backward
-        pass missed known states.
+        """Draw accepted and rejected steps, restarts, and the errors of the backward pass
+        at known states.
 
         **Arguments:**
 
@@ -152,7 +152,7 @@ class Explanation:
 
 
 def solver_name(solver: Any) -> str:
-    """As it was constructed, as far as that is short."""
+    """The constructor call of a solver, in short."""
     inner = getattr(solver, "solver", None)
     inside = "" if inner is None else type(inner).__name__ + "()"
     return f"{type(solver).__name__}({inside})"

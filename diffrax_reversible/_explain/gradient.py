@@ -22,14 +22,14 @@ from jaxtyping import PyTree
 
 
 def sum_of_squares(sol: Solution) -> jax.Array:
-    """Of everything that was saved."""
+    """The sum of squares of all outputs."""
     leaves = jtu.tree_leaves(eqx.filter(sol.ys, eqx.is_inexact_array))
     return jnp.asarray(sum(jnp.sum(jnp.abs(y) ** 2) for y in leaves))
 
 
 @dataclasses.dataclass(frozen=True)
 class Solve:
-    """The arguments of a call of `diffeqsolve`, and what is differentiated of it."""
+    """The arguments of a call of `diffeqsolve`, and the loss to differentiate."""
 
     terms: PyTree
     solver: AbstractSolver
@@ -42,7 +42,7 @@ class Solve:
     loss: Callable[[Solution], jax.Array]
 
     def but(self, **changes: Any) -> "Solve":
-        """With another solver, step size, or other settings."""
+        """The solve with changed arguments or settings."""
         names = {field.name for field in dataclasses.fields(self)}
         fields = {k: v for k, v in changes.items() if k in names}
         settings = {k: v for k, v in changes.items() if k not in names}
@@ -54,7 +54,7 @@ class Solve:
 
     @property
     def direction(self) -> float:
-        """Of time. Solvers only see it increase: in `direction * t`."""
+        """The sign of time. Solvers integrate forwards in `direction * t`."""
         return 1.0 if self.t1 >= self.t0 else -1.0
 
     @property
@@ -78,13 +78,13 @@ class Solve:
         return jax.jit(jax.grad(solve.value)).lower(self.differentiated).compile()
 
     def states(self) -> np.ndarray:
-        """Everything that is saved, in one row."""
+        """All outputs, in one row."""
         ys = eqx.filter_jit(self.run)(self.differentiated).ys
         leaves = jtu.tree_leaves(eqx.filter(ys, eqx.is_inexact_array))
         return np.concatenate([np.ravel(y) for y in leaves])
 
     def milliseconds(self, compiled: Any, repeats: int = 5) -> float:
-        """The median wall time of what was compiled, after it has run once."""
+        """The median wall time of a compiled function, after one run."""
         times = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -94,6 +94,6 @@ class Solve:
 
 
 def temporary_bytes(compiled: Any) -> int | None:
-    """Compiled temporary memory, or `None` where XLA does not tell."""
+    """Compiled temporary memory, or `None` where XLA does not report it."""
     memory = compiled.memory_analysis()
     return None if memory is None else memory.temp_size_in_bytes

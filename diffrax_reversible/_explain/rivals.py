@@ -1,4 +1,4 @@
-"""What other solvers would take for the same solve."""
+"""Time, memory and error of the same solve with different solvers."""
 
 import contextlib
 from typing import NamedTuple
@@ -17,16 +17,16 @@ from .._solver.mccallum_foster import McCallumFoster
 from .gradient import Solve, temporary_bytes
 
 
-# Of the finer solve.
+# The `max_steps` of the finer solve.
 _most_steps = 100_000
 
 
 class Rival(NamedTuple):
-    """One solver.
+    """The measurements of one solver.
 
-    - `milliseconds`, `bytes`: of a gradient.
-    - `error`: of what is saved, as a fraction of its largest entry.
-    - `refused`: why there is no gradient, or `None`.
+    - `milliseconds`, `bytes`: the time and the temporary memory of a gradient.
+    - `error`: the error of the outputs, as a fraction of their largest entry.
+    - `refused`: the reason why there is no gradient, or `None`.
     """
 
     solver: AbstractSolver
@@ -51,7 +51,7 @@ def default_rivals(solve: Solve) -> tuple[AbstractSolver, ...]:
 
 
 def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
-    """The same solve by each of `solvers`, beside a finer one by the last of them."""
+    """Compare the solve by each of `solvers` with a finer one by the last of them."""
     if len(solvers) == 0:
         return []
     # Without a finer solve there are no errors to compare.
@@ -83,8 +83,8 @@ def reason(error: Exception) -> str:
 
 
 def _refine(solve: Solve, factor: float) -> Solve | None:
-    """With tolerances `factor` times as large, or steps an eighth as long where they are
-    fixed; `None` if steps are given otherwise."""
+    """The solve with tolerances `factor` times as large, or constant steps an eighth as
+    long; `None` for other controllers."""
     if isinstance(solve.controller, dfx.ConstantStepSize):
         return solve if factor == 1 else solve.but(dt0=solve.dt0 / 8, max_steps=None)
     least = 32 * coarsest_eps(solve.y0)
