@@ -93,9 +93,8 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
 
 
 class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
-    """One that can also differentiate a step without undoing it, in the memory that undoing
-    takes, if its start is known: where the flow contracts so much that a single step cannot
-    be undone."""
+    """A solver that can also differentiate a step from its known start, without undoing it,
+    in the same memory. For steps in which the flow contracts too much to be undone."""
 
     @abc.abstractmethod
     def backward_step_and_pullback(
@@ -110,7 +109,7 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
         dense_cotangent: DenseInfo | None,
         start: tuple[Y, _SolverState] | None = None,
     ) -> tuple[Y, _SolverState, Cotangent]:
-        """As of `HasPullback`. The `start` is the state and the solver state at `t0`."""
+        """See `HasPullback`. The `start` is the state and the solver state at `t0`."""
 
 
 class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
@@ -155,7 +154,7 @@ def backward_step_and_pullback(
 ) -> tuple[Y, SolverState, Cotangent]:
     """See `HasPullback`. By default the step is computed again and differentiated.
 
-    With a `start`, by a solver that is `HasPullbackFromStart`, nothing is undone."""
+    Only a solver that is `HasPullbackFromStart` takes a `start`."""
     step = combine, params, t0, t1, y1, solver_state
     cotangents = cotangent, dense_cotangent
     if start is not None:
