@@ -68,7 +68,7 @@ def test_known_states_and_checkpoints(tmp_path):
 
 
 def test_refused():
-    adjoint = dr.ReversibleAdjoint(drift_tol=1e-18)
+    adjoint = dr.ReversibleAdjoint(0, drift_tol=1e-18)
     explanation = contracting(dr.explain, dr.ALF4(), adjoint=adjoint, rivals=())
     assert explanation.failed is None
     assert "missed a state" in explanation.refused
