@@ -92,7 +92,8 @@ class ALFTableau:
             raise ValueError(
                 f"`ALFTableau(..., embedded_order={self.embedded_order})` has no error "
                 f"estimate: {len(self.sub_steps)} sub-steps cannot satisfy the order "
-                "conditions that it needs. Pass a smaller `embedded_order`."
+                "conditions that it needs. Pass more sub-steps or, if it is more than 1, "
+                "a smaller `embedded_order`."
             )
 
     def _check_composition(self):
