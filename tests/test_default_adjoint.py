@@ -17,8 +17,8 @@ from .problems import cases, relative_error, sum_of_squares
     "solver",
     cases(
         [dr.ALF4()],
-        more=[dr.ALF6()],
         slow=[
+            dr.ALF6(),
             dr.ALF4(compensated=True),
             dr.McCallumFoster(dfx.Tsit5()),
             dr.Gauss4(),

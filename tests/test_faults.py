@@ -100,7 +100,7 @@ def test_not_finite(fault, solver, controller):
     np.testing.assert_allclose(grad[healthy], alone[healthy], rtol=1e-13)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_not_finite_raises():
     """The gradient, as Diffrax does not look at what it saves."""
 

@@ -235,7 +235,7 @@ def test_pytree_state(of):
         )
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_closures():
     """Vector fields and `SaveAt(fn=...)` may close over what is differentiated."""
 
@@ -263,7 +263,7 @@ def test_some_leaves_only():
     assert_same_gradient(loss, jnp.array(1.3))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_continued_solve():
     """The gradient passes from one solve to the next through `solver_state` too."""
 

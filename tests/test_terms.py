@@ -167,7 +167,7 @@ def test_closures_vmap(name):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_functions_in_args():
     def loss(adjoint, w, b):
         args = {"fn": lambda y: w * y, "b": b}
