@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._adjoint import steps
 from diffrax_reversible._adjoint.drift import Drift
 from diffrax_reversible._adjoint.walk import Walk
 
@@ -54,10 +55,10 @@ def loss(y0, scale, times, solver, adjoint, controller=PID):
     return sum_of_squares(sol.ys)
 
 
-def gradients(*settings):
-    """With respect to the state, an argument, and the ends of the solve."""
+def gradients(*settings, argnums=(0, 1)):
+    """With respect to the state and an argument, and maybe the ends of the solve."""
     point = Y0, jnp.array(1.3), (jnp.array(0.0), jnp.array(2.0))
-    grad = jax.jit(lambda *point: jax.grad(loss, (0, 1, 2))(*point, *settings))
+    grad = jax.jit(lambda *point: jax.grad(loss, argnums)(*point, *settings))
     return grad(*point)
 
 
@@ -71,28 +72,31 @@ def gradients(*settings):
 )
 @pytest.mark.parametrize("checkpoints", cases((8,), slow=(1,)))
 def test_no_step_is_undone(miss, solver, controller, checkpoints):
-    adjoint = dr.ReversibleAdjoint(checkpoints)
-    expected = jax.jit(
-        lambda y0, scale: jax.grad(loss, (0, 1))(
-            *(y0, scale, (0.0, 2.0)), solver, STORE, controller
-        )
-    )(Y0, jnp.array(1.3))
+    expected = gradients(solver, STORE, controller)
     miss()
-    ours = jax.jit(
-        lambda y0, scale: jax.grad(loss, (0, 1))(
-            *(y0, scale, (0.0, 2.0)), solver, adjoint, controller
-        )
-    )(Y0, jnp.array(1.3))
+    ours = gradients(solver, dr.ReversibleAdjoint(checkpoints), controller)
     assert relative_error(ours, expected) < 1e-11
+
+
+@pytest.mark.more
+def test_steps_that_are_forgotten(miss, monkeypatch):
+    """With a record of few steps, in which the start of a step need not be held."""
+    expected = gradients(dr.ALF4(), STORE)
+    monkeypatch.setattr(steps, "_least_rows", 2)
+    monkeypatch.setattr(steps, "_most_rows", 0)
+    miss()
+    for checkpoints in (1, 3):
+        ours = gradients(dr.ALF4(), dr.ReversibleAdjoint(checkpoints))
+        assert relative_error(ours, expected) < 1e-11
 
 
 @pytest.mark.more
 def test_times(miss):
     """Gradients with respect to them take the steps' own derivatives."""
-    settings = dr.ALF4(), dr.ReversibleAdjoint()
-    expected = gradients(*settings)
+    settings, argnums = (dr.ALF4(), dr.ReversibleAdjoint()), (0, 1, 2)
+    expected = gradients(*settings, argnums=argnums)
     miss()
-    assert relative_error(gradients(*settings), expected) < 1e-11
+    assert relative_error(gradients(*settings, argnums=argnums), expected) < 1e-11
 
 
 def test_batch(miss):

@@ -79,8 +79,8 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
 def _pull_from_start(
     walk: Walk, position: Position, kept: Kept, here: BoolScalarLike
 ) -> Position:
-    """Pull back through a single step from its start, a known state, if the walk has missed
-    that."""
+    """Pull back through a single step from its start, a known state, if the walk missed
+    that state when it undid the step."""
     solver, record, checkpoints = walk.problem.solver, kept.record, kept.checkpoints
     assert record is not None and checkpoints is not None
 

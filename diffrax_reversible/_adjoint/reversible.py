@@ -85,10 +85,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     A single step may miss by more than `drift_tol` where the flow contracts by orders of
     magnitude within it, or where terms of the vector field cancel to the last digit. `ALF4`
     and its like, and `McCallumFoster`, then do not undo it, but differentiate it from its
-    start, as the default adjoint does. They store none of its stages: for `n` evaluations
-    of the step that takes `n² / 2` more. An entry of a vector field is a sum, and rounds as
-    its terms do: a miss of four machine epsilons of the largest entry of its array repeats
-    no segment, and one of 16 in a single step is no miss.
+    start, as the default adjoint does. They store none of its stages, but compute them from
+    the start: for the `n` evaluations of a step of `ALF4` and its like that takes
+    `n (n - 1) / 2` more, and for `McCallumFoster` `n / 2`. An entry of a vector
+    field is a sum, and rounds as its terms do: a miss of four machine epsilons of the
+    largest entry of its array repeats no segment, and one of 16 in a single step is no
+    miss.
 
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
     The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a replay

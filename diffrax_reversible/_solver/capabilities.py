@@ -70,10 +70,8 @@ class AbstractInterruptedSolver(
         differentiation, and it rounds alike: Diffrax's default adjoint recomputes steps,
         and decides again whether to accept them.
         """
-        succeeds = False
 
         def step(terms, t0, t1, y0, args, solver_state):
-            nonlocal succeeds
             solver_state, _, _ = interrupt(
                 self,
                 terms,
@@ -86,14 +84,14 @@ class AbstractInterruptedSolver(
             )
             step = self, terms, t0, t1, y0, args, solver_state
             y1, y_error, dense_info, solver_state, result = advance_densely(*step)
-            succeeds = result is RESULTS.successful
+            # Diffrax compiles a leaner loop if it knows that no step fails.
+            result = None if result is RESULTS.successful else result
             return y1, y_error, dense_info, solver_state, result
 
         step = eqx.filter_checkpoint(step, prevent_cse=False)
         made = step(terms, t0, t1, y0, args, solver_state)
         y1, y_error, dense_info, solver_state, result = made
-        # Diffrax compiles a leaner loop if it knows that no step fails.
-        result = RESULTS.successful if succeeds else result
+        result = RESULTS.successful if result is None else result
         return y1, y_error, dense_info, solver_state, result
 
 

@@ -126,8 +126,8 @@ def undo_and_pull(
     - `sides_bar`: a function of a row. For every update it returns the cotangent of
         `(u, aux)` from the side outputs, or `None`.
     - `start`: the parts before the chain, if they are known. Nothing is undone then: the
-        parts before every update are computed from the start, which takes `n² / 2`
-        evaluations in place of `n`, and no more memory.
+        parts before every update are computed from the start. For `n` updates that are
+        evaluated this takes `n (n - 1) / 2` more evaluations, and no more memory.
     """
     terms, args = combine(params)
 
@@ -143,10 +143,12 @@ def undo_and_pull(
         return lax.fori_loop(0, i, make, start)
 
     def one_round(carry, row):
-        parts, bars, params_bar, _, after = carry
+        parts, bars, params_bar, _, rounds = carry
         updates = chain.make_round(terms, args, row)
-        i_round = None if after is None else after - 1
-        before = None if i_round is None else from_start(i_round)
+        before = None
+        if rounds is not None:
+            rounds = rounds - 1
+            before = from_start(rounds)
         more = [None] * len(updates) if sides_bar is None else sides_bar(row)
         first: list[Passed | None] = [None] * len(updates)
         for i in reversed(range(len(updates))):
@@ -174,7 +176,7 @@ def undo_and_pull(
             bars = _insert(others, update, _times(update.scale, bar))
             if before is None:
                 parts = _undone(parts, update, u)
-        return parts, bars, params_bar, first, i_round
+        return parts, bars, params_bar, first, rounds
 
     def like(update):
         others = tree_zeros_like(_others(bars, update))
@@ -183,9 +185,11 @@ def undo_and_pull(
 
     row = jtu.tree_map(lambda x: x[0], chain.rows)
     first = [like(update) for update in chain.make_round(terms, args, row)]
+    # How many are left, where they are computed from the start.
     rounds = None
     if start is not None:
-        rounds = jnp.array(len(jtu.tree_leaves(chain.rows)[0]) if chain.rows else 1)
+        leaves = jtu.tree_leaves(chain.rows)
+        rounds = jnp.array(len(leaves[0]) if leaves else 1)
     carry = parts, bars, params_bar, first, rounds
     parts, bars, params_bar, first, _ = _scan(one_round, carry, chain.rows, reverse=True)
     return Pulled(parts, bars, params_bar, first)
