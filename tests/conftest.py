@@ -45,15 +45,27 @@ def clear_caches():
     gc.collect()
 
 
+# What takes most of the time of compiling and is of no use for a test: large kernels,
+# their division among threads, code that is moved out of loops, and a first round of
+# simplifications, which is repeated anyway.
+QUICK_OPTIONS = dict(
+    xla_cpu_use_fusion_emitters=False,
+    xla_cpu_parallel_codegen_split_count=1,
+    xla_disable_hlo_passes="simplification,while-loop-invariant-code-motion",
+)
+
+
 @functools.cache
 def quick_options():
-    """Of those that this version of XLA knows."""
-    options = dict(xla_cpu_use_fusion_emitters=False)
-    try:
-        jax.jit(lambda: 0.0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+    """Those that this version of XLA knows."""
+    known = {}
+    for name, value in QUICK_OPTIONS.items():
+        try:
+            jax.jit(lambda: 0.0, compiler_options={name: value}).lower().compile()
+            known[name] = value
+        except jax.errors.JaxRuntimeError:
+            pass
+    return known
 
 
 @pytest.fixture(autouse=True)

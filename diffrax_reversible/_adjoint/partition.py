@@ -27,6 +27,7 @@ from .problem import (
     varying_leaves,
 )
 from .reverse_only import reverse_only
+from .unread import detach_unread
 from .validate import hold_fixed, hold_times_fixed
 
 
@@ -58,6 +59,7 @@ def make_visible(
     event, event_fns = take_event_fns(event, close_condition)
     saveat, save_fns = take_save_fns(given["saveat"], lambda fn: close(fn, t0, y0, args))
     times = take_times(t0, given["t1"], saveat)
+    terms, args = detach_unread(terms, args, save_fns, event_fns, init_state, given)
     context = Context(terms, args, save_fns, event_fns, times)
     return context, dict(stepsize_controller=controller, saveat=saveat, event=event)
 

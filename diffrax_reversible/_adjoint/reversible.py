@@ -134,7 +134,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     gradients. From `max_steps=256` on, 128 states of 64 numbers, or one of 4,096, take no
     more than with the default adjoint; smaller states and fewer steps may take more. With
     an `AbstractReversibleStepSizeController` the record has no times, but only which steps
-    followed a restart.
+    followed a restart. Leaves of `terms` and `args` that nothing reads take no memory.
 
     **Work**
 
