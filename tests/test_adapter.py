@@ -138,6 +138,7 @@ class AlwaysRestarts(dr.ALF4):
         return solver_state
 
 
+@pytest.mark.more
 def test_a_restart_that_changes_nothing_does_not_hang():
     """There is one restart before each step, and no more."""
 

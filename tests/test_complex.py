@@ -92,7 +92,7 @@ def loss(name, saveat, adjoint, precision=jnp.complex128):
     return of
 
 
-MORE = "McCallumFoster", "Gauss4"
+MORE = ("Gauss4",)
 SAVEATS = {
     "t1": dfx.SaveAt(t1=True),
     "ts": dfx.SaveAt(t0=True, ts=jnp.linspace(0.1, 1.9, 7)),

@@ -16,7 +16,8 @@ from .problems import cases, relative_error, sum_of_squares
 @pytest.mark.parametrize(
     "solver",
     cases(
-        [dr.ALF4()],
+        (),
+        more=[dr.ALF4()],
         slow=[
             dr.ALF6(),
             dr.ALF4(compensated=True),

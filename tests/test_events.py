@@ -202,6 +202,7 @@ def test_batch(name):
         np.testing.assert_allclose(g, alone, rtol=1e-8)
 
 
+@pytest.mark.more
 def test_conditions_that_close_over_values():
     """Only the condition depends on `threshold`, and the gradient is in the time too."""
 

@@ -113,7 +113,7 @@ def test_not_finite_raises():
         eqx.filter_jit(jax.grad(loss))(jnp.array(1.0))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.parametrize("solver", SOLVERS[:1], ids=repr)
 def test_steps_run_out(solver):

@@ -99,6 +99,7 @@ def test_times(miss):
     assert relative_error(gradients(*settings, argnums=argnums), expected) < 1e-11
 
 
+@pytest.mark.more
 def test_batch(miss):
     """Some members undo all steps, and others few."""
     starts = jnp.array([[0.3, -0.2, 0.5], [2.0, 1.0, -0.3], [0.1, 0.2, -0.1]])

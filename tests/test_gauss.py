@@ -167,7 +167,9 @@ def loss(parameters, solver, adjoint, max_steps=64):
 
 
 @pytest.mark.parametrize(
-    "solver", cases((dr.Gauss4(),), slow=(dr.ImplicitMidpoint(), dr.Gauss6())), ids=str
+    "solver",
+    cases((dr.ImplicitMidpoint(),), more=(dr.Gauss4(),), slow=(dr.Gauss6(),)),
+    ids=str,
 )
 @pytest.mark.parametrize("with_times", cases((False,), slow=(True,)))
 def test_gradient(solver, with_times):
@@ -388,6 +390,7 @@ class GivesUp(OwnLU):
         return jax.tree.map(lambda x: 0.9 * x, solution), result, stats
 
 
+@pytest.mark.more
 def test_linear_solve_that_is_given_up():
     """In the pull-back only: an error, and no gradient by what it came to."""
 

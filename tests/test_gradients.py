@@ -78,15 +78,14 @@ CASES = cases(
         FAMILIES["ReversibleHeun"],
     ),
     more=(
-        Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[0]),
-        Case(BITWISE, Network(), Y0, *CONTROLLERS[2]),
         FAMILIES["coupling"],
         FAMILIES["SemiImplicitEuler"],
     ),
     slow=(
         *rejecting(Network(), Y0, dr.ALF8(), COMPENSATED),
         *rejecting(PAIR, PAIR_Y0, dr.KahanLi8()),
-        *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (2, 3)),
+        *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
+        Case(BITWISE, Network(), Y0, *CONTROLLERS[2]),
         *(FAMILIES[name] for name in SLOW_FAMILIES),
         Case(dfx.LeapfrogMidpoint(), Network(), Y0, *CONTROLLERS[3]),
         *rejecting(Network(), Y0, dr.ALF2(), dr.ALF6(), BITWISE),
@@ -253,6 +252,7 @@ def test_closures():
     assert all(np.all(leaf != 0) for leaf in gradients)
 
 
+@pytest.mark.more
 def test_some_leaves_only():
     """Only of what is differentiated is a cotangent formed; integers stay out of it."""
 
@@ -293,6 +293,7 @@ def test_continued_solve():
     assert_same_gradient(loss, Y0)
 
 
+@pytest.mark.more
 def test_two_halves():
     """Have the gradient of the whole, of which they have the steps."""
 
@@ -319,6 +320,7 @@ def test_two_halves():
     assert relative_error(gradient((0.0, 1.5, 3.0)), gradient((0.0, 3.0))) < 1e-12
 
 
+@pytest.mark.more
 def test_no_steps():
     def loss(adjoint, y0):
         t = jnp.array(1.0)
@@ -390,7 +392,7 @@ def test_solver_with_nothing_but_an_inverse():
     assert_same_gradient(loss, Y0, Network(), network_args())
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_float32():
     """As good as under the default adjoint, in float32 throughout."""
     y0, field = Y0.astype(jnp.float32), Network(jnp.float32)

@@ -191,7 +191,7 @@ def test_batch():
     gradients(loss, Y0, W, checkpoints=8)
 
 
-@pytest.mark.parametrize("fresh", cases((), more=(True,), slow=(False,)))
+@pytest.mark.parametrize("fresh", cases((), slow=(True, False)))
 def test_from_a_jump(fresh):
     """A solve that begins at a jump crosses it, unless it has evaluated `v` behind it."""
 

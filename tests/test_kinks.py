@@ -155,6 +155,7 @@ def test_couplings_at_rest():
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.more
 def test_evaluations():
     """One more for each of a step, and one by which growth is told, in the two steps in
     which anything is set off."""
@@ -176,7 +177,7 @@ def test_evaluations():
     assert evaluations(jnp.abs) == evaluations(jnp.square) + 2 * (5 + 1)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_memory():
     """Is flat, and more than that of a smooth field by some states."""
@@ -238,6 +239,7 @@ def test_what_may_branch(fn, branches):
     assert may_branch(fn, jnp.arange(3.0)) == branches
 
 
+@pytest.mark.more
 def test_splitting():
     """Momenta begin at rest, and some coordinates stay there for a while."""
     off = jnp.array([0.0, 0.33])

@@ -172,7 +172,7 @@ def test_saved_outputs():
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("t1", (False, True))
+@pytest.mark.parametrize("t1", cases((True,), slow=(False,)))
 def test_saved_outputs_of_a_batch(t1):
     """In a batch of gradients, no more for each output than under the default adjoint, and
     no more than the output and its cotangent."""

@@ -51,6 +51,7 @@ def command(marker):
     return block
 
 
+@pytest.mark.more
 def test_quick_example(tmp_path):
     """Runs as it stands, and prints the gradient of the default adjoint."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
@@ -113,15 +114,11 @@ def test_gauss_table():
         assert dense == f"degree {stages}, order {stages}"
 
 
-OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
-LEFT_OUT = re.findall(r"not (\w+)", OPTIONS["ini_options"]["addopts"])
-
-
-def runs_by_default(test):
-    """Whether some case of a test has none of the marks that are left out."""
+def runs(test):
+    """Whether some case of a test runs by default or by `-m more`."""
     marks = getattr(test, "pytestmark", [])
     cases = [mark.args[1] for mark in marks if mark.name == "parametrize"]
-    left_out = lambda marked: any(mark.name in LEFT_OUT for mark in marked)
+    left_out = lambda marked: any(mark.name in ("slow", "long") for mark in marked)
     of_case = lambda case: getattr(case, "marks", ())
     return not left_out(marks) and all(
         any(not left_out(of_case(case)) for case in several) for several in cases
@@ -129,14 +126,14 @@ def runs_by_default(test):
 
 
 def test_support_table():
-    """Every line has a test that is run by default, and what the table refuses is what
+    """Every line has a test that runs, and what the table refuses is what
     `test_refusals.py` shows to be refused."""
     rows = table("tests/README.md", "What `ReversibleAdjoint` supports")
     assert {answer for _, answer, _ in rows} == {"yes", "refused"}
     for what, answer, test in rows:
         file, function = test.strip("`").split("::")
         module = importlib.import_module(f"tests.{file.removesuffix('.py')}")
-        assert runs_by_default(getattr(module, function)), what
+        assert runs(getattr(module, function)), what
         assert (file == "test_refusals.py") == (answer == "refused"), what
     refused = {what for what, answer, _ in rows if answer == "refused"}
     tested = {name for name, *_ in REFUSALS}

@@ -81,7 +81,7 @@ def weighted(sol):
     return sum((1 + i) * sum_of_squares(ys) for i, ys in enumerate(subs))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_t0_t1_ts():
     """Every combination of them."""
     combinations = list(it.product((False, True), (False, True), (None, TS)))[1:]
@@ -133,7 +133,7 @@ def test_subs(case):
     )
 
 
-@pytest.mark.parametrize("case", cases((ALF4,), more=(ALF6,), slow=FAMILIES.values()))
+@pytest.mark.parametrize("case", cases((ALF4,), slow=(ALF6, *FAMILIES.values())))
 def test_dense(case):
     def read(sol):
         ts = jnp.array([0.0, 0.4, 1.7, 3.0])

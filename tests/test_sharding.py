@@ -128,7 +128,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", cases(("batch",), slow=("shard_map", "state")))
+@pytest.mark.parametrize("name", cases((), more=("batch",), slow=("shard_map", "state")))
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     root = pathlib.Path(__file__).parent.parent

@@ -112,7 +112,7 @@ def test_families(family):
     assert_same_gradient(loss, y0, field, network_args())
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_gradients_of_everything_saved():
     """An event, ends of steps, dense output, a batch, and the end of the solve."""
 
@@ -133,7 +133,7 @@ def test_gradients_of_everything_saved():
     assert_same_gradient(batch, y0, jnp.array(5.0))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_continued():
     """From where another solve has ended, with its controller state: the first step of the
     second begins with a step size of its own."""

@@ -86,8 +86,7 @@ def gradients(controller, saveat, solver, argnums, **kwargs):
 
 CASES = cases(
     ((JUMPS, "fn"),),
-    more=((PID, "dense"),),
-    slow=((FIXED, "subs"), (PID, "ts"), (STEP_TO, "subs")),
+    slow=((PID, "dense"), (FIXED, "subs"), (PID, "ts"), (STEP_TO, "subs")),
 )
 
 
@@ -106,7 +105,7 @@ def test_against_default(controller, saveat):
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
 
 
-@pytest.mark.parametrize("controller", cases((), more=(PID,), slow=(FIXED,)))
+@pytest.mark.parametrize("controller", cases((), slow=(PID, FIXED)))
 def test_against_true_solution(controller):
     """To hold step locations fixed does not make the gradient worse than that of the
     default adjoint, which moves them."""
@@ -147,7 +146,7 @@ def test_families(family):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.parametrize("argnums", cases((), more=(((0,),),), slow=(((1,),),)))
+@pytest.mark.parametrize("argnums", cases((), slow=(((0,),), ((1,),))))
 def test_one_at_a_time(argnums):
     ours, default = gradients(STEP_TO, "fn", dr.ALF4(), argnums)
     assert relative_error(ours, default) < 1e-10
@@ -161,6 +160,7 @@ def test_ends_of_steps_that_do_not_move(controller, argnums):
     assert relative_error(ours, default) < 1e-10
 
 
+@pytest.mark.more
 def test_closed_form():
     """`y' = cos(t) y` from `t0` to `t1`."""
 

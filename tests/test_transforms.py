@@ -75,8 +75,9 @@ def batched():
 @pytest.mark.parametrize(
     "adjoint, tol",
     cases(
-        ((dfx.RecursiveCheckpointAdjoint(), 1e-10),),
-        more=((dr.ReversibleAdjoint(), 1e-11),),
+        (),
+        more=((dfx.RecursiveCheckpointAdjoint(), 1e-10),),
+        slow=((dr.ReversibleAdjoint(), 1e-11),),
     ),
 )
 def test_vmap_of_grad(adjoint, tol):
@@ -177,7 +178,9 @@ def test_implicit():
     assert abs(grad - 1) < 1e-10
 
 
-@pytest.mark.parametrize("batched", cases((False,), more=(True,)), ids=("one", "batch"))
+@pytest.mark.parametrize(
+    "batched", cases((), more=(False,), slow=(True,)), ids=("one", "batch")
+)
 def test_progress_meter(batched, capsys):
     """The backward pass shows its progress, as the solve does."""
 
@@ -290,7 +293,7 @@ def test_families(family):
         assert relative_error(x, reference) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_hessian():
     """It is symmetric, which forward over reverse mode does not make it by itself."""
 

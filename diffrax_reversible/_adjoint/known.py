@@ -2,10 +2,11 @@
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._custom_types import (
     BoolScalarLike,
@@ -16,6 +17,7 @@ from .._custom_types import (
 )
 from .._diffrax import State
 from .._tree import read_row, tree_replace, write_row
+from .packed import Packed
 
 
 class Known(eqx.Module):
@@ -78,11 +80,13 @@ class Known(eqx.Module):
 class Checkpoints(eqx.Module):
     """A bounded number of known states.
 
-    - `rows`: the states, in any order; `step` is negative in empty rows.
+    - `rows`: the states, in any order.
+    - `steps`: the number of steps before each; negative in empty rows.
     - `restarts`: whether the solve was restarted there, which cannot be undone.
     """
 
-    rows: Known
+    rows: Packed
+    steps: Int[Array, " capacity"]
     restarts: Bool[Array, " capacity"]
 
     @property
@@ -91,11 +95,10 @@ class Checkpoints(eqx.Module):
 
     @staticmethod
     def allocate(capacity: int, like: Known) -> "Checkpoints":
-        rows = jtu.tree_map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), like)
-        rows = eqx.tree_at(
-            lambda r: r.step, rows, jnp.full(capacity, -1, jnp.result_type(like.step))
-        )
-        return Checkpoints(rows, jnp.zeros(capacity, bool))
+        row = jax.eval_shape(Packed.of, like)
+        rows = jtu.tree_map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
+        steps = jnp.full(capacity, -1, jnp.result_type(like.step))
+        return Checkpoints(rows, steps, jnp.zeros(capacity, bool))
 
     def hold(
         self,
@@ -130,7 +133,7 @@ class Checkpoints(eqx.Module):
             lambda: self._place(known.step, restarts, wanted, end, prefer_restarts, needed),
             lambda: (jnp.array(0), jnp.array(False)),
         )
-        new = Checkpoints(known, jnp.asarray(restarts))
+        new = Checkpoints(Packed.of(known), known.step, jnp.asarray(restarts))
         return write_row(self, i, new, wanted)
 
     def _place(
@@ -143,7 +146,7 @@ class Checkpoints(eqx.Module):
         needed: BoolScalarLike,
     ) -> tuple[IntScalarLike, BoolScalarLike]:
         """The row to hold another state in, and whether it is held at all."""
-        steps = jnp.append(self.rows.step, step)
+        steps = jnp.append(self.steps, step)
         spread = jnp.logical_not(jnp.append(self.restarts, restarts))
         live = (steps >= 0) & (steps < end)
         # Live states first, in order.
@@ -166,15 +169,20 @@ class Checkpoints(eqx.Module):
         """The last known state before a `step`, which may be the `start`."""
         if self.capacity == 0:
             return start
-        steps = jnp.where(self.rows.step < step, self.rows.step, -1)
+        steps = jnp.where(self.steps < step, self.steps, -1)
         i = jnp.argmax(steps)
-        return read_row(self.rows, i).where(steps[i] >= 0, start)
+        row = jtu.tree_map(
+            lambda row, first: jnp.where(steps[i] >= 0, row, first),
+            read_row(self.rows, i),
+            Packed.of(start),
+        )
+        return row.unpack(start)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
         """The step of the last known state before a `step`."""
-        steps = jnp.where(self.rows.step < step, self.rows.step, 0)
+        steps = jnp.where(self.steps < step, self.steps, 0)
         return jnp.maximum(jnp.max(steps, initial=0), 0)
 
     def held(self, step: IntScalarLike) -> BoolScalarLike:
         """Whether the state after exactly `step` steps is known."""
-        return jnp.any(self.rows.step == step) | (step == 0)
+        return jnp.any(self.steps == step) | (step == 0)

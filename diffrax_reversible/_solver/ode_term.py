@@ -69,15 +69,21 @@ def as_ode_term(solver: AbstractSolver, terms: Terms) -> AbstractTerm:
             "within a step. If it is noise, use for example `diffrax.ReversibleHeun()`: "
             "with noise this solver need not converge."
         )
-    time = jnp.asarray(0.0)
-    control = eqx.filter_eval_shape(terms.contr, time, time)
-    is_leaf = jtu.tree_structure(control) == jtu.tree_structure(0)
-    if not is_leaf or getattr(control, "shape", ()) != ():
+    if not _has_scalar_control(terms):
         raise ValueError(
             f"{ode} a `{type(_unwrap(terms)).__name__}` whose control is not the scalar "
             "`t1 - t0`. Write it as an `ODETerm`."
         )
     return terms if _is_plain(terms) else _ProductTerm(terms)
+
+
+def _has_scalar_control(term: AbstractTerm) -> bool:
+    if type(_unwrap(term)).contr is ODETerm.contr:
+        return True
+    time = jnp.asarray(0.0)
+    control = eqx.filter_eval_shape(term.contr, time, time)
+    is_leaf = jtu.tree_structure(control) == jtu.tree_structure(0)
+    return is_leaf and getattr(control, "shape", ()) == ()
 
 
 def _is_plain(term: AbstractTerm) -> bool:
