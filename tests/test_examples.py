@@ -1,6 +1,7 @@
 """Every example runs, and ends by printing `OK` after it has checked its claims: some in
 part, with `--quick`. Every one has a figure that is small enough to be committed."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -9,11 +10,22 @@ import sys
 
 import pytest
 
+from .conftest import quick_options
 from .problems import cases
 
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
+
+# Those that take most of their time to compile.
+COMPILING = ("06", "07", "08", "10")
+
+
+def quick_flags():
+    """What `conftest.py` does to compile quickly, for a process of its own."""
+    options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+    options |= quick_options()
+    return " ".join(f"--{name}={value}" for name, value in options.items())
 
 
 @pytest.mark.long
@@ -23,7 +35,11 @@ def test_example(path, tmp_path):
     script = tmp_path / path.name
     shutil.copy(path, script)
     quick = ["--quick"] if "--quick" in path.read_text() else []
-    run = subprocess.run([sys.executable, script, *quick], capture_output=True, text=True)
+    environment = dict(os.environ)
+    if path.name.startswith(COMPILING):
+        environment["XLA_FLAGS"] = quick_flags()
+    command = [sys.executable, script, *quick]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"
     assert script.with_suffix(".png").stat().st_size > 10_000

@@ -133,7 +133,7 @@ class Checkpoints(eqx.Module):
             lambda: self._place(known.step, restarts, wanted, end, prefer_restarts, needed),
             lambda: (jnp.array(0), jnp.array(False)),
         )
-        new = Checkpoints(Packed.of(known), known.step, jnp.asarray(restarts))
+        new = Checkpoints(Packed.of(known), jnp.asarray(known.step), jnp.asarray(restarts))
         return write_row(self, i, new, wanted)
 
     def _place(
