@@ -84,6 +84,7 @@ def loss(adjoint, y0, field, solver, **kwargs):
     return jnp.sum(sol.ys**2)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("solver", cases((Staggered(),), more=(Subclass(),)), ids=repr)
 def test_backward_step(solver):
     """A few lines, also for a subclass."""

@@ -28,6 +28,7 @@ def contracting(call, solver, t0=0.0, t1=3.0, **settings):
     return call(CONTRACTING, solver, t0, t1, None, np.array([1.0]), rate, **settings)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("t1", cases((-3.0,), slow=(3.0,)))
 def test_steps(t1):
     explanation = contracting(dr.explain, dr.ALF4(), t1=t1, rivals=())
@@ -76,6 +77,7 @@ def test_refused():
     assert explanation.advice[0].startswith("The gradient is refused")
 
 
+@pytest.mark.more
 def test_failed():
     explanation = contracting(dr.explain, dr.ALF4(), max_steps=10, rivals=())
     assert "max_steps" in explanation.failed

@@ -77,6 +77,7 @@ def assert_forward_as_default(ours, default):
 RATES = jnp.array([0.5, 1.0, -0.7])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "fault, solver, controller",
     cases(((jnp.nan, SOLVERS[1], PID),), slow=((jnp.inf, SOLVERS[0], FIXED),)),

@@ -332,6 +332,7 @@ def test_no_steps():
     assert np.allclose(grad[0], 12 * Y0)
 
 
+@pytest.mark.more
 def test_max_steps_reached():
     """Without `throw`, the gradient is that of the outputs that were written."""
 

@@ -159,6 +159,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     assert ours <= used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 
 
+@pytest.mark.more
 def test_saved_outputs():
     """In proportion to what is saved, and not to the steps between."""
     size = 100_000

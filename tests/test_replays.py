@@ -165,6 +165,7 @@ def test_no_bound_on_steps(field, y0, args, t1, tol, solver, monkeypatch):
         assert relative_error(grad, expected) < 1e-5
 
 
+@pytest.mark.more
 def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
     """They go on from known states as well, and without any of these are replayed from the
     start."""

@@ -80,6 +80,7 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     assert relative_error(grad, expected) < tol
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "solver, dt0, t0, t1",
     cases(
