@@ -60,17 +60,26 @@ def test_figure(path):
 # error is more than 10 times that of `Dopri5`, at steps and between. `error_weights.py`:
 # error estimates of the package are nowhere less than a quarter of the error.
 # `stiff_oscillation.py`: solutions are right to 1e-4.
+# `speed.py --device gpu`: gradients are right on any device, in float32 and in float64.
 BENCHMARKS = cases(
     ("outcomes.py", "coefficients.py", "error_weights.py"),
-    slow=("work_precision.py", "speed.py", "solutions.py", "stiff_oscillation.py"),
+    slow=(
+        "work_precision.py",
+        "speed.py",
+        "speed.py --device gpu",
+        "solutions.py",
+        "stiff_oscillation.py",
+    ),
 )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark(name):
-    """In a part of it."""
-    command = [sys.executable, FOLDER / "benchmarks" / name, "--quick"]
+    """In a part of it. A name may be followed by arguments."""
+    script, *arguments = name.split()
+    path = FOLDER / "benchmarks" / script
+    command = [sys.executable, path, *arguments, "--quick"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"

@@ -23,198 +23,36 @@ steps before it is timed; it is shown apart, as is `DirectAdjoint`. Where there 
 a kind, steps fixed or adaptive, checkpoints by default or one for every step, the fastest
 counts. `speed.md` has the tables, `speed.json` all of it.
 
-    python speed.py                     # 50 minutes on two cores
-    python speed.py --problem Kepler    # and others, one of them each
-    python speed.py --quick             # checks, but no times to speak of; a minute
+`--device gpu` measures larger problems on an accelerator, in float32 and in float64
+(`speed_accelerator.py`), and writes `speed_gpu.md` and `speed_gpu.json`. With `--quick` it
+needs no accelerator: the same code runs on any device, at tiny sizes, and checks that
+gradients are right.
+
+    python speed.py                         # 50 minutes on two cores
+    python speed.py --problem Kepler        # and others, one of them each
+    python speed.py --quick                 # checks, but no times to speak of; a minute
     python speed.py --repeats 30 --output folder
+    python speed.py --device gpu            # --problem, --repeats and --output as well
+    python speed.py --device gpu --quick    # under 90 seconds on two cores
 """
 
 import argparse
 import json
 import pathlib
-import platform
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import diffrax as dfx
 import jax
-import jax.numpy as jnp
 import numpy as np
+import speed_accelerator
 import speed_growth
 import speed_report
 import tqdm
-from speed_methods import (
-    Bounds,
-    BY_NAME,
-    compile_gradient,
-    distance,
-    flatten,
-    Gradient,
-    gradsolve,
-    make_loss,
-    Method,
-    METHODS,
-    Setting,
-)
-from speed_problems import Problem, PROBLEMS, small_network, wave
+from speed_measure import Candidate, compile_point, environment, measure, reference
+from speed_methods import Bounds, BY_NAME, compile_gradient, gradsolve, METHODS, Setting
+from speed_problems import PROBLEMS, small_network, wave
 
 
 jax.config.update("jax_enable_x64", True)
-
-# Of dry runs. Longer ones are not tried.
-ROOM = Bounds(max_steps=2**13, restarts=64)
-PATIENCE = 2.0
-# In seconds.
-BUSY = 0.1
-# From there on an error is worth a measurement.
-USEFUL = 0.1
-FIXED = tuple(2**k for k in range(2, 14))
-TOLERANCES = tuple(10.0**-k for k in range(2, 13))
-ERRORS = (1e-3, 1e-5, 1e-7)
-
-
-class Candidate(NamedTuple):
-    """Of a dry run."""
-
-    setting: Setting
-    error: float
-    bounds: Bounds
-
-
-def next_power_of_two(n: Any) -> int:
-    return 1 << (int(n) - 1).bit_length()
-
-
-def reference(problem: Problem) -> np.ndarray:
-    setting, bounds = Setting(False, 1e-13), ROOM
-    if problem.steps is not None:
-        steps = 2 * max(problem.steps["Dopri8, all checkpoints"])
-        setting, bounds = Setting(True, steps), Bounds(steps)
-    run = compile_gradient(problem, BY_NAME["Dopri8"], setting, bounds).run
-    return flatten(run()[0])
-
-
-def dry_run(problem, method: Method, fixed: bool, exact: np.ndarray) -> list[Candidate]:
-    """Compiled once for all settings, from the least work to that which is enough."""
-
-    @jax.jit
-    def gradient(value, y0, args):
-        loss = make_loss(problem, method, Setting(fixed, value), ROOM, throw=False)
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(y0, args)
-
-    candidates = []
-    for value in FIXED if fixed else TOLERANCES:
-        inputs = jnp.asarray(float(value)), problem.y0, problem.args
-        if not candidates:
-            jax.block_until_ready(gradient(*inputs))
-        start = time.perf_counter()
-        grad, stats = jax.block_until_ready(gradient(*inputs))
-        seconds = time.perf_counter() - start
-        error = distance(flatten(grad), exact)
-        steps, restarts = next_power_of_two(stats.steps), next_power_of_two(stats.restarts)
-        bounds = Bounds(steps, max(Bounds(steps).restarts, restarts))
-        candidates.append(Candidate(Setting(fixed, value), error, bounds))
-        if error < min(ERRORS) / 3 or seconds > PATIENCE:
-            break
-    return candidates
-
-
-def choose(candidates: list[Candidate]) -> list[Candidate]:
-    """At the most three, in order: the last with more than the largest error of interest,
-    the first with less than the smallest, and one between."""
-    useful = [c for c in candidates if c.error < USEFUL]
-    above = [c for c in useful if c.error > max(ERRORS)][-1:]
-    below = [c for c in useful if c.error <= min(ERRORS)][:1] or useful[-1:]
-    between = [c for c in useful if c not in (*above, *below)]
-    distance = lambda c: abs(np.log(c.error / ERRORS[1]))
-    chosen = {*above, *below, *sorted(between, key=distance)[:1]}
-    return [c for c in candidates if c in chosen]
-
-
-def point(method: Method, setting: Setting, **kwargs) -> dict[str, Any]:
-    """A row of the results."""
-    return dict(
-        method=method.name,
-        group=method.group,
-        fixed=setting.fixed,
-        setting=str(setting),
-        status="measured",
-        seconds=[],
-        **kwargs,
-    )
-
-
-def compile_point(
-    problem: Problem, method: Method, candidate: Candidate, exact: np.ndarray
-) -> tuple[dict[str, Any], Gradient | None]:
-    """And run it once. Whatever it raises is its result."""
-    setting, bounds = candidate.setting, candidate.bounds
-    row = point(method, setting, **bounds._asdict())
-    try:
-        gradient = compile_gradient(problem, method, setting, bounds)
-        grad, stats = gradient.run()
-    except Exception as e:
-        lines = [line for line in str(e).splitlines() if "Error: " in line]
-        row["status"] = (lines or [f"{type(e).__name__}: {e}"])[-1].split("Error: ")[-1]
-        return row, None
-    row["error"] = distance(flatten(grad), exact)
-    row["compile_time"], row["memory"] = gradient.compile_time, gradient.memory
-    row["steps"], row["restarts"] = int(stats.steps), int(stats.restarts)
-    row["evaluations"] = float(stats.evaluations)
-    if not np.isfinite(row["error"]):
-        row["status"] = "not finite"
-        return row, None
-    return row, gradient
-
-
-def candidates_of(problem: Problem, exact: np.ndarray, methods) -> list:
-    """What to measure, as pairs of a method and a candidate."""
-    dry, pairs = {}, []
-    kinds = [(m, fixed) for m in methods for fixed in (True, False)]
-    for method, fixed in tqdm.tqdm(kinds, desc="dry runs", leave=False):
-        if not method.serves(problem, fixed):
-            continue
-        if problem.steps is not None:
-            steps = problem.steps[method.name]
-            chosen = [Candidate(Setting(True, n), np.nan, Bounds(n)) for n in steps]
-        else:
-            name = method.dry or method.name
-            if (name, fixed) not in dry:
-                dry[name, fixed] = dry_run(problem, BY_NAME[name], fixed, exact)
-            chosen = choose(dry[name, fixed])
-        pairs += [(method, candidate) for candidate in chosen]
-    return pairs
-
-
-def time_last(run: Callable[[], Any]) -> float:
-    """Seconds of the last of the runs that it takes to keep the machine busy."""
-    begin = time.perf_counter()
-    while True:
-        start = time.perf_counter()
-        run()
-        end = time.perf_counter()
-        if end - begin > BUSY:
-            return end - start
-
-
-def measure(problem: Problem, repeats: int, methods=METHODS) -> list[dict[str, Any]]:
-    exact = reference(problem)
-    if gradsolve() is None:
-        methods = [m for m in methods if m.solver is not None]
-    rows, runs = [], []
-    pairs = candidates_of(problem, exact, methods)
-    for method, candidate in tqdm.tqdm(pairs, desc="compiling", leave=False):
-        row, gradient = compile_point(problem, method, candidate, exact)
-        rows.append(row)
-        if gradient is not None:
-            runs.append((row, gradient.run))
-    for i in tqdm.trange(repeats, desc="rounds", leave=False):
-        first = i * len(runs) // repeats
-        for row, run in runs[first:] + runs[:first]:
-            row["seconds"].append(time_last(run))
-    jax.clear_caches()
-    return rows
 
 
 def quick() -> None:
@@ -246,44 +84,72 @@ def quick() -> None:
     assert memory[3] > 2 * memory[2]
 
 
-def environment() -> dict[str, Any]:
-    packages = dict(jax=jax, diffrax=dfx, gradsolve=gradsolve())
-    versions = {n: m.__version__ for n, m in packages.items() if m is not None}
-    devices = [str(device.device_kind) for device in jax.devices()]
-    machine = f"{platform.machine()}, {platform.system()}"
-    versions["Python"] = platform.python_version()
-    return dict(versions=versions, device_kinds=devices, machine=machine)
+def choose_device(platform: str, quick: bool) -> Any:
+    """The first of the platform, from here on the default; for `quick` any."""
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError as error:
+        if not quick:
+            raise SystemExit(
+                f"`speed.py --device {platform}` found no such device: {error}\n"
+                'Install JAX for your accelerator, as by `pip install "jax[cuda13]"` (see '
+                "https://docs.jax.dev), until `jax.devices('gpu')` lists it. To check the "
+                "same code at tiny sizes, on any device, add `--quick`."
+            ) from error
+        device = jax.devices()[0]
+    jax.config.update("jax_default_device", device)
+    print(f"device: {device.device_kind}")
+    return device
+
+
+def run(names: list[str], device: Any, repeats: int, output: pathlib.Path) -> None:
+    """And, of all problems, measure growth as well."""
+    everything = len(names) == len(PROBLEMS)
+    packages = dict(gradsolve=gradsolve())
+    methods = [m for m in METHODS if m.solver is not None or packages["gradsolve"]]
+    results = dict(environment(device, **packages), repeats=repeats, problems={})
+    for name in tqdm.tqdm(names, desc="problems"):
+        problem = PROBLEMS[name]()
+        points = measure(problem, reference(problem), repeats, methods)
+        results["problems"][name] = [row for row, _ in points]
+        jax.clear_caches()
+        # Not to be lost if what follows is cut off.
+        (output / "speed.json").write_text(json.dumps(results, indent=1))
+    if everything:
+        results["memories"] = speed_growth.memories()
+        results["growth"] = speed_growth.growth(repeats)
+        results["checkpoints"] = speed_growth.checkpoints(repeats)
+        results["devices"] = speed_growth.devices()
+    (output / "speed.json").write_text(json.dumps(results, indent=1))
+    summary, details = speed_report.summary(results), speed_report.details(results)
+    print(summary)
+    (output / "speed.md").write_text(f"{summary}\n{details}")
+    speed_report.plot(results, output)
 
 
 def main() -> None:
     folder = pathlib.Path(__file__).parent
+    suites = {"cpu": PROBLEMS, "gpu": speed_accelerator.CASES}
+    every = dict.fromkeys(name for suite in suites.values() for name in suite)
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--problem", choices=list(PROBLEMS), action="append")
+    parser.add_argument("--device", choices=list(suites), default="cpu")
+    parser.add_argument("--problem", choices=list(every), action="append")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=pathlib.Path, default=folder)
     options = parser.parse_args()
+    names = options.problem or list(suites[options.device])
+    for name in names:
+        if name not in suites[options.device]:
+            parser.error(f"`--device {options.device}` has no problem {name!r}")
+    device = choose_device(options.device, options.quick)
+    on_gpu = options.device == "gpu"
     if options.quick:
-        quick()
-        print("OK")
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = dict(environment(), repeats=options.repeats, problems={})
-    for name in tqdm.tqdm(options.problem or list(PROBLEMS), desc="problems"):
-        rows = measure(PROBLEMS[name](), options.repeats)
-        results["problems"][name] = rows
-        # Not to be lost if what follows is cut off.
-        (options.output / "speed.json").write_text(json.dumps(results, indent=1))
-    if options.problem is None:
-        results["memories"] = speed_growth.memories()
-        results["growth"] = speed_growth.growth(options.repeats)
-        results["checkpoints"] = speed_growth.checkpoints(options.repeats)
-        results["devices"] = speed_growth.devices()
-    (options.output / "speed.json").write_text(json.dumps(results, indent=1))
-    summary, details = speed_report.summary(results), speed_report.details(results)
-    print(summary)
-    (options.output / "speed.md").write_text(f"{summary}\n{details}")
-    speed_report.plot(results, options.output)
+        speed_accelerator.quick(names, device) if on_gpu else quick()
+    else:
+        options.output.mkdir(parents=True, exist_ok=True)
+        measured = speed_accelerator.run if on_gpu else run
+        measured(names, device, options.repeats, options.output)
     print("OK")
 
 

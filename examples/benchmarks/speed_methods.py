@@ -18,6 +18,8 @@ import diffrax_reversible as dr
 
 
 OURS, LEAN, APART = "ours", "memory-lean", "apart"
+# Of gradients in float64, at which methods are compared.
+ERRORS = (1e-3, 1e-5, 1e-7)
 
 
 class Setting(NamedTuple):
@@ -62,7 +64,7 @@ class Method(NamedTuple):
             return False
         if problem.steps is not None:
             return fixed and self.name in problem.steps
-        return self.fixed if fixed else self.adaptive
+        return self.fixed and problem.fixed if fixed else self.adaptive
 
 
 def _reversible(setting, bounds):

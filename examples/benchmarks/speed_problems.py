@@ -1,5 +1,6 @@
 """The problems of `speed.py`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ class Problem(NamedTuple):
     - `steps`: the numbers of steps by solver, where a dry run would take too long. There
         are no adaptive steps then.
     - `direct`: whether all steps may be stored several times over, by `DirectAdjoint`.
+    - `fixed`: whether fixed steps are measured as well as adaptive ones.
     """
 
     field: Callable
@@ -35,6 +37,7 @@ class Problem(NamedTuple):
     merge: Callable = lambda y: y
     steps: dict[str, tuple[int, ...]] | None = None
     direct: bool = False
+    fixed: bool = True
 
 
 def sum_of_squares(y):
@@ -65,9 +68,9 @@ def small_network() -> Problem:
     return Problem(mlp, y0, params, 5.0, True, sum_of_squares, direct=True)
 
 
-def batched_network() -> Problem:
-    params = mlp_params(16, 128, 128, 16, scale=1.5)
-    y0 = jnp.asarray(np.random.default_rng(1).normal(size=(128, 16)))
+def batched_network(batch: int = 128, sizes=(16, 128, 128, 16)) -> Problem:
+    params = mlp_params(*sizes, scale=1.5)
+    y0 = jnp.asarray(np.random.default_rng(1).normal(size=(batch, sizes[0])))
     return Problem(mlp, y0, params, 2.0, False, sum_of_squares)
 
 
@@ -153,37 +156,48 @@ def wave(shape: tuple[int, int] = (1000, 500)) -> Problem:
     )
 
 
-def lennard_jones_force(t, q, params):
+def lennard_jones_force(t, q, params, length=None):
+    """In a periodic box if its `length` is given: there each pair counts once, by its
+    nearest images, and its force is taken to zero between 3/8 and half of the length, with
+    two continuous derivatives, as a jump would spoil the order of the solver."""
     del t
     epsilon, sigma = params
     distance = q[:, None] - q[None]
+    if length is not None:
+        distance -= length * jnp.round(distance / length)
     self = jnp.eye(len(q))
     square = jnp.sum(distance**2, axis=-1) + self
     sixth = (sigma**2 / square) ** 3 * (1 - self)
     pull = 24 * epsilon * sixth * (2 * sixth - 1) / square
+    if length is not None:
+        inner, outer = (3 * length / 8) ** 2, (length / 2) ** 2
+        x = jnp.clip((outer - square) / (outer - inner), 0, 1)
+        pull *= x**3 * (10 - 15 * x + 6 * x**2)
     return jnp.sum(pull[..., None] * distance, axis=1)
 
 
-def lennard_jones_field(t, y, params):
-    q, p = y
-    return p, lennard_jones_force(t, q, params)
+def lennard_jones(cells: int = 3, periodic: bool = False) -> Problem:
+    """A cluster, cut from the crystal, that melts, or a crystal that fills a box."""
+    length = 1.6 * cells if periodic else None
+    force = functools.partial(lennard_jones_force, length=length)
 
+    def field(t, y, params):
+        q, p = y
+        return p, force(t, q, params)
 
-def lennard_jones(cells: int = 3) -> Problem:
-    """A cluster, cut from the crystal, that melts."""
     rng = np.random.default_rng(0)
     corners = np.stack(np.meshgrid(*3 * [np.arange(cells)]), axis=-1).reshape(-1, 1, 3)
     basis = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]) / 2
     q = 1.6 * (corners + basis).reshape(-1, 3)
     p = rng.normal(size=q.shape)
     return Problem(
-        lennard_jones_field,
+        field,
         (jnp.asarray(q), jnp.asarray(p - p.mean(axis=0))),
         (jnp.array(1.0), jnp.array(1.0)),
         0.4,
         False,
         sum_of_squares,
-        force=lennard_jones_force,
+        force=force,
     )
 
 

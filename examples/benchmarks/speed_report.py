@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from speed_methods import APART, LEAN, OURS
+from speed_methods import APART, ERRORS, LEAN, OURS
 from speed_problems import PROBLEMS
 
 
@@ -14,7 +14,6 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 
-ERRORS = (1e-3, 1e-5, 1e-7)
 Row = dict[str, Any]
 
 
@@ -121,13 +120,13 @@ def compare(rows: list[Row], name: str, error: float) -> list[list[str]]:
     return lines
 
 
-def overview(problems: dict[str, list[Row]]) -> str:
+def overview(problems: dict[str, list[Row]], errors=ERRORS) -> str:
     """The fastest of each group, and the ratios of their times."""
     header = ["problem", "error", "ours", "[ms]", "memory-lean rival", "[ms]", "ratio"]
     lines = []
     for name, rows in problems.items():
         default = [row for row in rows if row["method"] == "Tsit5"]
-        for error in ERRORS:
+        for error in errors:
             groups = (rows, OURS), (rows, LEAN), (default, LEAN), (rows, APART, "gradsolve")
             best = [fastest(of, group, error, *prefix) for of, group, *prefix in groups]
             times = [np.nan if s is None else s.at("seconds", error) for s in best]
@@ -166,20 +165,24 @@ def targets(results: Row) -> str:
     return table(header, sorted(lines, key=lambda line: line[0]))
 
 
-def equal_errors(rows: list[Row]) -> str:
-    header = ["method", "group", *(f"time at {error:.0e} [ms]" for error in ERRORS)]
-    header += ["evaluations at 1e-05", "memory at 1e-05 [kB]", "compile time [s]"]
+def equal_errors(rows: list[Row], errors=ERRORS) -> str:
+    header = ["method", "group", *(f"time at {error:.0e} [ms]" for error in errors)]
+    middle = errors[len(errors) // 2]
+    header += [f"{what} at {middle:.0e}" for what in ("evaluations", "memory [kB]")]
+    header += ["compile time [s]"]
     lines = []
     for sweep in sweeps(rows):
-        times = [number(1e3 * sweep.at("seconds", error)) for error in ERRORS]
-        evaluations = _big(sweep.at("evaluations", 1e-5))
-        memory = _big(sweep.at("memory", 1e-5) / 1e3)
+        times = [number(1e3 * sweep.at("seconds", error)) for error in errors]
+        evaluations = _big(sweep.at("evaluations", middle))
+        memory = _big(sweep.at("memory", middle) / 1e3)
         line = [str(sweep), sweep.group, *times, evaluations, memory]
         lines.append([*line, number(sweep.compile_time)])
     return table(header, lines)
 
 
-def points(rows: list[Row]) -> str:
+def points(rows: list[Row], others: dict[str, Callable[[Row], float]] | None = None) -> str:
+    """With columns of `others`."""
+    others = others or {}
     header = ["method", "setting", "error", "time [ms]", "evaluations", "memory [kB]"]
     lines = []
     for row in rows:
@@ -188,10 +191,11 @@ def points(rows: list[Row]) -> str:
             line += [f"{row['error']:.1e}", number(1e3 * median(row))]
             line += [_big(row["evaluations"]), _big(row["memory"] / 1e3)]
             line += [number(row["compile_time"])]
+            line += [_big(column(row)) for column in others.values()]
         else:
-            line += [row["status"].replace("|", " "), *4 * ["n/a"]]
+            line += [row["status"].replace("|", " "), *(4 + len(others)) * ["n/a"]]
         lines.append(line)
-    return table([*header, "compile time [s]"], lines)
+    return table([*header, "compile time [s]", *others], lines)
 
 
 def growth(rows: list[Row]) -> str:
