@@ -103,7 +103,12 @@ def test_errors_of_rivals():
         rivals=(dr.ALF4(), dr.ALF6()),
     )
     # After one period the planet is where it began.
-    for rival in explanation.rivals:
+    *given, single = explanation.rivals
+    assert single.dtype == "float32" and single.solver == dr.ALF4()
+    # Steps for an error of 1e-8 only add up rounding errors.
+    assert 1e-7 < single.error < 1e-3 and single.milliseconds > 0
+    assert "ALF4(), float32" in str(explanation)
+    for rival in given:
         sol = dfx.diffeqsolve(
             dfx.ODETerm(kepler),
             rival.solver,
@@ -115,6 +120,9 @@ def test_errors_of_rivals():
         assert rival.milliseconds > 0 and rival.bytes > 0
 
 
+SINGLE = Rival(dr.ALF4(), 3.0, 1, 5e-6, dtype="float32")
+
+
 @pytest.mark.parametrize(
     "own, others, advised",
     (
@@ -123,8 +131,13 @@ def test_errors_of_rivals():
         (Rival(dr.ALF4(), 5.0, 1, 1e-5), [Rival(dr.ALF6(), 3.0, 1, 5e-3)], None),
         (Rival(dr.ALF4(), 5.0, 1, 1e-7), [Rival(dr.ALF6(), 3.0, 1, 5e-6)], "ALF6()"),
         (Rival(dr.ALF4(), refused="No."), [Rival(dr.ALF6(), 9.0, 1, 5e-6)], "ALF6()"),
+        (Rival(dr.ALF4(), 5.0, 1, 1e-7), [SINGLE], "`solver=ALF4()` in float32"),
+        (SINGLE, [Rival(dr.ALF6(), 1.0, 1, 1e-7)], None),
     ),
-    ids=("faster", "as fast", "off", "within the tolerance", "refused"),
+    ids=(
+        *("faster", "as fast", "off", "within the tolerance", "refused"),
+        *("another precision", "only in another precision"),
+    ),
 )
 def test_advised_solver(own, others, advised):
     """Of two solvers, with an error of 1e-4 asked for."""

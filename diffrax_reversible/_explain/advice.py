@@ -101,7 +101,8 @@ def _of_memory(explanation: Explanation) -> str | None:
 
 def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) -> str | None:
     """The fastest gradient with an error no larger, or within the tolerance."""
-    own = [rival for rival in rivals if solver_name(rival.solver) == solver_name(solver)]
+    given = [rival for rival in rivals if rival.dtype is None]
+    own = [rival for rival in given if solver_name(rival.solver) == solver_name(solver)]
     able = [rival for rival in rivals if math.isfinite(rival.error)]
     if len(own) == 0 or len(able) == 0:
         return None
@@ -116,8 +117,9 @@ def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) ->
     best = min(right, key=lambda rival: rival.milliseconds)
     if works and best.milliseconds > _faster * own.milliseconds:
         return None
+    precision = "" if best.dtype is None else f" in {best.dtype}"
     share = f", {best.milliseconds / own.milliseconds:.2g} times as long" if works else ""
     return (
-        f"`solver={solver_name(best.solver)}` takes {best.milliseconds:.2g} ms for a "
-        f"gradient{share}, at an error of {best.error:.1g}."
+        f"`solver={solver_name(best.solver)}`{precision} takes {best.milliseconds:.2g} ms "
+        f"for a gradient{share}, at an error of {best.error:.1g}."
     )

@@ -56,7 +56,8 @@ def explain(
     - `rivals`: solvers to compare with, each under `ReversibleAdjoint()`; `()` for none.
         Defaults to those of this package for the same kind of `terms`, if steps are
         constant or by a `PIDController`. Their errors are those of the outputs, compared
-        with a finer solve by the last of them.
+        with a finer solve by the last of them. The solver itself is also tried in float32,
+        or in float64 if JAX has it, whichever the state is not in.
 
     **Returns:**
 

@@ -29,7 +29,8 @@ class Explanation:
     - `refused`: the reason why there is no gradient, or `None`.
     - `memory`: compiled temporary memory in bytes, of the solve, of its gradient, and of
         the gradient under `RecursiveCheckpointAdjoint`, where XLA reports it.
-    - `rivals`: time, memory and error of the same solve with the solvers of this package.
+    - `rivals`: time, memory and error of the same solve with the solvers of this package,
+        and with its own in single or double precision, whichever it is not in.
     - `advice`: what to change, as sentences.
     """
 
@@ -92,7 +93,8 @@ class Explanation:
     def _rivals(self) -> list[str]:
         lines = ["  solvers        gradient [ms]   memory [kB]     error"]
         for rival in self.rivals:
-            name = solver_name(rival.solver)
+            precision = "" if rival.dtype is None else f", {rival.dtype}"
+            name = solver_name(rival.solver) + precision
             if rival.refused is not None:
                 lines.append(f"    {name:<24} {rival.refused[:60]}")
                 continue

@@ -48,6 +48,23 @@ class Solve:
         settings = {k: v for k, v in changes.items() if k not in names}
         return dataclasses.replace(self, **fields, settings=self.settings | settings)
 
+    def in_precision(self, dtype: str) -> "Solve":
+        """The solve with all numbers in another real `dtype`, or the complex one alike."""
+        dtypes = {
+            np.floating: dtype,
+            np.complexfloating: np.result_type(dtype, np.complex64),
+        }
+
+        def cast(x):
+            if not isinstance(x, np.ndarray | np.generic | jax.Array):
+                return x
+            kinds = [d for kind, d in dtypes.items() if jnp.issubdtype(x.dtype, kind)]
+            return jnp.asarray(x, kinds[0]) if len(kinds) > 0 else x
+
+        names = [field.name for field in dataclasses.fields(self)]
+        values = jtu.tree_map(cast, [getattr(self, name) for name in names])
+        return dataclasses.replace(self, **dict(zip(names, values, strict=True)))
+
     @property
     def controller(self) -> AbstractStepSizeController:
         return self.settings.get("stepsize_controller", ConstantStepSize())

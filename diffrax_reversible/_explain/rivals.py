@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from diffrax import AbstractSolver, AbstractStepSizeController
@@ -27,6 +28,7 @@ class Rival(NamedTuple):
     - `milliseconds`, `bytes`: the time and the temporary memory of a gradient.
     - `error`: the error of the outputs, as a fraction of their largest entry.
     - `refused`: the reason why there is no gradient, or `None`.
+    - `dtype`: the precision, or `None` for that of the solve to explain.
     """
 
     solver: AbstractSolver
@@ -34,6 +36,7 @@ class Rival(NamedTuple):
     bytes: int | None = None
     error: float = float("nan")
     refused: str | None = None
+    dtype: str | None = None
 
 
 def default_rivals(solve: Solve) -> tuple[AbstractSolver, ...]:
@@ -51,7 +54,8 @@ def default_rivals(solve: Solve) -> tuple[AbstractSolver, ...]:
 
 
 def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
-    """Compare the solve by each of `solvers` with a finer one by the last of them."""
+    """Compare the solve by each of `solvers` with a finer one by the last of them, and by
+    its own solver in single or double precision, whichever it is not in."""
     if len(solvers) == 0:
         return []
     # Without a finer solve there are no errors to compare.
@@ -61,17 +65,30 @@ def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
         # It may take too many steps.
         with contextlib.suppress(Exception):
             reference = finer.states()
-    return [_measure(solve.but(solver=solver), reference) for solver in solvers]
+    rivals = [_measure(solve.but(solver=solver), reference) for solver in solvers]
+    other = _other_precision(solve)
+    if other is not None:
+        rivals.append(_measure(solve.in_precision(other), reference, other))
+    return rivals
 
 
-def _measure(solve: Solve, reference: np.ndarray) -> Rival:
+def _other_precision(solve: Solve) -> str | None:
+    """Double precision for a state in single, if JAX has it, and the other way round."""
+    precisions = {float(jnp.finfo(name).eps): name for name in ("float64", "float32")}
+    own = precisions.pop(coarsest_eps(solve.y0), None)
+    (other,) = precisions.values() if own is not None else (None,)
+    return None if other == "float64" and not jax.config.jax_enable_x64 else other
+
+
+def _measure(solve: Solve, reference: np.ndarray, dtype: str | None = None) -> Rival:
     try:
         error = np.max(np.abs(solve.states() - reference)) / np.max(np.abs(reference))
         compiled = solve.compile_gradient(ReversibleAdjoint())
         milliseconds = solve.milliseconds(compiled)
     except Exception as e:
-        return Rival(solve.solver, refused=reason(e))
-    return Rival(solve.solver, milliseconds, temporary_bytes(compiled), float(error))
+        return Rival(solve.solver, refused=reason(e), dtype=dtype)
+    size = temporary_bytes(compiled)
+    return Rival(solve.solver, milliseconds, size, float(error), dtype=dtype)
 
 
 def reason(error: Exception) -> str:
