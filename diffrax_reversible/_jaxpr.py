@@ -1,8 +1,12 @@
 """Properties of a function that its jaxpr shows."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
+from jaxtyping import Array, PyTree
 
 
 # Their inputs are those of the jaxpr that they call.
@@ -37,6 +41,13 @@ def meets(
             if meets(inner, set(inputs), names, trusted):
                 return True
     return False
+
+
+def reads(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> list[bool]:
+    """Whether the value of `fn(*args)` depends on each of the arrays in `args`."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return used
 
 
 def _inner(params: dict[str, Any]) -> list:

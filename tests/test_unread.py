@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+import pytest
 
 import diffrax_reversible as dr
 
@@ -53,3 +54,35 @@ def test_gradient_and_memory():
         np.testing.assert_allclose(grad[name], want[name], rtol=1e-9, err_msg=name)
         assert np.any(want[name] != 0) == (name != "unread")
     assert ours.memory_analysis().temp_size_in_bytes < args["unread"].nbytes
+
+
+class FollowingArgs(dfx.AbstractStepSizeController):
+    """The length of its steps is an argument."""
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, None
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
+        return True, t1, t1 + args["step"], False, state, dfx.RESULTS.successful
+
+
+def test_read_by_the_controller():
+    """The gradient of the times of steps is refused, and not zero."""
+
+    def loss(step):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y),
+            dr.ALF4(),
+            *(0.0, 1.0, 0.1, jnp.array(1.0), {"step": step}),
+            saveat=dfx.SaveAt(steps=True),
+            stepsize_controller=FollowingArgs(),
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=16,
+        )
+        return jnp.sum(jnp.where(jnp.isfinite(sol.ts), sol.ts, 0))
+
+    with pytest.raises(NotImplementedError, match="depend on the state"):
+        jax.grad(loss)(jnp.array(0.2))

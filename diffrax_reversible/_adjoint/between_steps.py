@@ -7,33 +7,22 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractBrownianPath
 from jaxtyping import Array, Float
 
 from .._custom_types import (
     BoolScalarLike,
     IntScalarLike,
-    RealScalarLike,
     SolverState,
 )
 from .._solver.capabilities import CanRestart, interrupt
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
-from .drift import coarsest_eps, Drift
+from .drift import Drift
+from .judge import beside_rounding, judge
 from .kept import Kept
 from .known import Known
 from .undo_step import undo_step
-from .walk import longest_reach, Position, Walk
-
-
-# Fractions of the tolerance. The walk repeats a segment whose miss exceeds both the first,
-# tuned on `examples/benchmarks/outcomes.py`, and the segment's share of the second, by
-# which eight segments may miss together. After a miss below the third, the number of steps
-# between known states doubles.
-_repeated, _repeated_of_all, _well = 1 / 64, 1 / 8, 1 / 512
-# Rounding errors, in machine epsilons of the largest entry of an array: negligible for a
-# gradient, and allowed in a single step.
-_rounding, _rounding_of_step = 4, 16
+from .walk import Position, Walk
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -135,7 +124,7 @@ def _come_to(
         )
     assert position.origin is not None
     single = position.origin.step - position.step <= 1
-    misses = walk.drifts(position, (known.y, state), _beside_rounding(walk, single))
+    misses = walk.drifts(position, (known.y, state), beside_rounding(walk, single))
     walked, beside = ([getattr(m, name) for m in misses] for name in Drift._fields)
     if walk.repeats:
         # A single step cannot be divided, and the solve itself rounds as much.
@@ -182,7 +171,7 @@ def _go_back(
         # A conditional keeps XLA from repeating all this for every array that is chosen.
         missed, parted, reach = lax.cond(
             eqxi.unvmap_any(here),
-            lambda: _judge(walk, position, arrived, walked, beside, here),
+            lambda: judge(walk, position, arrived, walked, beside, here),
             lambda: (missed, parted, reach),
         )
     if len(walked) > 0:
@@ -224,78 +213,6 @@ def _go_back(
         ],
         params_cotangent=params_cotangent,
     )
-
-
-def _judge(
-    walk: Walk,
-    position: Position,
-    arrived: Position,
-    walked: list[Float[Array, ""]],
-    beside: list[Float[Array, ""]],
-    here: BoolScalarLike,
-) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
-    """Whether the walk missed a known state, the largest error of a replay so far, and the
-    next number of steps between known states, which adapts as step sizes do."""
-    origin, drifts, reach = position.origin, position.drifts, position.reach
-    assert origin is not None and drifts is not None
-    # NaN if the walk has overflowed.
-    off = [w.astype(jnp.float32) for w in beside]
-    worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
-    within = worst <= walk.drift_tol
-    if walk.residuals.record.outermost is not None:
-        # Recorded times are exact, unless the solve was replayed.
-        off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
-    off = jnp.max(jnp.stack(off))
-    parted = jnp.maximum(position.parted, jnp.where(here & position.known, off, 0))
-    so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
-    so_far = so_far & (position.clock.drift <= walk.drift_tol)
-    length = origin.step - position.step
-    right = within & (off <= _allowed(walk, parted, length))
-    several = (length > 1) & (reach > 1)
-    missed = several & jnp.logical_not(right)
-    if walk.pulls_from_start:
-        # A single step that misses is not undone again.
-        missed |= (length == 1) & (reach > 0) & jnp.logical_not(within)
-    missed &= here & so_far
-    well = max(_well * walk.drift_tol, _rounding * coarsest_eps(walk.start_states))
-    well = (off <= well) & (worst <= _repeated_of_all * walk.drift_tol)
-    well = here & well & (2 * length >= reach)
-    fewer = jnp.maximum(jnp.minimum(reach, length) // 4, jnp.where(several, 1, 0))
-    more = jnp.maximum(2 * reach, 1)
-    reach = jnp.where(well, more, jnp.where(missed, fewer, reach))
-    return missed, parted, jnp.minimum(reach, longest_reach)
-
-
-def _beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
-    """The least scale of an entry, as a fraction of the largest in its array, for deciding
-    whether to undo steps again, and whether a `single` step misses.
-
-    An entry of a vector field is a sum, and rounds as its terms do. With this scale, so
-    many epsilons of the largest entry are no miss.
-    """
-    epsilons = jnp.where(single, _rounding_of_step, _rounding)
-    rounding = coarsest_eps(walk.start_states) * epsilons
-    allowed = walk.drift_tol * jnp.where(single, 1, _repeated)
-    return rounding / jnp.maximum(allowed, rounding)
-
-
-def _allowed(
-    walk: Walk, parted: Float[Array, ""], length: IntScalarLike
-) -> Float[Array, ""]:
-    """The largest miss of a known state after which a segment of `length` steps is kept.
-
-    This is a fraction of the tolerance, so that gradients are more accurate than required.
-    It is larger, up to the tolerance, if a replay has `parted` further from the solve. With
-    a Brownian path it is the tolerance, as the path turns an ulp of time into the square
-    root of an ulp.
-    """
-    terms, _ = walk.combine(walk.params)
-    is_path = lambda x: isinstance(x, AbstractBrownianPath)
-    random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
-    count = jnp.maximum(walk.residuals.count, 1)
-    share = jnp.asarray(length, jnp.float32) / count.astype(jnp.float32)
-    least = 1 if random else jnp.maximum(_repeated, _repeated_of_all * share)
-    return jnp.clip(parted, least * walk.drift_tol, walk.drift_tol)
 
 
 def _undo_restart(

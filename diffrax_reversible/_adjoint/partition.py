@@ -14,17 +14,15 @@ from .._custom_types import Args, Terms
 from .._diffrax import State
 from .._tree import tree_replace
 from .closure import close, close_controller, close_terms
+from .controller_traits import follows_state, makes_jumps, varying_leaves
 from .problem import (
     Context,
-    follows_state,
     Inputs,
-    makes_jumps,
     Problem,
     take_event_fns,
     take_save_fns,
     take_state,
     take_times,
-    varying_leaves,
 )
 from .reverse_only import reverse_only
 from .unread import detach_unread
