@@ -140,7 +140,7 @@ def draw(seed: int) -> Case:
 
 
 def _cast(x: Any) -> Any:
-    """In single precision, if `x` is an array."""
+    """`x` in single precision, if it is an array."""
     dtypes = {jnp.dtype("float64"): "float32", jnp.dtype("complex128"): "complex64"}
     return x.astype(dtypes.get(x.dtype, x.dtype)) if isinstance(x, jax.Array) else x
 

@@ -123,7 +123,7 @@ def relative_error(tree, reference):
 
 
 def sum_of_squares(ys):
-    """The sum over all saved outputs. Those that were not written are infinite."""
+    """Of all saved outputs, except those that were not written, which are infinite."""
     leaves = jax.tree.leaves(eqx.filter(ys, eqx.is_inexact_array))
     return sum(jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2) for y in leaves)
 

@@ -255,7 +255,7 @@ def test_static_field_of_a_controller():
 
 
 def test_function_that_cannot_be_seen():
-    """A traced value is refused if a controller hides it in a function that is no leaf."""
+    """A reversible controller may not hide a traced value in a function that is no leaf."""
 
     class Hidden(dr.StepDensityController):
         scale: Callable = eqx.field(static=True, default=None)

@@ -217,7 +217,7 @@ def test_restarts_and_vmap():
     cases(("BlanesMoan4",), slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
 )
 def test_strict_promotion(name):
-    """With given steps, as with Diffrax's own solvers."""
+    """Gradients are right under strict promotion, with given steps as in Diffrax."""
     solver, parts = CASES[name]
     field = dfx.ODETerm(lambda t, y, args: jnp.asarray(-1j, y.dtype) * y)
     terms = (field, field) if parts == 2 else field

@@ -45,7 +45,7 @@ def test_gradient(solver):
 
 
 def test_order():
-    """The error on a pendulum has slope 3."""
+    """The error on a pendulum is of order 3."""
     fields = (lambda t, p, args: p), (lambda t, q, args: -jnp.sin(q))
     y0 = jnp.array(1.0), jnp.array(0.5)
 
@@ -67,8 +67,8 @@ def test_order():
     ids=repr,
 )
 def test_evaluations(solver, parts, at_start):
-    """The backward pass takes as many evaluations as the forward pass, and one step's more
-    to measure the error at the start."""
+    """The backward pass takes as many evaluations as the forward pass, plus those of
+    one step to measure the error at the start."""
     counter, scale = Counter(), jnp.array(0.7)
     y0, fields = (PAIR_Y0, (counter, counter)) if parts == 2 else (PAIR_Y0[0], counter)
 
@@ -111,7 +111,7 @@ def test_memory():
 
 @pytest.mark.slow
 def test_steps_that_reverse_themselves():
-    """There is no error estimate, so the desired step size is prescribed."""
+    """The step size is a function of the state, as there is no error estimate."""
     steps = dr.StepDensityController(lambda t, y, args: 0.1 / (1 + jnp.sum(y[0] ** 2)))
 
     class WithField(TwoStreams):

@@ -59,7 +59,7 @@ def apply(layers, x, last=lambda x: x):
 
 
 def neural_ode(solver):
-    """In a batch."""
+    """Solved in a batch."""
     ts = single(np.linspace(0, 5, 20))
     y0s = single(np.random.default_rng(0).uniform(-0.6, 1, (8, 2)))
     targets = single(np.random.default_rng(1).normal(size=(8, 20, 2)) / 5)

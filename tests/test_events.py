@@ -158,7 +158,7 @@ def test_solvers(solver):
 
 @families
 def test_families(family):
-    """With outputs at given times and at the located event."""
+    """Gradients are right for outputs at given times and at the located event."""
     solver, field, _, controller, _ = FAMILIES[family]
     kwargs = dict(solver=solver, stepsize_controller=controller)
     kwargs |= dict(saveat=dfx.SaveAt(ts=TS, t1=True))

@@ -80,7 +80,7 @@ def test_no_step_is_undone(miss, solver, controller, checkpoints):
 
 @pytest.mark.more
 def test_steps_that_are_forgotten(miss, monkeypatch):
-    """With a record of few steps, which may lack the start of a step."""
+    """Gradients are right with a short record, which may lack the start of a step."""
     expected = gradients(dr.ALF4(), STORE)
     monkeypatch.setattr(steps, "_least_rows", 2)
     monkeypatch.setattr(steps, "_most_rows", 0)
@@ -92,7 +92,7 @@ def test_steps_that_are_forgotten(miss, monkeypatch):
 
 @pytest.mark.more
 def test_times(miss):
-    """Gradients with respect to times take the steps' own derivatives."""
+    """Gradients with respect to times are right as well."""
     settings, argnums = (dr.ALF4(), dr.ReversibleAdjoint()), (0, 1, 2)
     expected = gradients(*settings, argnums=argnums)
     miss()

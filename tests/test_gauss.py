@@ -47,7 +47,7 @@ HANGING = jnp.array([1.0, 0.0]), jnp.zeros(2)
 
 @pytest.mark.parametrize("stages", (1, 2, 3))
 def test_simplifying_assumptions(stages):
-    """`B(2s)`, `C(s)`, `D(s)`, symmetry, and preservation of quadratic invariants."""
+    """`B(2s)`, `C(s)` and `D(s)` hold, with symmetry and conserved quadratic invariants."""
     c, a, b, basis = gauss(stages)
     for q in range(1, 2 * stages + 1):
         assert abs(b @ c ** (q - 1) - 1 / q) < 1e-15
@@ -337,7 +337,7 @@ def test_linear_solves(linear):
 
 @pytest.mark.more
 def test_matrix_free():
-    """With GMRES, on a wave that crosses many cells per step."""
+    """With GMRES, the gradient is right on a wave that crosses many cells per step."""
     n = 256
     x = jnp.linspace(0, 2 * jnp.pi, n, endpoint=False)
     y0 = jnp.sin(3 * x) + 0.3 * jnp.cos(x), jnp.zeros(n)
@@ -412,7 +412,7 @@ def test_linear_solve_that_is_given_up():
 
 @every_solver
 def test_error_estimate(solver):
-    """The error estimate has slope `s + 2`. It is filtered: see `test_stability`."""
+    """The error estimate is of order `s + 2`. `test_stability` shows that it is bounded."""
     terms, args, t = dfx.ODETerm(field), jnp.array(0.3), jnp.array(0.2)
     state = solver.init(terms, t, t, Y0, args)
 
@@ -427,7 +427,7 @@ def test_error_estimate(solver):
 
 
 def test_root_finder_of_ones_own():
-    """Chords, to a tolerance from which one Newton step reaches rounding."""
+    """Chords may replace Newton's method, if one Newton step then reaches rounding."""
     chord = optx.Chord(rtol=0.0, atol=1e-9)
     terms, args = dfx.ODETerm(field), jnp.array(0.3)
     ends = [

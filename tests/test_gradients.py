@@ -45,7 +45,7 @@ def solve(adjoint, field, y0, args=None, *, solver=SOLVERS[1], t0=0.0, t1=3.0, *
 
 
 def assert_same_gradient(loss, *args, tol=1e-10):
-    """`loss(adjoint, *args)` has the same gradient to all `args` under both adjoints."""
+    """`loss(adjoint, *args)` has the same value and gradient under both adjoints."""
 
     def gradient(adjoint):
         @eqx.filter_jit
@@ -236,7 +236,7 @@ def test_pytree_state(of):
 
 @pytest.mark.slow
 def test_closures():
-    """Vector fields and `SaveAt(fn=...)` may close over what is differentiated."""
+    """Vector fields and `SaveAt(fn=...)` may close over differentiated values."""
 
     def loss(adjoint, w, b):
         sol = solve(
