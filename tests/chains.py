@@ -1,4 +1,4 @@
-"""Solvers as users write them, of which a step is a chain of couplings."""
+"""User-defined solvers whose steps are chains of couplings."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ TwoStreams = defined["TwoStreams"]
 
 
 class Ruth(dr.AbstractCouplingSolver):
-    """Of order 3: Ruth (1983), doi:10.1109/TNS.1983.4332919."""
+    """Ruth's method of order 3 (1983), doi:10.1109/TNS.1983.4332919."""
 
     term_structure = (dfx.ODETerm, dfx.ODETerm)
 

@@ -13,13 +13,13 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.__version_info__ < (0, 7):
-    # For errors to be raised by the call that they are about.
+    # So that errors are raised by the call that causes them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def pytest_make_parametrize_id(val):
-    """Names for what pytest numbers: solvers, controllers and other modules, arrays, and
-    tuples and dictionaries of such."""
+    """Readable ids where pytest would only number the parameters: for solvers, controllers
+    and other modules, arrays, and tuples and dictionaries of these."""
     if isinstance(val, eqx.Module):
         text = repr(val)
         return text if len(text) < 50 and "\n" not in text else type(val).__name__
@@ -32,8 +32,8 @@ def pytest_make_parametrize_id(val):
     return getattr(val, "__name__", str(val))
 
 
-# Tracing makes objects by the million, of which few are garbage: a third of its time went
-# into looking for them. What there is, is collected after each file.
+# Tracing creates millions of objects, and few become garbage. Looking for garbage took a
+# third of the time of tracing, so it is collected only after each file.
 gc.disable()
 
 
@@ -45,9 +45,9 @@ def clear_caches():
     gc.collect()
 
 
-# What takes most of the time of compiling and is of no use for a test: large kernels,
-# their division among threads, code that is moved out of loops, and a first round of
-# simplifications, which is repeated anyway.
+# These options leave out the work that takes most of the compile time and is of no use in
+# tests: large kernels, their division among threads, moving code out of loops, and a first
+# round of simplifications, which is repeated anyway.
 QUICK_OPTIONS = dict(
     xla_cpu_use_fusion_emitters=False,
     xla_cpu_parallel_codegen_split_count=1,
@@ -57,7 +57,7 @@ QUICK_OPTIONS = dict(
 
 @functools.cache
 def quick_options():
-    """Those that this version of XLA knows."""
+    """The `QUICK_OPTIONS` that this version of XLA knows."""
     known = {}
     for name, value in QUICK_OPTIONS.items():
         try:
@@ -70,8 +70,8 @@ def quick_options():
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request, monkeypatch):
-    """Compiling takes most of the time, and neither the last bit nor running matters, but
-    for tests that are marked as `optimised`."""
+    """Compiles with few optimisations, as compiling takes most of the time. Only in tests
+    marked `optimised` does the last bit or the run time matter."""
     if request.node.get_closest_marker("optimised"):
         yield
         return

@@ -1,4 +1,4 @@
-"""How often a vector field is evaluated."""
+"""Counts the evaluations of a vector field."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ class Counter:
         return self.one(t, y) * jnp.tanh(scale * y) - jnp.cos(t)
 
     def one(self, t, y):
-        """Which counts."""
-        # Pure, so that what is not used is not evaluated either.
+        """The number one. Each evaluation is counted."""
+        # A pure callback, so that unused evaluations are removed and not counted.
         point = jax.lax.stop_gradient((t, y))
         struct = jax.ShapeDtypeStruct((), y.dtype)
         return jax.pure_callback(self._increment, struct, point, vmap_method="sequential")

@@ -1,6 +1,6 @@
-"""Random solves, of which gradients are compared with those of Diffrax's default adjoint.
+"""Random solves, whose gradients are compared with those of Diffrax's default adjoint.
 
-By hand, for cases from `FIRST` to before `LAST`:
+To run the cases from `FIRST` to before `LAST` by hand:
 `JAX_ENABLE_X64=1 python -m tests.fuzz FIRST LAST`.
 """
 
@@ -24,7 +24,7 @@ MAX_STEPS = 1024
 
 
 class Problem(NamedTuple):
-    """`field` is a pair if the state is, for solvers of Hamiltonian systems."""
+    """`field` is a pair, like the state, for solvers of Hamiltonian systems."""
 
     field: Any
     y0: Any
@@ -91,7 +91,7 @@ SPLITTINGS = {
     "KahanLi8 compensated": dr.KahanLi8(compensated=True),
     "SemiImplicitEuler": dfx.SemiImplicitEuler(),
 }
-# Without error estimates.
+# Solvers without error estimates.
 FIXED = ("ALF2", "LeapfrogMidpoint", "SemiImplicitEuler")
 CONTROLLERS = ("constant", "pid", "clipped", "jumps", "step to", "density")
 SAVEATS = ("t1", "t0 ts", "steps", "every third", "dense", "fn", "subs", "no ts")
@@ -123,7 +123,7 @@ def draw(seed: int) -> Case:
     wrt = str(rng.choice(WITH_RESPECT_TO, p=(0.2, 0.2, 0.4, 0.1, 0.1)))
     controller = str(rng.choice(controllers))
     if wrt == "t1" and controller in ("constant", "density"):
-        # Of which the steps move with `t1`, which is left out of gradients.
+        # Their steps move with `t1`, which gradients ignore.
         controller = "step to"
     return Case(
         seed,
@@ -140,7 +140,7 @@ def draw(seed: int) -> Case:
 
 
 def _cast(x: Any) -> Any:
-    """To single precision."""
+    """`x` in single precision, if it is an array."""
     dtypes = {jnp.dtype("float64"): "float32", jnp.dtype("complex128"): "complex64"}
     return x.astype(dtypes.get(x.dtype, x.dtype)) if isinstance(x, jax.Array) else x
 
@@ -203,7 +203,7 @@ def gradient(case: Case, adjoint: dfx.AbstractAdjoint) -> Any:
         )
         ys = sol.ys
         if case.saveat == "dense":
-            # Before any event.
+            # These times lie before any event.
             ys = jax.vmap(sol.evaluate)(t1 * jnp.linspace(0.01, 0.1, 5))
         leaves = jax.tree.leaves(ys)
         finite = (jnp.where(jnp.isfinite(y), y, 0) for y in leaves)
@@ -243,7 +243,7 @@ def gradient(case: Case, adjoint: dfx.AbstractAdjoint) -> Any:
     return jax.jit(grad)(numbers)
 
 
-# Of errors that are meant to be.
+# Words that mark intended errors.
 WORDED = (
     "ReversibleAdjoint",
     "diffrax_reversible",
@@ -253,19 +253,19 @@ WORDED = (
 
 
 def outcome(case: Case) -> tuple[str, str]:
-    """What became of a case, and more about it."""
+    """The outcome of a case, and details of it."""
 
     def attempt(adjoint):
         try:
             return as_vector(gradient(case, adjoint)), ""
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
-            # Of errors on the device, without where they were raised.
+            # Drop the place where an error on the device was raised.
             return None, f"{type(error).__name__}: {error}".split("EquinoxRuntimeError: ")[
                 -1
             ]
 
-    # Room for all restarts, by default, or for hardly any.
+    # Checkpoints for all restarts, the default, or hardly any.
     checkpoints = (64, None, 1)[case.seed % 3]
     ours, message = attempt(dr.ReversibleAdjoint(checkpoints=checkpoints))
     want, other = attempt(dfx.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS))
@@ -276,9 +276,9 @@ def outcome(case: Case) -> tuple[str, str]:
         return ("refused" if worded else "defect"), message[:600]
     if not np.all(np.isfinite(want)):
         return "not finite", ""
-    # Of a loss of order one, what is 1e-8 may be zero.
+    # The loss is of order one, so a gradient of 1e-8 may be zero.
     error = np.max(np.abs(ours - want), initial=0) / (np.max(np.abs(want), initial=1e-8))
-    # In double precision what the documentation of `drift_tol` allows, in single less.
+    # Less than the documentation of `drift_tol` allows, in either precision.
     if error <= (0.05 if case.single else 6e-6):
         return "equal", f"{error:.0e}"
     return "defect", f"off by {error:.1e}"
@@ -301,7 +301,7 @@ def main(first: int, last: int) -> None:
 
 if __name__ == "__main__":
     if not jax.config.read("jax_enable_x64"):
-        # What is above has been made in single precision.
+        # The arrays above are already in single precision.
         raise RuntimeError("Set `JAX_ENABLE_X64=1`.")
     jax.config.update("jax_disable_most_optimizations", True)
     main(*map(int, sys.argv[1:]))

@@ -28,8 +28,8 @@ CONTROLLERS = (
 
 
 class Network(eqx.Module):
-    """A neural vector field that depends on time and on `args`, of both of which only
-    some leaves can be differentiated."""
+    """A neural vector field that depends on time and on `args`. Some leaves of the field
+    and of `args` cannot be differentiated."""
 
     mlp: eqx.nn.MLP
 
@@ -57,14 +57,14 @@ class Case(NamedTuple):
 
 
 Y0 = jnp.array([1.0, 2.0, 0.5])
-# Of `q' = f(t, p)` and `p' = g(t, q)`.
+# The fields of `q' = f(t, p)` and `p' = g(t, q)`.
 PAIR = (Network(seed=1), Network(seed=2))
 PAIR_Y0 = (Y0, jnp.array([0.3, -1.0, 0.8]))
 SPLITTINGS = (dr.StormerVerlet(), dr.BlanesMoan4(), dr.BlanesMoan6(), dr.KahanLi8())
 NYSTROM = (dr.BlanesMoan4(nystrom=True), dr.BlanesMoan6(nystrom=True))
 
 LOOSE = dfx.PIDController(rtol=1e-2, atol=1e-2)
-# One of every family beside `ALF`. With error estimates, steps are rejected.
+# One solver of every family except `ALF`. Those with error estimates reject steps.
 FAMILIES = {
     "splitting": Case(dr.BlanesMoan4(), PAIR, PAIR_Y0, *CONTROLLERS[1]),
     "coupling": Case(dr.McCallumFoster(dfx.Tsit5()), Network(), Y0, *CONTROLLERS[1]),
@@ -75,9 +75,9 @@ FAMILIES = {
 
 
 def cases(quick, *, more=(), slow=()):
-    """Cases, of which only the `quick` ones are run by default. Those of `more` are other
-    solvers, controllers and combinations of what other tests check; the `slow` ones differ
-    from all of these by a combination."""
+    """The cases of a test. Only the `quick` ones run by default. `more` are further
+    solvers, controllers and combinations of what other tests check; `slow` are further
+    combinations of all of these."""
 
     def marked(case, mark):
         values = case if type(case) is tuple else (case,)
@@ -106,7 +106,7 @@ families = pytest.mark.parametrize(
 
 
 def as_terms(field):
-    """A term for each of several vector fields."""
+    """The term of a vector field, or the terms of several."""
     if isinstance(field, tuple):
         return tuple(map(dfx.ODETerm, field))
     return dfx.ODETerm(field)
@@ -123,7 +123,7 @@ def relative_error(tree, reference):
 
 
 def sum_of_squares(ys):
-    """Of what was saved; outputs that were not written are infinite."""
+    """Of all saved outputs, except those that were not written, which are infinite."""
     leaves = jax.tree.leaves(eqx.filter(ys, eqx.is_inexact_array))
     return sum(jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2) for y in leaves)
 
@@ -135,7 +135,7 @@ def kepler(t, y, args):
 
 
 def harmonic(t, p, args):
-    """The drift of a Hamiltonian, with masses."""
+    """The drift of a Hamiltonian system with masses."""
     del t
     return p / args["scale"]
 
@@ -147,7 +147,7 @@ def lorenz(t, y, args):
 
 
 def reference(field, y0, t0, t1, args=None):
-    """The solution at `t1` by a method that has nothing to do with this package."""
+    """The solution at `t1`, by a solver that is independent of this package."""
     return dfx.diffeqsolve(
         dfx.ODETerm(field),
         dfx.Dopri8(),
@@ -162,7 +162,7 @@ def reference(field, y0, t0, t1, args=None):
 
 
 class InverseOnly(dr.AbstractReversibleSolver):
-    """Leapfrog for `y' = f(t, y)` as someone else would add it: a step and its inverse."""
+    """Leapfrog for `y' = f(t, y)` as a user would add it: a step and its inverse."""
 
     term_structure = dfx.AbstractTerm
     interpolation_cls = dfx.LocalLinearInterpolation

@@ -1,4 +1,4 @@
-"""Solvers of others under `ReversibleAdjoint`, by a registry."""
+"""Third-party solvers under `ReversibleAdjoint`, by a registry."""
 
 import inspect
 import re
@@ -29,8 +29,9 @@ Y0 = jnp.array([1.0, 2.0, 0.5])
 
 class Staggered(dfx.AbstractSolver):
     """`y1 = y0 + f(t0, z0) h` and `z1 = z0 + f(t1, y1) h`, with the interface of the
-    `AbstractReversibleSolver` that was proposed for Diffrax in its pull request 727, at its
-    commit c09680a: `ts_state` before `solver_state`, and four values."""
+    `AbstractReversibleSolver` that was proposed for Diffrax in its pull request 727, at
+    commit c09680a: `backward_step` takes `ts_state` before `solver_state`, and returns
+    four values."""
 
     term_structure = dfx.AbstractTerm
     interpolation_cls = dfx.LocalLinearInterpolation
@@ -58,7 +59,7 @@ class Staggered(dfx.AbstractSolver):
         return y0, dict(y0=y0, y1=y1), z0, dfx.RESULTS.successful
 
 
-# The lines that register it stand in the docstring of `as_reversible`.
+# The docstring of `as_reversible` has the lines that register it.
 LINES = re.findall("^    .*", inspect.getdoc(dr.as_reversible), re.M)
 exec(textwrap.dedent("\n".join(LINES)), dict(MySolver=Staggered))
 
@@ -87,7 +88,7 @@ def loss(adjoint, y0, field, solver, **kwargs):
 @pytest.mark.more
 @pytest.mark.parametrize("solver", cases((Staggered(),), more=(Subclass(),)), ids=repr)
 def test_backward_step(solver):
-    """A few lines, also for a subclass."""
+    """A few lines register a solver and its subclasses."""
     gradient = eqx.filter_jit(jax.grad(lambda y0, a: loss(a, y0, Network(), solver)))
     adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()
     ours, default = (gradient(Y0, adjoint) for adjoint in adjoints)
@@ -100,7 +101,7 @@ def test_not_registered():
 
 
 def test_jumps_are_refused():
-    """As an adapter cannot know what becomes of the solver state."""
+    """An adapter cannot know how a jump changes the solver state."""
     message = r"solver=Staggered\(\).*End the solve at"
     with pytest.raises(NotImplementedError, match=message):
         loss(dr.ReversibleAdjoint(), Y0, Network(), Staggered(), made_jump=True)
@@ -113,7 +114,7 @@ def test_ours_stay_as_they_are():
 
 @families
 def test_reads_like_the_solver(family):
-    """The adapter is a solver of its own, that does what the other does."""
+    """The adapter is a solver with the orders and the solutions of the one it wraps."""
     solver, field, y0, controller, dt0 = FAMILIES[family]
     adapter, terms = dr.as_reversible(solver), as_terms(field)
     assert adapter.order(terms) == solver.order(terms)
@@ -130,7 +131,7 @@ def test_reads_like_the_solver(family):
 
 
 class AlwaysRestarts(dr.ALF4):
-    """Its restart does not clear what asked for it."""
+    """A solver whose restart does not clear the need for one."""
 
     def needs_restart(self, solver_state):
         return jnp.array(True)
@@ -141,7 +142,7 @@ class AlwaysRestarts(dr.ALF4):
 
 @pytest.mark.more
 def test_a_restart_that_changes_nothing_does_not_hang():
-    """There is one restart before each step, and no more."""
+    """There is exactly one restart before each step."""
 
     def final(y0, adjoint):
         sol = dfx.diffeqsolve(

@@ -1,4 +1,4 @@
-"""Batches in which every member does something else: each has the solution and the gradient
+"""Batches whose members all do something different: each has the solution and the gradient
 that it has alone."""
 
 import functools as ft
@@ -19,7 +19,7 @@ JUMP = 1.5
 
 
 def field(t, y, rate):
-    """Contracts, jumps, and if it starts from more than one it goes to infinity."""
+    """The first entry contracts and jumps. The second diverges if it starts above one."""
     a, b = y
     jump = jnp.where(t < JUMP, 0.0, 0.3)
     return jnp.stack([-rate * (a - jnp.cos(t) - jump), b * (b - 1)])
@@ -36,7 +36,7 @@ MEMBERS = {
     "smallest step reached": (10.0, 1.3, -9.0, 4.0),
     "no steps": (10.0, 0.3, -9.0, 0.0),
 }
-# The gradients of solves that failed are NaN, alone as well.
+# Failed solves have a gradient of NaN, alone as well.
 FAILED = {"too many steps", "smallest step reached"}
 
 
@@ -83,7 +83,7 @@ def test_every_member_as_alone(solver, jumps):
         assert relative_error(batched["ys"][i], out["ys"]) < 1e-8, name
         assert relative_error(jax.tree.map(lambda g, i=i: g[i], batched_grad), grad) < 1e-8
         results[name] = int(out["num_restarts"])
-    # Each of them is what it is called.
+    # Each member does what its name says.
     assert results["restarts"] > 0 and results["ends early"] > 0
     codes = {name: int(code) for name, code in zip(MEMBERS, batched["result"], strict=True)}
     expected = dict.fromkeys(MEMBERS, dfx.RESULTS.successful)
@@ -95,8 +95,8 @@ def test_every_member_as_alone(solver, jumps):
 
 @pytest.mark.more
 def test_outputs_where_a_member_takes_no_steps():
-    """All that Diffrax writes after the last step, by members that take and do not take
-    one, and that reach `SaveAt(steps=2)` at their end and do not."""
+    """Gradients are right for all outputs that Diffrax writes after the last step,
+    `SaveAt(steps=2)` among them, of members with and without steps."""
     net = lambda t, y, rate: jnp.sin(rate * y) + jnp.cos(t)
     save = lambda t, y, rate: t * y + rate
     subs = (
@@ -142,7 +142,7 @@ def test_outputs_where_a_member_takes_no_steps():
 
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr)
 def test_event_beside_restart(solver):
-    """What a member that has finished would do next does not stop the others."""
+    """What a finished member would do next does not stop the other members."""
 
     def solve(threshold):
         return dfx.diffeqsolve(
@@ -167,8 +167,8 @@ def test_event_beside_restart(solver):
     cases((dfx.PIDController(rtol=1e-3, atol=1e-3),), more=(dr.StepDensityController(),)),
 )
 def test_no_states_are_held(controller):
-    """Members wait for others that have more steps to undo, also where there is no known
-    state to go on from but the start."""
+    """Members wait for others that have more steps to undo, even if the start is the only
+    known state."""
 
     def loss(p0, t1, adjoint):
         sol = dfx.diffeqsolve(

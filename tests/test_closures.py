@@ -1,5 +1,5 @@
-"""Ordinary code of others, in which what is differentiated hides anywhere: gradients are
-those of the default adjoint."""
+"""Ordinary user code that hides differentiated values anywhere: gradients equal those of
+the default adjoint."""
 
 import dataclasses
 import functools as ft
@@ -23,7 +23,7 @@ W = jnp.array(1.3)
 
 
 class Plain:
-    """An object that is no PyTree, as modules of other libraries."""
+    """An object that is no PyTree, like the modules of other libraries."""
 
     def __init__(self, w):
         self.w = w
@@ -163,7 +163,7 @@ def test_idioms(make):
 
 @pytest.mark.more
 def test_functions_in_args_of_outputs():
-    """Called there in other ways than in the vector field."""
+    """Outputs and events may call functions in `args` differently than the field does."""
     saveat = dfx.SaveAt(ts=[0.3, 1.0], fn=lambda t, y, args: args(y[0]) * t)
     event = dfx.Event(lambda t, y, args, **kwargs: args(y[1]) - 50.0)
     ours, theirs = gradients(field_and_args_close_over_the_same, saveat=saveat, event=event)
@@ -172,7 +172,7 @@ def test_functions_in_args_of_outputs():
 
 @pytest.mark.more
 def test_terms_in_events():
-    """Called with `args` of the condition's own."""
+    """A condition may call the terms with its own `args`."""
 
     def condition(t, y, args, *, terms, **kwargs):
         return terms.vf(t, y, lambda y: 3.0 * y)[1] + 4.0
@@ -188,7 +188,7 @@ def test_terms_in_events():
     "detach", cases((False,), more=(True,)), ids=("argument", "stop_gradient")
 )
 def test_norm(detach):
-    """A `PIDController` of which the norm closes over something traced."""
+    """The norm of a `PIDController` may close over a traced value."""
 
     def controller(scale):
         norm = lambda y: jnp.max(jnp.abs(y)) * scale
@@ -215,7 +215,7 @@ def test_norm(detach):
 
 
 class Scaled(dfx.AbstractStepSizeController):
-    """By a function that is no leaf."""
+    """Scales the error by a function that is no leaf."""
 
     inner: dfx.PIDController
     scale: Callable = eqx.field(static=True)
@@ -255,7 +255,7 @@ def test_static_field_of_a_controller():
 
 
 def test_function_that_cannot_be_seen():
-    """In a step-size function that is not called through a leaf."""
+    """A reversible controller may not hide a traced value in a function that is no leaf."""
 
     class Hidden(dr.StepDensityController):
         scale: Callable = eqx.field(static=True, default=None)
@@ -298,7 +298,7 @@ class MassMatrix(dfx.AbstractTerm):
     "solver", cases((dr.ALF4(),), more=(dr.McCallumFoster(dfx.Tsit5()),))
 )
 def test_product_of_a_term(solver, t1):
-    """A term's own `prod` counts."""
+    """Solvers use a term's own `prod`."""
     matrix = jnp.array([[2.0, 0.3], [-0.1, 0.5]])
 
     def loss(inputs, solver, adjoint):

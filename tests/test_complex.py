@@ -11,10 +11,10 @@ import diffrax_reversible as dr
 from .problems import cases, relative_error
 
 
-# Diffrax warns of them.
+# Diffrax warns about complex dtypes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Complex dtype"),
-    # Diffrax's controllers divide them by real numbers.
+    # Diffrax's controllers divide complex numbers by real ones.
     pytest.mark.usefixtures("standard_promotion"),
 ]
 
@@ -31,7 +31,7 @@ PSI0 = jnp.array([1.0, 0.5j, 0.3 - 0.2j])
 
 
 def schroedinger(t, psi, args):
-    """With a part that is not holomorphic, and friction."""
+    """Schrödinger's equation with terms that are not holomorphic, and friction."""
     matrix, rate = args
     hermitian = (matrix + matrix.conj().T) / 2
     pull = rate * jnp.cos(t) * jnp.abs(psi) ** 2 * psi
@@ -119,9 +119,9 @@ def test_against_default(name, saveat):
 
 
 def test_finite_differences():
-    """Real and imaginary parts are perturbed by themselves."""
+    """Gradients equal differences along the real and the imaginary axis."""
     args = HERMITIAN, jnp.array(0.4)
-    # With steps that do not depend on the state.
+    # The steps do not depend on the state.
     of = jax.jit(loss("ALF2", SAVEATS["t1"], dr.ReversibleAdjoint()))
     gradient = jax.grad(of)(PSI0, args)
     eps = 1e-5
@@ -136,7 +136,7 @@ def test_finite_differences():
     "name", cases(("ALF4",), more=("Gauss4",), slow=("ALF6", "McCallumFoster"))
 )
 def test_as_real_and_imaginary_parts(name):
-    """The solution is that of twice as many real numbers."""
+    """The solution equals that of the same equation in twice as many real numbers."""
     solver, _ = CASES[name]
     args = HERMITIAN, jnp.array(0.4)
 
@@ -170,8 +170,8 @@ def test_single_precision(name):
 
 @pytest.mark.more
 def test_unitary_walk_back_to_the_last_bit():
-    """Sums that do not round, of both parts, and no step forgotten, as times may round in
-    another way when they are computed again."""
+    """With exact sums of both parts, the backward pass returns to the start to the last
+    bit. All steps stay on record, as recomputed times may round differently."""
     terms = dfx.ODETerm(lambda t, psi, args: -1j * (args @ psi))
     matrix = (HERMITIAN + HERMITIAN.conj().T) / 2
 
@@ -191,7 +191,7 @@ def test_unitary_walk_back_to_the_last_bit():
 
 @pytest.mark.more
 def test_restarts_and_vmap():
-    """Under decay, a member each."""
+    """Gradients equal differences in a batch whose members decay at different rates."""
 
     def of(rate, y0):
         sol = dfx.diffeqsolve(
@@ -217,7 +217,7 @@ def test_restarts_and_vmap():
     cases(("BlanesMoan4",), slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
 )
 def test_strict_promotion(name):
-    """Where Diffrax's own solvers run under it: with steps that are given."""
+    """Gradients are right under strict promotion, with given steps as in Diffrax."""
     solver, parts = CASES[name]
     field = dfx.ODETerm(lambda t, y, args: jnp.asarray(-1j, y.dtype) * y)
     terms = (field, field) if parts == 2 else field

@@ -1,4 +1,4 @@
-"""What every reversible solver has to do in one step, without a loop over steps."""
+"""What one step of every reversible solver has to satisfy, without a loop over steps."""
 
 import functools
 from collections.abc import Callable
@@ -53,9 +53,9 @@ T0, T1 = jnp.array(0.2), jnp.array(0.5)
 
 
 class Spec(NamedTuple):
-    """A solver, and what it solves.
+    """A solver and its problem.
 
-    - `free`: of the solver state, what need not follow from the state.
+    - `free`: the part of the solver state that need not follow from the state.
     """
 
     solver: dr.AbstractReversibleSolver
@@ -89,7 +89,7 @@ SOLVERS = (
     *(dr.McCallumFoster(dfx.Heun()), dr.McCallumFoster(dfx.Tsit5(), coupling=0.9)),
     *(dfx.ReversibleHeun(), dfx.LeapfrogMidpoint(), dfx.SemiImplicitEuler()),
     *(dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()),
-    # Of users.
+    # User-defined.
     *(InverseOnly(), TwoStreams(), Ruth()),
 )
 
@@ -100,7 +100,7 @@ def name_of(solver):
 
 SPECS = {name_of(solver): spec(solver) for solver in SOLVERS}
 every_solver = pytest.mark.parametrize("name", SPECS)
-# Of each code one that is compiled fast.
+# One solver of each implementation, chosen for fast compilation.
 ONE_OF_EACH = (
     *("ALF4()", "ALF4(compensated=True)", "ALF4(bitwise=True)"),
     *("StormerVerlet()", "BlanesMoan4()", "McCallumFoster(solver=Heun())"),
@@ -123,7 +123,7 @@ def random_like(tree, seed):
 
 
 def off(tree, reference):
-    """The largest difference, but of integers."""
+    """The largest difference, ignoring integers."""
     leaves = [
         jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array)) for t in (tree, reference)
     ]
@@ -132,7 +132,7 @@ def off(tree, reference):
 
 
 class Step(NamedTuple):
-    """A step from a solver state that deviates where it is free to, and its end."""
+    """A step and its end. The free part of its initial solver state is perturbed."""
 
     terms: Any
     args: Any
@@ -170,8 +170,8 @@ def test_a_step_is_undone(name):
 
 @one_of_each
 def test_pullback(name):
-    """With cotangents of the end of the step, of what it interpolates with, and of all the
-    steps after it. It is that of JAX, which differences confirm."""
+    """The pull-back equals JAX's, which differences confirm, for cotangents of the end of
+    the step, of its `dense_info`, and of all later steps."""
     (solver, _, y0, _), step = SPECS[name], make_step(name)
     real = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
     params, static = eqx.partition((step.terms, step.args), eqx.is_inexact_array)
@@ -233,7 +233,7 @@ def test_pullback(name):
 
 @one_of_each
 def test_pullback_of_times(name):
-    """By differences."""
+    """The pull-back to the ends of the step equals differences."""
     (solver, _, y0, _), step = SPECS[name], make_step(name)
     cotangent = random_like(y0, 0), random_like(step.state, 1)
     dense_cotangent = random_like(step.dense_info, 3)
@@ -269,7 +269,7 @@ def test_pullback_of_times(name):
 
 @every_solver
 def test_a_step_of_no_length(name):
-    """Changes nothing."""
+    """A step of zero length changes nothing."""
     solver, field, y0, _ = SPECS[name]
     terms, args = as_terms(field), network_args()
     state = solver.init(terms, T0, T0, y0, args)

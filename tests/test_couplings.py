@@ -1,4 +1,4 @@
-"""Solvers of users, of which a step is a chain of couplings."""
+"""User-defined solvers whose steps are chains of couplings."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -26,7 +26,7 @@ def final(solver, y0, fields, adjoint, args=None, **kwargs):
 
 @pytest.mark.parametrize("solver", cases((TwoStreams(),), slow=(Ruth(),)), ids=repr)
 def test_gradient(solver):
-    """In a batch, with outputs between the steps."""
+    """Gradients equal the default adjoint's, in a batch with outputs between the steps."""
 
     @eqx.filter_jit
     def gradient(adjoint):
@@ -45,7 +45,7 @@ def test_gradient(solver):
 
 
 def test_order():
-    """By slopes, on the pendulum."""
+    """The error on a pendulum is of order 3."""
     fields = (lambda t, p, args: p), (lambda t, q, args: -jnp.sin(q))
     y0 = jnp.array(1.0), jnp.array(0.5)
 
@@ -67,8 +67,8 @@ def test_order():
     ids=repr,
 )
 def test_evaluations(solver, parts, at_start):
-    """As many backwards as forwards, and those of a step where the walk comes to the start,
-    by which it is measured."""
+    """The backward pass takes as many evaluations as the forward pass, plus those of
+    one step to measure the error at the start."""
     counter, scale = Counter(), jnp.array(0.7)
     y0, fields = (PAIR_Y0, (counter, counter)) if parts == 2 else (PAIR_Y0[0], counter)
 
@@ -87,7 +87,7 @@ def test_evaluations(solver, parts, at_start):
 @pytest.mark.more
 @pytest.mark.optimised
 def test_memory():
-    """Does not grow with the depth, but for some times of steps."""
+    """Memory does not grow with the depth, except for the times of some steps."""
 
     def bytes_of(adjoint, depth):
         def loss(y0, scale):
@@ -111,7 +111,7 @@ def test_memory():
 
 @pytest.mark.slow
 def test_steps_that_reverse_themselves():
-    """By a wished step size, as there is no error estimate."""
+    """The step size is a function of the state, as there is no error estimate."""
     steps = dr.StepDensityController(lambda t, y, args: 0.1 / (1 + jnp.sum(y[0] ** 2)))
 
     class WithField(TwoStreams):
@@ -133,8 +133,8 @@ def test_steps_that_reverse_themselves():
 
 @pytest.mark.more
 def test_reversible_network():
-    """Of twelve layers, each with weights of its own: a step is a layer. It is trained to
-    tell points within a ring from those outside."""
+    """A network of twelve layers with separate weights, one step each, learns to tell
+    points inside a circle from those outside."""
     depth, width = 12, 4
 
     def make_layers(key):
@@ -142,7 +142,7 @@ def test_reversible_network():
         return eqx.filter_vmap(make)(jax.random.split(key, depth))
 
     def layer(t, x, layers):
-        """The weights of all layers are along the first axis."""
+        """The first axis of all weights is that of the layers."""
         i = jnp.round(t).astype(int) % depth
         arrays, static = eqx.partition(layers, eqx.is_array)
         here = eqx.combine(jax.tree.map(lambda w: w[i], arrays), static)

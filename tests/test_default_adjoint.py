@@ -1,5 +1,5 @@
-"""Solvers under Diffrax's default adjoint, which makes steps again and decides on them
-again: they must round as they did."""
+"""Solvers under Diffrax's default adjoint, which recomputes steps and accepts or rejects
+them again: they must round as they did at first."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -28,8 +28,8 @@ from .problems import cases, relative_error, sum_of_squares
     ids=repr,
 )
 def test_steps_that_hang_on_rounding(solver):
-    """The kinks of a control make the choice of steps chaotic: a start that is moved by
-    1e-15 takes other steps."""
+    """Gradients do not depend on the number of checkpoints, although the kinks of a control
+    make the choice of steps chaotic: moving the start by 1e-15 leads to other steps."""
     members = 4
     ts = jnp.linspace(0.0, 2.0, 17)
     angles = 2 * ts[None] + 1.5 * jnp.arange(float(members))[:, None]

@@ -17,7 +17,7 @@ WITHOUT_EXAMPLE = {
     "AbstractReversibleAdapter",
     "AbstractReversibleSolver",
     "AbstractReversibleStepSizeController",
-    # Which `explain` returns.
+    # `explain` returns it.
     "Explanation",
 }
 
@@ -53,7 +53,7 @@ def test_every_class_has_an_example():
 
 
 def test_plain_text():
-    """`help` shows docstrings as they are, without the markup of documentation tools."""
+    """Docstrings have no markup of documentation tools, as `help` shows them verbatim."""
     package = pathlib.Path(dr.__file__).parent
     for file in package.rglob("*.py"):
         text = file.read_text()

@@ -1,4 +1,4 @@
-"""A walk back that misses the initial state is an error, never a wrong gradient."""
+"""A backward pass that misses the initial state is an error, never a wrong gradient."""
 
 import functools
 
@@ -21,7 +21,7 @@ def compiled(adjoint, throw, t1, field):
     def final(y0, rate):
         sol = dfx.diffeqsolve(
             dfx.ODETerm(field),
-            # The one that does not restart.
+            # This solver does not restart.
             dr.ALF2(),
             0.0,
             t1,
@@ -38,7 +38,7 @@ def compiled(adjoint, throw, t1, field):
 
 def gradient(rate, drift_tol=None, throw=True, t1=10.0, adjoint=None, field=contracting):
     if adjoint is None:
-        # With nothing known but the start.
+        # The start is the only known state.
         adjoint = dr.ReversibleAdjoint(checkpoints=0, drift_tol=drift_tol)
     return compiled(adjoint, throw, t1, field)(jnp.array([1.0, 2.0]), rate)
 
@@ -83,25 +83,25 @@ def test_nan_for_the_batch_element_concerned_only():
 def test_tolerance_can_be_set():
     rate = jnp.array(1.0)
     exact = gradient(rate, adjoint=dfx.RecursiveCheckpointAdjoint())
-    # Passes with the default, of which the drift is about 1e-12, and ...
+    # The drift is about 1e-12. It passes with the default tolerance, and ...
     grad = gradient(rate)
     assert np.allclose(grad[1], exact[1], rtol=1e-8)
-    # ... not with less.
+    # ... not with a smaller one.
     with pytest.raises(RuntimeError, match="relative error between 1e-1[0-9]"):
         gradient(rate, drift_tol=1e-15)
 
 
 @pytest.mark.parametrize("rate", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0))
 def test_never_wrong_in_silence(rate):
-    """From no drift at all to a reconstruction that failed."""
+    """From no drift to a failed reconstruction, gradients are right or NaN."""
     exact = gradient(jnp.array(rate), adjoint=dfx.RecursiveCheckpointAdjoint())
     grad = gradient(jnp.array(rate), throw=False)
-    # `T = 10`.
+    # The limit is `rate * T = 15`, here with `T = 10`.
     assert np.isfinite(grad[1]) == (rate * 10 <= 15)
     if np.isfinite(grad[1]):
-        # The gradient may be off by somewhat more than the state, 1e-6.
+        # The state may be off by 1e-6, and the gradient by somewhat more.
         assert np.allclose(grad[1], exact[1], rtol=1e-5)
-    # With states that are known between.
+    # With known states in between.
     grad = gradient(jnp.array(rate), adjoint=dr.ReversibleAdjoint())
     assert np.allclose(grad[1], exact[1], rtol=1e-8)
 
@@ -117,7 +117,7 @@ def test_not_finite():
 
 
 def test_start_next_to_zero():
-    """Is not measured by the size that it happens to have."""
+    """The error is not measured relative to the size of a start near zero."""
 
     @jax.jit
     def run(y0):
@@ -137,11 +137,11 @@ def test_start_next_to_zero():
 
 @pytest.mark.parametrize("drift_tol", (None, float("inf")))
 def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
-    """Is an error whatever the tolerance, should there ever be one."""
+    """A backward pass that stops halfway, should one occur, is always an error."""
     monkeypatch.setattr(backward, "_undo_all", lambda walk, position: position)
 
     def field(t, y, rate):
-        # One of its own, so that JAX has not traced its walk before.
+        # A new function, whose backward pass JAX has not traced before.
         return contracting(t, y, rate)
 
     with pytest.raises(RuntimeError, match="there is no gradient"):

@@ -1,8 +1,8 @@
-"""What people do with Diffrax, with the solver and the adjoint replaced and nothing else.
+"""Common uses of Diffrax, with the solver and the adjoint replaced and nothing else.
 
-In single precision, as by default, and with default settings: trainings in the manner of
-Diffrax's examples, small. In every update the gradient is compared with that of the default
-adjoint, with the same solver and a checkpoint for every step.
+Small trainings in the manner of Diffrax's examples, in single precision, the default, and
+with default settings. In every update the gradient equals that of the default adjoint with
+the same solver and a checkpoint for every step.
 """
 
 import diffrax as dfx
@@ -59,7 +59,7 @@ def apply(layers, x, last=lambda x: x):
 
 
 def neural_ode(solver):
-    """Of spirals, in a batch."""
+    """Solved in a batch."""
     ts = single(np.linspace(0, 5, 20))
     y0s = single(np.random.default_rng(0).uniform(-0.6, 1, (8, 2)))
     targets = single(np.random.default_rng(1).normal(size=(8, 20, 2)) / 5)
@@ -86,7 +86,8 @@ def neural_ode(solver):
 
 def neural_cde(solver):
     """Driven by cubic splines through samples. With equal steps: in single precision, two
-    solves that are compiled apart choose others here, and gradients differ by percents."""
+    solves that are compiled separately choose different steps here, and their gradients
+    differ by percents."""
     ts = single(np.linspace(0, 6, 15))
     xs = np.stack([np.sin(np.linspace(0, 6, 15)), np.cos(np.linspace(0, 6, 15))], axis=1)
     xs = single(np.concatenate([np.asarray(ts)[:, None], xs], axis=1))
@@ -109,7 +110,7 @@ def neural_cde(solver):
 
 
 def normalising_flow(solver):
-    """With the exact divergence as a second state."""
+    """With the integral of the exact divergence as a second part of the state."""
     points = single(np.random.default_rng(2).normal(size=(8, 2)))
 
     def field(t, state, layers):
@@ -159,7 +160,7 @@ def neural_sde(solver):
 
 
 def latent_ode(solver):
-    """From a code of a series, decoded, with a prior on the code."""
+    """Solves from the code of a series and decodes the solution. The code has a prior."""
     ts = single(np.linspace(0, 3, 12))
     ys = single(np.stack([np.sin(np.linspace(0, 3, 12)), np.linspace(0, 1, 12)], axis=1))
 
@@ -187,8 +188,8 @@ def latent_ode(solver):
 
 
 def kalman_filter(solver):
-    """The filter's covariance obeys a Riccati equation, which contracts, the more so the
-    better its parameters become."""
+    """The filter's covariance obeys a Riccati equation. It contracts, more strongly as the
+    parameters improve."""
     ts = single(np.linspace(0, 6, 61))
     noise = np.random.default_rng(4).normal(size=61) / 3
     observed = dfx.LinearInterpolation(
@@ -221,7 +222,7 @@ def kalman_filter(solver):
 
 
 def forcing(solver):
-    """An oscillator under a force that is interpolated, and learned at its nodes."""
+    """An oscillator under an interpolated force, which is learned at the nodes."""
     ts = single(np.linspace(0, 4, 9))
 
     def field(t, y, force):
@@ -243,7 +244,7 @@ def forcing(solver):
 
 
 def steady_state(solver):
-    """Where a system comes to rest, which is for an event to tell."""
+    """An event ends the solve where the system comes to rest."""
     target = single([0.7, 0.2])
 
     def field(t, y, params):
@@ -291,7 +292,7 @@ def test_training(training):
 
 @pytest.mark.more
 def test_hessian():
-    """Of coupled species, as in a fit by Newton's method."""
+    """Hessians of coupled species, as in a fit by Newton's method."""
     ts = single(np.linspace(0, 4, 9))
 
     def loss(rates, adjoint):

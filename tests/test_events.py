@@ -1,5 +1,5 @@
-"""Events: final time and state, what is saved up to them, and gradients, are those of the
-default adjoint."""
+"""Events: final times and states, outputs saved before them, and gradients equal those of
+the default adjoint."""
 
 import diffrax as dfx
 import jax
@@ -106,12 +106,12 @@ def loss(y0, w, adjoint, event, saveat=LAST, **kwargs):
     if saveat.dense:
         total += jnp.sum(sol.evaluate(0.3) ** 2) + jnp.sum(sol.derivative(0.7) ** 2)
         total += sum_of_squares(sol.solver_state)
-    # Not `sol` whole, which has no meaning outside of the steps that were made.
+    # Not all of `sol`: its dense output has no meaning outside of the steps taken.
     return total, (sol.ts, sol.ys, sol.event_mask, sol.stats["num_steps"])
 
 
 def both(of, *args):
-    """`of(adjoint)` is a function of `args`, which is made its value and gradient."""
+    """The function `of(adjoint)` has the same value and gradient under both adjoints."""
 
     def run(adjoint):
         argnums = tuple(range(len(args)))
@@ -143,7 +143,7 @@ def test_against_default(name):
 
 @pytest.mark.parametrize("name", cases((), more=("real, root finder",), slow=("boolean",)))
 def test_everything_saved(name):
-    """What was saved after the event is taken back."""
+    """Outputs that were saved after the event are removed."""
     both(lambda a: lambda y, w: loss(y, w, a, EVENTS[name], EVERYTHING), Y0, W)
 
 
@@ -158,7 +158,7 @@ def test_solvers(solver):
 
 @families
 def test_families(family):
-    """Saved at times, and where the event is located."""
+    """Gradients are right for outputs at given times and at the located event."""
     solver, field, _, controller, _ = FAMILIES[family]
     kwargs = dict(solver=solver, stepsize_controller=controller)
     kwargs |= dict(saveat=dfx.SaveAt(ts=TS, t1=True))
@@ -179,7 +179,7 @@ def test_backwards_in_time():
     "name", cases((), more=("real, root finder",), slow=("boolean, root finder",))
 )
 def test_batch(name):
-    """Of which some elements come to the event and others do not, and one at once."""
+    """Some elements of a batch reach the event, one of them at once, and others do not."""
     batch = jnp.array([[1.0, 0.3], [0.5, -2.0], [1.0, 9.0], [-3.0, 9.0]])
 
     def of(adjoint):
@@ -198,13 +198,13 @@ def test_batch(name):
     assert bool(jnp.any(mask)) and not bool(jnp.all(mask))
     for y0, g in zip(batch, batched, strict=True):
         alone = jax.grad(loss, has_aux=True)(y0, W, dr.ReversibleAdjoint(), EVENTS[name])[0]
-        # Those that no event ended were interpolated in a batch, and were not alone.
+        # Elements without an event are interpolated in a batch, but not alone.
         np.testing.assert_allclose(g, alone, rtol=1e-8)
 
 
 @pytest.mark.more
 def test_conditions_that_close_over_values():
-    """Only the condition depends on `threshold`, and the gradient is in the time too."""
+    """Only the condition depends on `threshold`. The loss depends on the time as well."""
 
     def of(adjoint):
         def function(y0, threshold):
@@ -245,8 +245,8 @@ def test_closed_form():
 
 
 def test_times():
-    """To locate an event takes the gradient with respect to `t0` to it. Of an autonomous
-    equation everything is shifted by as much."""
+    """The gradient with respect to `t0` includes the location of the event. `t0` shifts the
+    solution of an autonomous equation, and the event with it."""
 
     def final(t0, w):
         event = dfx.Event(lambda t, y, args, **kwargs: y[0] - 0.2, ROOT)
@@ -269,7 +269,7 @@ def test_times():
 
 
 def test_steady_state():
-    """The event that Diffrax comes with."""
+    """Diffrax's own event."""
 
     def final(a, adjoint):
         sol = dfx.diffeqsolve(
@@ -296,8 +296,8 @@ def test_steady_state():
 
 @pytest.mark.more
 def test_rejected_last_step():
-    """In a batch Diffrax interpolates even where a solve has stopped, for want of steps,
-    at one that was rejected. That cannot be walked back, and does not pass for zero."""
+    """In a batch, Diffrax interpolates even where a solve has run out of steps at one that
+    was rejected. That step cannot be undone, so the gradient is NaN, not zero."""
 
     def final(y0, roughness):
         sol = dfx.diffeqsolve(

@@ -1,4 +1,4 @@
-"""`explain` tells what a solve and its gradient do, and its advice helps."""
+"""`explain` reports what a solve and its gradient do, and its advice helps."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ CONTRACTING = dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t)))
 
 def contracting(call, solver, t0=0.0, t1=3.0, **settings):
     settings = dict(stepsize_controller=PID, adjoint=dr.ReversibleAdjoint()) | settings
-    # In the direction of the solve, which is why it restarts.
+    # The flow contracts in the direction of the solve, which is why it restarts.
     rate = 40.0 if t1 > t0 else -40.0
     return call(CONTRACTING, solver, t0, t1, None, np.array([1.0]), rate, **settings)
 
@@ -49,7 +49,7 @@ def test_steps(t1):
 
 @pytest.mark.more
 def test_known_states_and_checkpoints(tmp_path):
-    """Every restart is seen, and the number of checkpoints that is advised is enough."""
+    """Every restart is reported, and the advised number of checkpoints suffices."""
 
     def explain(checkpoints):
         adjoint = dr.ReversibleAdjoint(checkpoints)
@@ -102,12 +102,12 @@ def test_errors_of_rivals():
         stepsize_controller=fine,
         rivals=(dr.ALF4(), dr.ALF6()),
     )
-    # After one period the planet is where it began.
     *given, single = explanation.rivals
     assert single.dtype == "float32" and single.solver == dr.ALF4()
-    # Steps for an error of 1e-8 only add up rounding errors.
+    # In float32, steps for an error of 1e-8 only add up rounding errors.
     assert 1e-7 < single.error < 1e-3 and single.milliseconds > 0
     assert "ALF4(), float32" in str(explanation)
+    # After one period the planet is where it began.
     for rival in given:
         sol = dfx.diffeqsolve(
             dfx.ODETerm(kepler),
@@ -140,7 +140,7 @@ SINGLE = Rival(dr.ALF4(), 3.0, 1, 5e-6, dtype="float32")
     ),
 )
 def test_advised_solver(own, others, advised):
-    """Of two solvers, with an error of 1e-4 asked for."""
+    """Which solver is advised if the tolerance is 1e-4."""
     attempts = Attempts.of([(0.0, 1.0, True)], 1.0)
     counts = (0, [], 1, 0, None)
     explanation = dr.Explanation("", None, attempts, *counts, {}, [own, *others], [])

@@ -1,4 +1,4 @@
-"""What goes wrong in a solve goes wrong as it does in Diffrax, and for nobody else."""
+"""A solve fails as it does in Diffrax, and does not affect other elements of a batch."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -20,7 +20,7 @@ DEFAULT = dfx.RecursiveCheckpointAdjoint()
 
 
 def field(t, y, args):
-    """Replaced by `fault` within a window of time, unless that is zero."""
+    """Equals `fault` within a window of time, unless `fault` is zero."""
     rate, fault = args
     healthy = rate * jnp.sin(y) + jnp.cos(t)
     return jnp.where((fault != 0) & (t > 1) & (t < 1.2), fault, healthy)
@@ -48,8 +48,8 @@ def value_and_grad(args, adjoint, solver, controller, **kwargs):
 
 
 def values_and_grads(many, adjoint, solver, controller, **kwargs):
-    """Of a sum over what was saved, for several `args`. The gradient is with respect to the
-    rate."""
+    """Outputs, and gradients of the sum of squares of the saved states with respect to the
+    rate, for several `args`."""
 
     @jax.jit
     @jax.vmap
@@ -83,7 +83,7 @@ RATES = jnp.array([0.5, 1.0, -0.7])
     cases(((jnp.nan, SOLVERS[1], PID),), slow=((jnp.inf, SOLVERS[0], FIXED),)),
 )
 def test_not_finite(fault, solver, controller):
-    """In the second of three elements of a batch."""
+    """A fault in the second of three batch elements does not change the other gradients."""
     arguments = dr.ReversibleAdjoint(), solver, controller
     args = RATES, jnp.array([0.0, fault, 0.0])
     many = args, (RATES, jnp.zeros(3))
@@ -93,7 +93,7 @@ def test_not_finite(fault, solver, controller):
     _, _, _, result = outputs
     healthy = np.array([0, 2])
     assert np.all(result._value[healthy] == dfx.RESULTS.successful._value)
-    # No step leads through the window: adaptive steps shrink before it until they run out.
+    # No step crosses the window: adaptive steps shrink before it until they run out.
     if controller is PID:
         assert result._value[1] == dfx.RESULTS.max_steps_reached._value
     else:
@@ -103,7 +103,7 @@ def test_not_finite(fault, solver, controller):
 
 @pytest.mark.slow
 def test_not_finite_raises():
-    """The gradient, as Diffrax does not look at what it saves."""
+    """Only the gradient raises: Diffrax does not check the states that it saves."""
 
     def loss(rate):
         sol = solve((rate, jnp.nan), dr.ReversibleAdjoint(), dr.ALF4(), FIXED, throw=True)
@@ -118,8 +118,8 @@ def test_not_finite_raises():
 @pytest.mark.optimised
 @pytest.mark.parametrize("solver", SOLVERS[:1], ids=repr)
 def test_steps_run_out(solver):
-    """In the second of three elements of a batch, of which the gradient is that of what
-    it saved before."""
+    """The second of three batch elements runs out of steps. Its gradient is that of the
+    outputs saved before."""
 
     def oscillating(t, y, args):
         rate, scale = args
@@ -140,7 +140,7 @@ def test_steps_run_out(solver):
 
 
 def test_steps_run_out_raises():
-    """Even if nothing but the gradient is used."""
+    """The error is raised even if only the gradient is used."""
 
     def loss(rate):
         adjoint = dr.ReversibleAdjoint()
@@ -153,7 +153,7 @@ def test_steps_run_out_raises():
 
 @pytest.mark.parametrize("solver", cases((), slow=SOLVERS[1:]), ids=repr)
 def test_step_size_underflows(solver):
-    """Where the field has a pole, in the last of three elements of a batch."""
+    """The field of the last of three batch elements has a pole."""
     controller = dfx.PIDController(rtol=1e-6, atol=1e-6, dtmin=1e-4, force_dtmin=False)
 
     def pole(t, y, args):
@@ -175,7 +175,8 @@ def test_step_size_underflows(solver):
 
 
 def test_infinite_state_is_recovered_from():
-    """Diffrax divides the error by the state, and infinity by infinity would be NaN."""
+    """Steps that overflow are rejected. Diffrax divides the error by the state, and would
+    divide infinity by infinity."""
 
     def blowing_up(t, y, args):
         return y**2 - jnp.exp(t) * y**5
@@ -185,7 +186,7 @@ def test_infinite_state_is_recovered_from():
         dr.ALF6(),
         0.0,
         1.0,
-        # Far too long a step, in which `y` overflows.
+        # Far too long a first step: `y` overflows in it.
         jnp.array(1.0),
         jnp.array([30.0, 1.0]),
         stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),

@@ -1,4 +1,4 @@
-"""Steps that cannot be undone: they are differentiated from their start."""
+"""Steps that cannot be undone are differentiated from their start."""
 
 import diffrax as dfx
 import jax
@@ -23,8 +23,8 @@ SAVEAT = dfx.SaveAt(t0=True, t1=True, ts=TS, fn=lambda t, y, args: t + jnp.sin(y
 
 @pytest.fixture
 def miss(monkeypatch):
-    """As if the walk missed every state that it has reconstructed, by single steps too, if
-    it is `where` it is asked for."""
+    """Makes the backward pass miss every state `y` that it reconstructs, even over single
+    steps, if `where(y)`."""
     drifts = Walk.drifts
 
     def patch(where=lambda y: True):
@@ -56,7 +56,7 @@ def loss(y0, scale, times, solver, adjoint, controller=PID):
 
 
 def gradients(*settings, argnums=(0, 1)):
-    """With respect to the state and an argument, and maybe the ends of the solve."""
+    """With respect to the state and `scale`, and by `argnums` to the ends of the solve."""
     point = Y0, jnp.array(1.3), (jnp.array(0.0), jnp.array(2.0))
     grad = jax.jit(lambda *point: jax.grad(loss, argnums)(*point, *settings))
     return grad(*point)
@@ -80,7 +80,7 @@ def test_no_step_is_undone(miss, solver, controller, checkpoints):
 
 @pytest.mark.more
 def test_steps_that_are_forgotten(miss, monkeypatch):
-    """With a record of few steps, in which the start of a step need not be held."""
+    """Gradients are right with a short record, which may lack the start of a step."""
     expected = gradients(dr.ALF4(), STORE)
     monkeypatch.setattr(steps, "_least_rows", 2)
     monkeypatch.setattr(steps, "_most_rows", 0)
@@ -92,7 +92,7 @@ def test_steps_that_are_forgotten(miss, monkeypatch):
 
 @pytest.mark.more
 def test_times(miss):
-    """Gradients with respect to them take the steps' own derivatives."""
+    """Gradients with respect to times are right as well."""
     settings, argnums = (dr.ALF4(), dr.ReversibleAdjoint()), (0, 1, 2)
     expected = gradients(*settings, argnums=argnums)
     miss()
@@ -101,7 +101,7 @@ def test_times(miss):
 
 @pytest.mark.more
 def test_batch(miss):
-    """Some members undo all steps, and others few."""
+    """Gradients are right if some members undo all steps and others few."""
     starts = jnp.array([[0.3, -0.2, 0.5], [2.0, 1.0, -0.3], [0.1, 0.2, -0.1]])
 
     def of(adjoint):
@@ -114,8 +114,8 @@ def test_batch(miss):
 
 
 def test_field_that_cancels():
-    """The trace of a saturated layer in single precision, as in a normalising flow: of its
-    integral not a digit can be told when a step is undone, and none is needed."""
+    """The trace of a saturated layer in single precision, as in a normalising flow. Undoing
+    a step recovers no digit of its integral, and the gradient needs none."""
     weights = jnp.array([[1.0, 0.2], [-0.3, 0.8]], jnp.float32)
     starts = jnp.array([[5.0, 13.0], [6.0, 12.0], [7.0, 10.0], [10.0, 11.0]], jnp.float32)
 
@@ -145,8 +145,8 @@ def test_field_that_cancels():
 
 @pytest.mark.more
 def test_evaluations(miss):
-    """In a step of five sub-steps fifteen from the start, five to replay it, and five to
-    undo it in vain."""
+    """A step of five sub-steps takes 15 more evaluations from its start, and at most 5 to
+    replay it and 5 to undo it in vain."""
     counter, count = Counter(), 7
 
     def loss(y0):

@@ -1,4 +1,4 @@
-"""A few of the random cases of `fuzz.py`: each is right, or an error in words."""
+"""A few random cases of `fuzz.py`: each gradient is right, or an error that explains."""
 
 import jax
 import pytest
@@ -16,7 +16,7 @@ pytestmark = [
     "seed", cases((), more=(1000, 1005), slow=(1003, *range(1006, 1012)))
 )
 def test_outcome(seed):
-    # Complex states are divided by real numbers in Diffrax.
+    # Diffrax divides complex states by real numbers.
     with jax.numpy_dtype_promotion("standard"):
         what, more = outcome(draw(seed))
     assert what != "defect", more

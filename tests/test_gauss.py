@@ -1,4 +1,4 @@
-"""Gauss methods: order, invariants, stability, gradients, what they cost."""
+"""Gauss methods: order, invariants, stability, gradients and cost."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -30,7 +30,7 @@ Y0 = jnp.array([0.7, -0.4])
 
 
 def field(t, y, args):
-    """Not autonomous, and not Hamiltonian."""
+    """Neither autonomous nor Hamiltonian."""
     a, b = y
     return jnp.stack([b + args * a * b * jnp.cos(t), jnp.sin(a) - 0.5 * b])
 
@@ -47,7 +47,7 @@ HANGING = jnp.array([1.0, 0.0]), jnp.zeros(2)
 
 @pytest.mark.parametrize("stages", (1, 2, 3))
 def test_simplifying_assumptions(stages):
-    """`B(2s)`, `C(s)` and `D(s)`, symmetry, and what keeps quadratic invariants."""
+    """`B(2s)`, `C(s)` and `D(s)` hold, with symmetry and conserved quadratic invariants."""
     c, a, b, basis = gauss(stages)
     for q in range(1, 2 * stages + 1):
         assert abs(b @ c ** (q - 1) - 1 / q) < 1e-15
@@ -65,7 +65,7 @@ def test_simplifying_assumptions(stages):
 
 @one_solver
 def test_order(solver):
-    """By slopes, at the end and between the steps."""
+    """With `s` stages, the order is `2 s` at the end and `s + 1` between the steps."""
     args, ts = jnp.array(0.3), jnp.linspace(0.0, 3.0, 101)
     term = dfx.ODETerm(field)
     exact = dfx.diffeqsolve(
@@ -89,13 +89,13 @@ def test_order(solver):
     order = solver.order(term)
     assert order == 2 * solver.tableau.stages
     assert end > order - 0.3
-    # With one stage it is linear between the ends, which are off by as much.
+    # With one stage, linear interpolation is as accurate as the ends.
     assert between > solver.tableau.stages + 1 - 0.3
 
 
 @one_solver
 def test_quadratic_invariants(solver):
-    """Are kept over 100,000 steps: of a top, its energy and angular momentum."""
+    """A top keeps its energy and angular momentum over 100,000 steps."""
     inertia = jnp.array([1.0, 2.0, 3.5])
 
     def top(t, y, args):
@@ -113,7 +113,8 @@ def test_quadratic_invariants(solver):
 @pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
 @one_solver
 def test_stability(solver, dtype):
-    """On oscillations of any frequency, with an amplitude that they depend on."""
+    """Oscillations of any frequency, which depends on the amplitude, keep their amplitude,
+    and undoing them returns to the start."""
 
     def rotation(t, y, w):
         return w * (0.99 + 0.01 * jnp.sum(y**2)) * jnp.stack([y[1], -y[0]])
@@ -145,7 +146,7 @@ def test_stability(solver, dtype):
         assert np.all(found)
         assert abs(np.linalg.norm(y) - 1) < 400 * eps
         assert np.max(np.abs(off)) < 1000 * eps
-        # The estimate of the error is bounded, however stiff the equation is.
+        # The error estimate is bounded however stiff the equation is.
         assert np.max(errors) < 0.02
 
 
@@ -173,8 +174,8 @@ def loss(parameters, solver, adjoint, max_steps=64):
 )
 @pytest.mark.parametrize("with_times", cases((False,), slow=(True,)))
 def test_gradient(solver, with_times):
-    """In a batch of which each member takes steps of its own; of a value that the vector
-    field closes over, too."""
+    """Gradients equal the default adjoint's in a batch whose members take different steps,
+    also for a value that the vector field closes over."""
     rest = jnp.array(2.0), jnp.array([0.4, 1.3])
     parameters = (Y0, jnp.array(0.3), *(rest if with_times else ()))
 
@@ -195,7 +196,7 @@ def test_gradient(solver, with_times):
 
 @pytest.mark.more
 def test_gradient_of_a_stiff_spring():
-    """In steps that do not resolve its oscillation, against differences."""
+    """Gradients equal the default adjoint's in steps that do not resolve oscillations."""
 
     def stretched(frequency, adjoint=None):
         sol = dfx.diffeqsolve(
@@ -218,7 +219,7 @@ def test_gradient_of_a_stiff_spring():
 
 @pytest.mark.more
 def test_dissipation():
-    """Cannot be undone over many steps: known states are next to each other."""
+    """Dissipation cannot be undone over many steps, so known states are close together."""
 
     @eqx.filter_jit
     def gradient(rate, adjoint):
@@ -243,7 +244,7 @@ def test_dissipation():
 @pytest.mark.more
 @pytest.mark.optimised
 def test_memory():
-    """Is less than with the default adjoint, and does not grow with the number of steps."""
+    """Memory is less than the default adjoint's, and does not grow with the steps."""
 
     def bytes_of(adjoint, max_steps):
         def final(y0):
@@ -265,7 +266,7 @@ def test_memory():
 
 
 class OwnLU(lx.AbstractLinearSolver):
-    """LU, of which a subclass makes something else."""
+    """LU decomposition, for subclasses to change."""
 
     lu: lx.LU = lx.LU()
 
@@ -281,7 +282,7 @@ class OwnLU(lx.AbstractLinearSolver):
     def assume_full_rank(self):
         return True
 
-    # Of earlier versions of lineax.
+    # For earlier versions of lineax.
 
     def allow_dependent_columns(self, operator):
         return False
@@ -291,7 +292,7 @@ class OwnLU(lx.AbstractLinearSolver):
 
 
 class Solves(OwnLU):
-    """Counted."""
+    """LU decomposition that counts its solves."""
 
     counter: Counter = eqx.field(static=True, kw_only=True)
 
@@ -308,8 +309,8 @@ class Solves(OwnLU):
 
 @pytest.mark.parametrize("linear", cases((True,), more=(False,)))
 def test_linear_solves(linear):
-    """One a step where the equation is linear. One more for its pull-back, and one to undo
-    it, and those by which known states are measured."""
+    """A step takes one linear solve, one more for its pull-back, and one to undo it. Two
+    measure the error at the start. Linear equations take one iteration per step."""
     counter = Counter()
     newton = optx.Newton(rtol=1e-6, atol=1e-6)
     solver = dr.Gauss4(linear_solver=Solves(counter=counter), root_finder=newton)
@@ -326,7 +327,7 @@ def test_linear_solves(linear):
         return jnp.sum(sol.ys), sol.stats
 
     forward, (_, stats) = counter.during(jax.jit(final), Y0)
-    # Beside those of the root finder, which has a linear solver of its own.
+    # Besides those of the root finder, which has its own linear solver.
     assert forward == steps
     both, _ = counter.during(jax.jit(jax.grad(final, has_aux=True)), Y0)
     assert both - forward == 2 * steps + 2
@@ -336,7 +337,7 @@ def test_linear_solves(linear):
 
 @pytest.mark.more
 def test_matrix_free():
-    """With GMRES, on a wave of which a step crosses many cells."""
+    """With GMRES, the gradient is right on a wave that crosses many cells per step."""
     n = 256
     x = jnp.linspace(0, 2 * jnp.pi, n, endpoint=False)
     y0 = jnp.sin(3 * x) + 0.3 * jnp.cos(x), jnp.zeros(n)
@@ -363,7 +364,7 @@ def test_matrix_free():
 
 
 def test_step_that_is_not_found():
-    """Is rejected by an adaptive controller, and else an error."""
+    """An adaptive controller rejects an unsolved step; otherwise it is an error."""
 
     def blow_up(t, y, args):
         return y**2
@@ -380,7 +381,7 @@ def test_step_that_is_not_found():
 
 
 class GivesUp(OwnLU):
-    """Does not solve for vectors as large as only a cotangent is."""
+    """Gives up on vectors that are as large as only cotangents are."""
 
     def compute(self, state, vector, options):
         solution, _, stats = self.lu.compute(state, vector, options)
@@ -392,7 +393,7 @@ class GivesUp(OwnLU):
 
 @pytest.mark.more
 def test_linear_solve_that_is_given_up():
-    """In the pull-back only: an error, and no gradient by what it came to."""
+    """If only the pull-back is given up, it is an error, and its result is not used."""
 
     def final(y0, size):
         solver = dr.Gauss4(linear_solver=GivesUp(), root_finder=optx.Newton(1e-12, 1e-12))
@@ -411,7 +412,7 @@ def test_linear_solve_that_is_given_up():
 
 @every_solver
 def test_error_estimate(solver):
-    """Is of order `s + 2`, by slopes, and filtered: bounded on what is stiff (above)."""
+    """The error estimate is of order `s + 2`. `test_stability` shows that it is bounded."""
     terms, args, t = dfx.ODETerm(field), jnp.array(0.3), jnp.array(0.2)
     state = solver.init(terms, t, t, Y0, args)
 
@@ -426,7 +427,7 @@ def test_error_estimate(solver):
 
 
 def test_root_finder_of_ones_own():
-    """Chords, with a tolerance from which a Newton step makes rounding."""
+    """Chords may replace Newton's method, if one Newton step then reaches rounding."""
     chord = optx.Chord(rtol=0.0, atol=1e-9)
     terms, args = dfx.ODETerm(field), jnp.array(0.3)
     ends = [
@@ -449,7 +450,7 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
         (lambda y: y * y, False),
         (jnp.abs, False),
         (jax.nn.relu, False),
-        # Of which the derivative is zero, or is not that of the function.
+        # Their derivative is zero, or is not that of the function.
         (jnp.floor, False),
         (lambda y: y.astype(int).astype(float), False),
         (jax.jit(lambda y: jnp.round(A @ y)), False),

@@ -1,4 +1,4 @@
-"""Gradients are those of the default adjoint, and of a closed form, and of differences."""
+"""Gradients equal those of the default adjoint, a closed form and differences."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -45,7 +45,7 @@ def solve(adjoint, field, y0, args=None, *, solver=SOLVERS[1], t0=0.0, t1=3.0, *
 
 
 def assert_same_gradient(loss, *args, tol=1e-10):
-    """`loss(adjoint, *args)` under both adjoints, for every argument."""
+    """`loss(adjoint, *args)` has the same value and gradient under both adjoints."""
 
     def gradient(adjoint):
         @eqx.filter_jit
@@ -57,7 +57,7 @@ def assert_same_gradient(loss, *args, tol=1e-10):
 
     value, grad = gradient(dr.ReversibleAdjoint())
     expected_value, expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
-    # Compiled in another way, error estimates round differently, and steps follow them.
+    # Error estimates that are compiled differently round differently, and so do the steps.
     np.testing.assert_allclose(value, expected_value, rtol=1e-11)
     assert jax.tree.structure(grad) == jax.tree.structure(expected_grad)
     assert relative_error(grad, expected_grad) < tol
@@ -101,8 +101,8 @@ CASES = cases(
 
 @pytest.mark.parametrize("case", CASES)
 def test_against_default(case):
-    """With respect to the initial state, `args` and the network, for outputs between the
-    steps and at both ends."""
+    """Gradients with respect to the initial state, `args` and the network are right, for
+    outputs between the steps and at both ends."""
     solver, field, y0, controller, dt0 = case
 
     def loss(adjoint, y0, field, args):
@@ -136,7 +136,7 @@ def test_rejected_steps_are_among_them():
 
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=(SOLVERS[0], *SOLVERS[2:])))
 def test_against_closed_form(solver):
-    """`y' = a y`, of which the solution is `y0 exp(a t)`."""
+    """`y' = a y`, whose solution is `y0 exp(a t)`."""
     y0, a, t1 = jnp.array(1.5), jnp.array(-0.4), 2.0
 
     @jax.jit
@@ -203,7 +203,7 @@ def test_backwards_in_time():
     "of", cases(("every leaf",), more=("the leaf in double precision",))
 )
 def test_pytree_state(of):
-    """Mixed dtypes, 0-d and empty arrays, and `None`."""
+    """The state may mix dtypes, and have 0-d and empty arrays and `None`."""
     y0 = {
         "a": jnp.array([1.0, 2.0]),
         "b": (jnp.array(0.3, jnp.float32), None),
@@ -228,7 +228,7 @@ def test_pytree_state(of):
         grad_y0, _ = assert_same_gradient(loss, y0, jnp.array(0.3), tol=1e-6)
         assert grad_y0["b"][0].dtype == jnp.float32
     else:
-        # To rounding in float64.
+        # Equal to rounding in float64.
         assert_same_gradient(
             lambda adjoint, a, w: loss(adjoint, y0 | {"a": a}, w), y0["a"], jnp.array(0.3)
         )
@@ -236,7 +236,7 @@ def test_pytree_state(of):
 
 @pytest.mark.slow
 def test_closures():
-    """Vector fields and `SaveAt(fn=...)` may close over what is differentiated."""
+    """Vector fields and `SaveAt(fn=...)` may close over differentiated values."""
 
     def loss(adjoint, w, b):
         sol = solve(
@@ -254,7 +254,7 @@ def test_closures():
 
 @pytest.mark.more
 def test_some_leaves_only():
-    """Only of what is differentiated is a cotangent formed; integers stay out of it."""
+    """`args` may have leaves that are not differentiated, such as integers."""
 
     def loss(adjoint, scale):
         args = network_args() | {"scale": scale}
@@ -295,7 +295,7 @@ def test_continued_solve():
 
 @pytest.mark.more
 def test_two_halves():
-    """Have the gradient of the whole, of which they have the steps."""
+    """Two half solves with the same steps have the gradient of the whole."""
 
     def final(y0, field, args, t0, t1, **kwargs):
         saveat = dfx.SaveAt(t1=True, solver_state=True)
@@ -349,7 +349,7 @@ def test_max_steps_reached():
         return sum_of_squares(sol.ys)
 
     assert_same_gradient(loss, Y0)
-    # Four of the times were reached.
+    # The solve reached four times after the start.
     sol = solve(
         dr.ReversibleAdjoint(),
         Network(),
@@ -377,7 +377,7 @@ def test_own_coefficients():
 
 @pytest.mark.more
 def test_solver_with_nothing_but_an_inverse():
-    """The default pull-back serves a solver of which the state is not all real."""
+    """The default pull-back allows integers in the solver state."""
 
     def loss(adjoint, y0, field, args):
         sol = solve(
@@ -395,7 +395,7 @@ def test_solver_with_nothing_but_an_inverse():
 
 @pytest.mark.slow
 def test_float32():
-    """As good as under the default adjoint, in float32 throughout."""
+    """In float32 throughout, gradients are nearly as good as the default adjoint's."""
     y0, field = Y0.astype(jnp.float32), Network(jnp.float32)
     args = network_args(jnp.float32)
 
