@@ -22,7 +22,7 @@ COMPILING = ("06", "07", "08", "10")
 
 
 def quick_flags():
-    """The options for quick compilation of `conftest.py`, as flags for a subprocess."""
+    """The options of `conftest.py` for quick compilation, as flags for a subprocess."""
     options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
     options |= quick_options()
     return " ".join(f"--{name}={value}" for name, value in options.items())

@@ -147,7 +147,7 @@ def test_order(solver, longest):
 
 @pytest.mark.more
 def test_many_jumps():
-    """A field that is switched on and off a hundred times needs no restarts."""
+    """A field that is switched on and off a hundred times causes no restarts."""
     jumps = jnp.linspace(-0.99, 2.99, 100)
     switched = lambda t, y, w: jnp.where(
         jnp.searchsorted(jumps, t) % 2 == 0, w * jnp.sin(y), -y

@@ -242,7 +242,7 @@ def test_what_may_branch(fn, branches):
 
 @pytest.mark.more
 def test_splitting():
-    """Gradients are right if momenta begin at rest, and some coordinates stay there."""
+    """Gradients are right if momenta begin at rest, and some coordinates rest longer."""
     off = jnp.array([0.0, 0.33])
     terms = (
         dfx.ODETerm(lambda t, p, k: p * k[0] + jnp.abs(p)),

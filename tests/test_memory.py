@@ -137,7 +137,7 @@ def test_checkpoints():
 @pytest.mark.parametrize("size, batch", cases(((64, 128),), slow=((4096, 1),)))
 @pytest.mark.parametrize("max_steps", cases((256,), more=(4096,), slow=(1_000_000,)))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
-    """If both have their default number of checkpoints."""
+    """Both adjoints have their default number of checkpoints."""
 
     def used(solver, adjoint):
         def total(y0, scale):
@@ -161,7 +161,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
 
 @pytest.mark.more
 def test_saved_outputs():
-    """Memory grows with the number of outputs, not with the steps between."""
+    """Memory is proportional to the number of outputs, not to the steps between."""
     size = 100_000
 
     def states(count):
@@ -230,8 +230,8 @@ def test_dense_output(solver, states):
     "splits, solver", cases(((True, dr.BlanesMoan6()),), more=((False, dr.ALF4()),))
 )
 def test_room_for_restarts(splits, solver):
-    """By default there is room for eight, of two states each; for none with a symplectic
-    solver."""
+    """By default there is room for eight restarts of two states each; with a symplectic
+    solver, for none."""
     fixed = dfx.ConstantStepSize()
     none, default = (
         temporary_bytes(solver, fixed, 10_000, 100, adjoint=adjoint, splits=splits)

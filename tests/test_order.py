@@ -119,7 +119,7 @@ def test_ends_of_steps_are_exact(solver):
 
 @pytest.mark.parametrize("solver, bound", ((dr.ALF4(), 1.5e-6), (dr.ALF6(), 1e-7)))
 def test_lorenz(solver, bound):
-    """The error is bounded at 800 evaluations, and one at the start."""
+    """The error is below `bound` with 800 evaluations, and one at the start."""
     y0 = jnp.array([1.0, 2.0, 20.0])
     exact = reference(lorenz, y0, 0.0, 1.0)
     dt0 = jnp.array(solver.tableau.stages / 800)

@@ -1,4 +1,4 @@
-"""Single and half precision, and sums without rounding."""
+"""Single and half precision, and compensated and bitwise reversible additions."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -115,8 +115,8 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
 )
 @pytest.mark.parametrize("dtype", cases((), more=(jnp.float32,), slow=(jnp.float64,)))
 def test_no_drift_in_gradients(name, dtype):
-    """With `bitwise=True`, the backward pass of a gradient is exact to the last bit, with
-    varying step sizes and restarts. Plain sums are not."""
+    """Between restarts, the backward pass of a gradient with `bitwise=True` is exact to the
+    last bit, under varying step sizes. With plain sums it is not."""
 
     def gradient(solver):
         @eqx.filter_jit
@@ -145,7 +145,7 @@ def test_no_drift_in_gradients(name, dtype):
     "solver_cls, t1", cases((), more=((dr.ALF6, 20.0),), slow=((dr.ALF4, 5.0),))
 )
 def test_gradient_in_single_precision(solver_cls, t1):
-    """Errors are less than three times those of the default adjoint."""
+    """Errors against double precision are below three times the default adjoint's."""
 
     def gradient(solver, adjoint, dtype):
         @eqx.filter_jit

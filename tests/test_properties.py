@@ -21,7 +21,7 @@ from .problems import as_vector, BITWISE, cases, COMPENSATED, SOLVERS
 
 
 F32, F64 = "float32", "float64"
-# Of both leaves of the state, and of time. Diffrax does not accept a finer time.
+# Of both leaves of the state, and of time. Diffrax accepts no finer dtype for time.
 DTYPES = ((F64, F64, F64), (F32, F32, F32), (F64, F32, F32))
 
 # Exactly representable in float32. XLA flushes subnormal numbers to zero.
@@ -110,7 +110,7 @@ def round_trip(solver):
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(systems, states, states, st.floats(-4, 4, width=32), unit)
 def test_inverse_undoes_step(solver, dtypes, system, y0, deviation, t0, length):
-    """For any `v`, and in either direction of time."""
+    """A step is undone for any `v`, in either direction of time."""
     length = length / 4
     system = cast(system, np.result_type(*dtypes))
     times = cast((t0, t0 + length), dtypes[2])
