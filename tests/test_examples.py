@@ -1,5 +1,5 @@
-"""Every example runs, and ends by printing `OK` after it has checked its claims: some in
-part, with `--quick`. Every one has a figure that is small enough to be committed."""
+"""Every example checks its claims and then prints `OK`; some run in part, with `--quick`.
+Every example has a figure that is small enough to commit."""
 
 import os
 import pathlib
@@ -17,12 +17,12 @@ from .problems import cases
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
-# Those that take most of their time to compile.
+# Examples that spend most of their time compiling.
 COMPILING = ("06", "07", "08", "10")
 
 
 def quick_flags():
-    """What `conftest.py` does to compile quickly, for a process of its own."""
+    """The options of `conftest.py` for quick compilation, as flags for a subprocess."""
     options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
     options |= quick_options()
     return " ".join(f"--{name}={value}" for name, value in options.items())
@@ -31,7 +31,7 @@ def quick_flags():
 @pytest.mark.long
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path, tmp_path):
-    # A copy, so that what it plots does not end up in the source tree.
+    # Run a copy, so that its figure does not end up in the source tree.
     script = tmp_path / path.name
     shutil.copy(path, script)
     quick = ["--quick"] if "--quick" in path.read_text() else []
@@ -54,13 +54,15 @@ def test_figure(path):
     assert name in row
 
 
-# `outcomes.py`: no gradient is wrong. `work_precision.py`: no error is more than 30 times
-# that of `Dopri5` at the same tolerance. `speed.py`: gradients are right, and their memory
-# does not grow. `coefficients.py`: the search finds those of `ALF4`. `solutions.py`: no
-# error is more than 10 times that of `Dopri5`, at steps and between. `error_weights.py`:
-# error estimates of the package are nowhere less than a quarter of the error.
-# `stiff_oscillation.py`: solutions are right to 1e-4.
-# `speed.py --device gpu`: gradients are right on any device, in float32 and in float64.
+# The benchmarks assert:
+# - `outcomes.py`: no gradient is wrong.
+# - `work_precision.py`: no error exceeds 30 times that of `Dopri5` at the same tolerance.
+# - `speed.py`: gradients are right, and their memory does not grow.
+# - `speed.py --device gpu`: gradients are right on any device, in float32 and float64.
+# - `coefficients.py`: the search finds the coefficients of `ALF4`.
+# - `solutions.py`: no error exceeds 10 times that of `Dopri5`, at and between steps.
+# - `error_weights.py`: the package's error estimates are at least a quarter of the error.
+# - `stiff_oscillation.py`: solutions are right to 1e-4.
 BENCHMARKS = cases(
     ("outcomes.py", "coefficients.py", "error_weights.py"),
     slow=(
@@ -76,7 +78,7 @@ BENCHMARKS = cases(
 @pytest.mark.long
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark(name):
-    """In a part of it. A name may be followed by arguments."""
+    """Every benchmark runs in part, with `--quick`. Arguments may follow its name."""
     script, *arguments = name.split()
     path = FOLDER / "benchmarks" / script
     command = [sys.executable, path, *arguments, "--quick"]

@@ -1,4 +1,4 @@
-"""A gradient that grows where the solution contracts is refused, and no other."""
+"""A gradient that grows where the solution contracts is refused; no other gradient is."""
 
 import functools
 
@@ -16,29 +16,29 @@ from .problems import cases, kepler, lorenz, relative_error
 
 SIZE = 50
 GRID = jnp.linspace(-1, 1, SIZE)
-# The largest step that the fastest mode of `heat` is stable for, with some solvers.
+# The largest step at which the fastest mode of `heat` is stable, with some solvers.
 STABLE = 2 / (4 / (2 / (SIZE - 1)) ** 2)
-# Of the parts of a loss of several entries.
+# The weights of the entries in the loss.
 WEIGHTS = jnp.arange(1, SIZE + 1) / SIZE
 
 
 def heat(t, u, k):
-    """`u_t = k (1 - u) u_xx`, with fixed ends. From a smooth start, fast modes are never
-    excited."""
+    """`u_t = k (1 - u) u_xx`, with fixed ends. A smooth start never excites fast modes."""
     del t
     second = (jnp.roll(u, 1) + jnp.roll(u, -1) - 2 * u) / (2 / (SIZE - 1)) ** 2
     return k * (1 - u) * second.at[jnp.array([0, -1])].set(0)
 
 
 def slow_manifold(t, y, k):
-    """Of which the second entry is a fast mode, and follows the first."""
+    """The second entry is a fast mode that follows the first."""
     del t
     return jnp.stack([k * (-y[0] + 0.1 * y[0] ** 2), -500 * y[1] + y[0]])
 
 
 def gradient(field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, **kwargs):
-    """Of `y0` and a factor."""
-    # As tight a check of the walk as is let through by that of the growth, which is meant.
+    """The gradient with respect to `y0` and a factor."""
+    # The check of growth is tested. From 0.01 on, `drift_tol` would loosen it too, not only
+    # the check of the reconstruction.
     if adjoint is None:
         adjoint = dr.ReversibleAdjoint(checkpoints=1024, drift_tol=0.0099)
 
@@ -96,7 +96,7 @@ def test_never_garbage(solver, tol):
 
 @pytest.mark.parametrize("tol", cases((), more=(1e-6,), slow=(1e-3, 1e-10)))
 def test_the_default_adjoint_is_off(tol):
-    """With a solver of Diffrax, so that it is not for what is carried along here."""
+    """It is wrong even with `Tsit5`, which carries no second approximation."""
     adjoint = dfx.RecursiveCheckpointAdjoint()
     got = gradient(heat, GRID**2, 1.0, dfx.Tsit5(), tol, adjoint)
     assert relative_error(got, implicit_heat()) > 10
@@ -106,7 +106,7 @@ def test_the_default_adjoint_is_off(tol):
     "solver", cases((dr.ALF6(),), slow=(dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
 )
 def test_remedy(solver):
-    """Steps that the fastest mode is stable for."""
+    """Gradients are right with steps at which the fastest mode is stable."""
     want = implicit_heat()
     got = gradient(heat, GRID**2, 1.0, solver, dtmax=STABLE / 4)
     assert relative_error(got, want) < 1e-5
@@ -114,7 +114,7 @@ def test_remedy(solver):
 
 @pytest.mark.more
 def test_batch():
-    """One member is refused, and not the other."""
+    """One member of a batch is refused, and the other is not."""
     y0 = jnp.array([1.0, 1 / 500])
 
     def grad(fast):
@@ -149,7 +149,7 @@ def test_message():
 @pytest.mark.parametrize("tol", cases((), more=(1e-5,), slow=(1e-3, 1e-8)))
 @pytest.mark.parametrize("solver", cases(SOLVERS[:1], slow=SOLVERS[1:]))
 def test_gradients_may_grow_as_the_flow_demands(solver, tol):
-    """To a hundred times as much in Kepler's problem, to ten thousand in Lorenz'."""
+    """They grow by a factor of 100 in Kepler's problem, and of 10,000 in Lorenz'."""
     q0 = jnp.array([0.4, 0.0, 0.0, 2.0])
     pair = lambda t, y, k: jnp.concatenate(kepler(t, (y[:2], y[2:]), None))
     assert not is_refused(gradient(pair, q0, 20.0, solver, tol))
@@ -161,7 +161,7 @@ def test_gradients_may_grow_as_the_flow_demands(solver, tol):
 
 @pytest.mark.more
 def test_what_sums_over_the_steps_do_not_see():
-    """Of the field alone the gradient is right where that of the start is not."""
+    """The gradient with respect to the field is right where that of `y0` is refused."""
     y0, adjoint = jnp.array([1.0, 1 / 500]), dr.ReversibleAdjoint(1024, 0.0099)
 
     @jax.jit
@@ -185,8 +185,8 @@ def test_what_sums_over_the_steps_do_not_see():
 
 @pytest.mark.more
 def test_many_entries_in_single_precision():
-    """Of a batch of networks in one state some entries are next to zero, and others are
-    passed on to them."""
+    """Gradients are right if a whole batch is one state. Some entries of its cotangent are
+    next to zero, and others are passed on to them."""
     net = eqx.nn.MLP(64, 64, 64, 1, jnp.tanh, dtype=jnp.float32, key=jax.random.key(0))
     net = jax.tree.map(lambda x: 4 * x if eqx.is_array(x) else x, net)
     params, static = eqx.partition(net, eqx.is_array)
@@ -211,7 +211,8 @@ def test_many_entries_in_single_precision():
 
 @pytest.mark.parametrize("eccentricity", cases((), more=(0.5,), slow=(0.3, 0.7)))
 def test_residuals_of_an_orbit(eccentricity):
-    """Whose cotangents cancel and grow from one output to the next, in large steps."""
+    """Gradients of a fit are right. Its cotangents cancel, and grow from one output to the
+    next, in large steps."""
     e = eccentricity
     y0 = jnp.array([1 + e, 0.0]), jnp.array([0.0, ((1 - e) / (1 + e)) ** 0.5])
     ts = jnp.asarray(np.sort(np.random.default_rng(0).uniform(0, 2 * np.pi, 30)))

@@ -1,4 +1,4 @@
-"""Discontinuities of the vector field: the order is kept, and nothing is stored."""
+"""Solvers keep their order at discontinuities of the vector field, and store nothing."""
 
 import functools
 
@@ -15,12 +15,12 @@ from .problems import as_terms, BITWISE, cases, PID, relative_error, sum_of_squa
 
 
 Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
-# The first is where floats are closest.
+# The first jump is at zero, where floats are closest together.
 JUMPS = jnp.array([0.0, 0.8, 1.9])
 TS = jnp.linspace(-1.0, 3.0, 7)
 SOLVERS = (dr.ALF2(), dr.ALF4(), dr.ALF6(), BITWISE)
-# No controller makes jumps for solvers without an error estimate; a jump at the start
-# remains.
+# Without an error estimate no controller makes jumps, so only one at the start is
+# possible.
 AT_START = dict(stepsize_controller=dfx.ConstantStepSize(), made_jump=True)
 
 
@@ -29,11 +29,11 @@ def pieces(t, y, w):
 
 
 def field(t, y, w):
-    """Another one between any two jumps."""
+    """A different field between any two jumps."""
     return jnp.stack(pieces(t, y, w))[jnp.searchsorted(JUMPS, t, side="right")]
 
 
-# `q' = f(t, p)` and `p' = g(t, q)`, of which only the force jumps, or both do.
+# `q' = f(t, p)` and `p' = g(t, q)`, where only the force jumps, or both do.
 PAIR = (lambda t, p, w: w * p, field)
 BOTH = (lambda t, p, w: field(t, p, w) + p, field)
 
@@ -61,7 +61,7 @@ def gradients(loss, *args, checkpoints=0):
         of(dr.ReversibleAdjoint(checkpoints)),
         of(dfx.RecursiveCheckpointAdjoint()),
     )
-    # Compiled in another way, error estimates round differently, and steps follow them.
+    # The two programs round error estimates differently, and step sizes follow these.
     np.testing.assert_allclose(ours[0], default[0], rtol=1e-11)
     assert relative_error(ours[1], default[1]) < 1e-10
     return ours[1]
@@ -71,7 +71,7 @@ def gradients(loss, *args, checkpoints=0):
     "solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])), ids=repr
 )
 def test_gradients(solver):
-    """Without room for a single state, those of the default adjoint."""
+    """Without checkpoints, gradients equal those of the default adjoint."""
 
     def loss(adjoint, y0, w):
         return sum_of_squares(solve(adjoint, solver, y0, w).ys)
@@ -104,7 +104,7 @@ def test_families(solver, field, kwargs):
     def loss(adjoint, y0, w):
         return sum_of_squares(solve(adjoint, solver, y0, w, field=field, **kwargs).ys)
 
-    # Two copies part, jumps or not.
+    # The two copies drift apart, with or without jumps.
     checkpoints = 4 if isinstance(solver, dr.McCallumFoster) else 0
     gradients(loss, y0, W, checkpoints=checkpoints)
 
@@ -113,8 +113,8 @@ def test_families(solver, field, kwargs):
     "solver, longest", cases(((dr.ALF4(), 0.1),), more=((dr.ALF6(), 0.2),))
 )
 def test_order(solver, longest):
-    """With steps of a given length, but for those that end at a jump; and not by the
-    restarts that a jump that was not crossed would lead to."""
+    """The order is kept with steps of equal length, except those that end at a jump. It is
+    not due to restarts, which a jump that is not crossed would cause."""
 
     @jax.jit
     def final(h):
@@ -147,7 +147,7 @@ def test_order(solver, longest):
 
 @pytest.mark.more
 def test_many_jumps():
-    """A field that is switched on and off a hundred times takes no restarts."""
+    """A field that is switched on and off a hundred times causes no restarts."""
     jumps = jnp.linspace(-0.99, 2.99, 100)
     switched = lambda t, y, w: jnp.where(
         jnp.searchsorted(jumps, t) % 2 == 0, w * jnp.sin(y), -y
@@ -172,7 +172,7 @@ def test_many_jumps():
 
 @pytest.mark.more
 def test_batch():
-    """Every element has jumps, and restarts, of its own."""
+    """Every element of a batch has its own jumps and restarts."""
     jumps = jnp.array([[0.3, 0.9], [-0.5, 1.3], [2.2, 2.5]])
 
     def loss(adjoint, y0, w):
@@ -193,7 +193,7 @@ def test_batch():
 
 @pytest.mark.parametrize("fresh", cases((), slow=(True, False)))
 def test_from_a_jump(fresh):
-    """A solve that begins at a jump crosses it, unless it has evaluated `v` behind it."""
+    """A solve that begins at a jump crosses it, unless `v` is evaluated beyond it."""
 
     def loss(adjoint, y0, w):
         whole = dict(saveat=dfx.SaveAt(t1=True, solver_state=True, made_jump=True))
@@ -220,5 +220,5 @@ def test_from_a_jump(fresh):
             solve(dr.ReversibleAdjoint(), dr.ALF4(), y0, w, saveat=saveat).ys
         )
 
-    # With other steps.
+    # The single solve takes other steps.
     assert relative_error(grads, whole(Y0, W)) < 1e-3

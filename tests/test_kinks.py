@@ -1,5 +1,5 @@
-"""Vector fields that are not smooth where a solve begins, or rests for a while: gradients
-take the side of the kink that the solve was on, as the default adjoint's do."""
+"""Vector fields with a kink where a solve begins or rests for a while: gradients take the
+same side of the kink as the solve, as with the default adjoint."""
 
 import functools as ft
 
@@ -25,14 +25,14 @@ def guarded(h):
 
 
 def kinks(h):
-    """Each for two entries of `h`."""
+    """One kink for every two entries of `h`."""
     fns = jax.nn.relu, jnp.abs, lambda h: jnp.maximum(h, 1.0), guarded
     pairs = h.reshape(-1, 2)
     return jnp.concatenate([fn(x) for fn, x in zip(fns, pairs, strict=False)])
 
 
 AT_KINKS = jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0]), 2)
-# By which the walk back does not come to the start where the field itself jumps there.
+# Their backward pass does not return to the start if the field itself jumps there.
 AT_CONTINUOUS = ("LeapfrogMidpoint", "ReversibleHeun")
 SOLVERS = {
     "ALF2": dr.ALF2(),
@@ -71,7 +71,7 @@ def gradient(field, solver, y0, adjoint, **kwargs):
     ),
 )
 def test_start(name, rest, save_fn):
-    """Hidden and augmented states begin at zero; some of them at rest."""
+    """Gradients are right if hidden and augmented states begin at zero, some at rest."""
 
     h0 = AT_KINKS[:6] if name in AT_CONTINUOUS else AT_KINKS
 
@@ -94,7 +94,7 @@ def test_start(name, rest, save_fn):
 
 
 def infusion(t, y, k):
-    """Nothing is there until something flows in, and then it has effects."""
+    """All is zero until a dose flows in and takes effect."""
     dose, tissue, effect = y
     flow = k[0] * jnp.maximum(t - 0.31, 0.0) + 0.0 * dose
     effects = jax.nn.relu(tissue) + jnp.abs(dose)
@@ -115,7 +115,8 @@ def infusion(t, y, k):
     ),
 )
 def test_at_rest_for_a_while(name, steps):
-    """In a batch, of which a member never rests, and by steps in which the rest ends."""
+    """Gradients are right in a batch with a member that never rests, and in steps during
+    which the rest ends."""
     pid = dfx.PIDController(rtol=1e-5, atol=1e-7)
     jumps = dfx.ClipStepSizeController(pid, jump_ts=jnp.array([0.31]))
     controllers = dict(adaptive=pid, jump=jumps)
@@ -139,7 +140,7 @@ def test_at_rest_for_a_while(name, steps):
 
 
 def test_couplings_at_rest():
-    """Of a solver that does not know the vector field as a whole."""
+    """Gradients are right with a solver that does not know the whole vector field."""
     f = lambda t, y, k: k[0] * jnp.maximum(t - 0.31, 0.0) - jax.nn.relu(y)
     g = lambda t, y, k: k[1] * jnp.abs(y) * jnp.maximum(t - 0.61, 0.0)
     terms, solver = (dfx.ODETerm(f), dfx.ODETerm(g)), TwoStreams()
@@ -157,8 +158,8 @@ def test_couplings_at_rest():
 
 @pytest.mark.more
 def test_evaluations():
-    """One more for each of a step, and one by which growth is told, in the two steps in
-    which anything is set off."""
+    """A kink costs one more evaluation for each of a step, and one to detect growth, in the
+    two steps in which an entry is set off."""
     counter, y0 = Counter(), jnp.zeros(2)
 
     def field(kink, t, y, k):
@@ -180,7 +181,7 @@ def test_evaluations():
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_memory():
-    """Is flat, and more than that of a smooth field by some states."""
+    """Memory is flat, and exceeds that of a smooth field by fewer than 16 states."""
 
     def bytes_of(kink, max_steps):
         def loss(y0):
@@ -202,7 +203,7 @@ def test_memory():
 
 
 def test_misses_are_not_hidden():
-    """By entries of which it is known where they were."""
+    """Entries at rest, which are known, do not hide misses."""
 
     def field(t, y, rate):
         return rate * (jnp.abs(jnp.sin(jnp.maximum(t - 0.2, 0.0))) - jnp.abs(y))
@@ -241,7 +242,7 @@ def test_what_may_branch(fn, branches):
 
 @pytest.mark.more
 def test_splitting():
-    """Momenta begin at rest, and some coordinates stay there for a while."""
+    """Gradients are right if momenta begin at rest, and some coordinates rest longer."""
     off = jnp.array([0.0, 0.33])
     terms = (
         dfx.ODETerm(lambda t, p, k: p * k[0] + jnp.abs(p)),

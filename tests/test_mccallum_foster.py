@@ -1,4 +1,4 @@
-"""Coupled Runge–Kutta methods: order of the inner solver, evaluations, what is refused."""
+"""Coupled Runge–Kutta methods: order, evaluations, adjoints, many steps."""
 
 import diffrax as dfx
 import jax
@@ -17,7 +17,7 @@ TS = jnp.linspace(0.0, 3.0, 97)[1:-1]
 
 
 def field(t, y, args):
-    """Not autonomous, and not Hamiltonian."""
+    """Neither autonomous nor Hamiltonian."""
     a, b = y
     return jnp.stack([b + 0.3 * a * b * jnp.cos(t), jnp.sin(a) - 0.5 * b])
 
@@ -30,7 +30,7 @@ def test_reads_like_the_inner_solver():
         assert coupled.error_order(terms) == solver.error_order(terms)
 
 
-# The orders at the end, and between the steps as of Diffrax's own interpolation.
+# The orders at the end and between steps, there those of Diffrax's interpolation.
 @pytest.mark.parametrize(
     "solver, order, between, steps",
     cases(
@@ -49,7 +49,7 @@ def test_reads_like_the_inner_solver():
     ids=repr,
 )
 def test_order(solver, order, between, steps):
-    """By slopes."""
+    """At the end and between steps, the order is that of the inner solver."""
     exact = reference(field, Y0, 0.0, 3.0)
     exact_between = dfx.diffeqsolve(
         dfx.ODETerm(field),
@@ -59,7 +59,7 @@ def test_order(solver, order, between, steps):
         None,
         Y0,
         saveat=dfx.SaveAt(ts=TS),
-        # Ends at all of the times.
+        # Steps end at all of these times.
         stepsize_controller=dfx.StepTo(jnp.linspace(0.0, 3.0, 97 * 8 - 7)),
     ).ys
 
@@ -80,7 +80,7 @@ def test_order(solver, order, between, steps):
     assert np.all(slopes > np.array([order, between]) - 0.4), slopes
 
 
-# The stages that the error estimate is made of, and those that `y1` is.
+# The numbers of stages that the error estimate needs, and that `y1` needs.
 @pytest.mark.parametrize(
     "solver, stages, needed",
     cases(
@@ -111,18 +111,18 @@ def test_evaluations(solver, stages, needed, adaptive):
     y0, scale = jnp.array([1.0, 2.0]), jnp.array(0.3)
     forward, (_, stats) = counter.during(jax.jit(final), y0, scale)
     steps, accepted = stats["num_steps"], stats["num_accepted_steps"]
-    # The error estimate tells whether the copies have parted, with steps of any kind.
+    # With any controller, the error estimate shows whether the copies have drifted apart.
     assert forward == (needed + stages) * steps
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = counter.during(gradient, y0, scale)
-    # Each once, and those after the end of the step not at all; and one where the walk back
-    # comes to the start, by which it is measured.
+    # Each stage that `y1` needs once, and one evaluation at the start, to measure the error
+    # of the reconstruction.
     assert both - forward == 2 * needed * accepted + 1
 
 
 @pytest.mark.more
 def test_adjoints():
-    """Those of Diffrax work with it as well."""
+    """Gradients equal those of Diffrax's adjoints."""
 
     def gradient(adjoint):
         def loss(y0):
@@ -146,7 +146,7 @@ def test_adjoints():
 
 
 def test_walk_goes_on_from_known_states():
-    """Of 4,000 steps, the walk back would multiply errors by `0.99 ** -4000`."""
+    """Otherwise 4,000 steps would multiply errors by `0.99 ** -4000`."""
 
     def loss(y0, adjoint):
         sol = dfx.diffeqsolve(

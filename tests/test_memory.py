@@ -1,4 +1,4 @@
-"""Compiled memory of a gradient: flat in the number of steps, a few states at the start."""
+"""The compiled memory of a gradient is a few states, for any number of steps."""
 
 import diffrax as dfx
 import jax
@@ -10,7 +10,7 @@ import diffrax_reversible as dr
 from .problems import as_terms, cases, COMPENSATED, FAMILIES, families, PID, SOLVERS
 
 
-# Memory is that of what users compile.
+# Measure the program that users get.
 pytestmark = pytest.mark.optimised
 
 
@@ -18,7 +18,7 @@ def field(t, y, scale):
     return jnp.tanh(scale * jnp.roll(y, 1)) - jnp.cos(t) * y
 
 
-# As many steps can be recorded at the most; twice, where a replay writes to a copy.
+# The most steps on record, twice, as a replay writes to a copy.
 ROWS = 2 << 14
 
 
@@ -59,14 +59,14 @@ def test_growth_with_steps(solver, controller, size):
     few, many, more = (
         temporary_bytes(solver, controller, size, n) for n in (20_000, 1_001_000, 2_001_000)
     )
-    # A time each, and whether there was a restart, of those that there is room to record.
+    # A time and a restart flag for each step on record.
     assert 0 <= many - few <= 9 * ROWS + 200 and abs(more - many) < 1_000
 
 
 @families
 def test_growth_of_families(family):
-    """With steps, by one time each, and for `LeapfrogMidpoint` by one more, up to what
-    there is room for; and with the state, by a few of them."""
+    """Memory grows by one time for each step on record, two for `LeapfrogMidpoint`, and by
+    a few states."""
     solver, field, _, controller, _ = FAMILIES[family]
     kwargs = dict(splits=isinstance(field, tuple))
     small, many, large = (
@@ -76,13 +76,13 @@ def test_growth_of_families(family):
     numbers = 2 if family == "LeapfrogMidpoint" else 1
     assert 0 <= many - small <= (8 * numbers + 1) * ROWS + 200
     states = (large - small) / 8e5
-    # All stages of `Tsit5` are kept within a step, by JAX 0.4 some of them twice.
+    # A step keeps all stages of `Tsit5`; JAX 0.4 keeps some of them twice.
     assert states < (40 if family == "coupling" else 20)
 
 
 @pytest.mark.more
 def test_growth_with_jumps():
-    """A time more."""
+    """Jumps take one more time for each step on record."""
     jumps = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.3]))
     few, many = (temporary_bytes(SOLVERS[1], jumps, 10, n) for n in (1_000, 1_001_000))
     assert 0 <= many - few <= 17 * ROWS + 200
@@ -95,12 +95,12 @@ def test_growth_with_jumps():
 )
 @pytest.mark.parametrize("controller", cases((PID,), slow=(dfx.ConstantStepSize(),)))
 def test_states(solver, controller):
-    """In units of the state, whatever the number of sub-steps."""
+    """Memory is a few states, whatever the number of sub-steps."""
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
-    # Those of `y` and `v` and of their cotangents, the start and the end, and what a step
-    # adds. With restarts, these twice, where the walk back is and where it comes to; what
-    # is known there; and what tells growth, which has a quarter of the digits.
+    # `y`, `v` and their cotangents, the start, the end, and the update by a step. With
+    # restarts, some of these twice, for two positions of the backward pass; a known state;
+    # and the growth, in a quarter of the memory.
     most = 9 if isinstance(solver, dr.ALF2) else 14.5
     recent = jax.__version_info__ >= (0, 10)
     assert used < most + (0.2 if recent else 2.2)
@@ -113,7 +113,7 @@ def test_states(solver, controller):
     "controller, states", cases((), more=((PID, 7),), slow=((dfx.ConstantStepSize(), 5),))
 )
 def test_compensated(controller, states):
-    """So many more of them."""
+    """Compensation takes so many more states."""
     size = 1_000_000
     plain, compensated = (
         temporary_bytes(solver, controller, size, 100) / (8 * size)
@@ -124,7 +124,7 @@ def test_compensated(controller, states):
 
 @pytest.mark.more
 def test_checkpoints():
-    """Two states each."""
+    """Each checkpoint takes two states."""
     size = 100_000
 
     def states(checkpoints):
@@ -137,7 +137,7 @@ def test_checkpoints():
 @pytest.mark.parametrize("size, batch", cases(((64, 128),), slow=((4096, 1),)))
 @pytest.mark.parametrize("max_steps", cases((256,), more=(4096,), slow=(1_000_000,)))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
-    """With the default number of checkpoints of either."""
+    """Both adjoints have their default number of checkpoints."""
 
     def used(solver, adjoint):
         def total(y0, scale):
@@ -161,7 +161,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
 
 @pytest.mark.more
 def test_saved_outputs():
-    """In proportion to what is saved, and not to the steps between."""
+    """Memory is proportional to the number of outputs, not to the steps between."""
     size = 100_000
 
     def states(count):
@@ -175,8 +175,8 @@ def test_saved_outputs():
 @pytest.mark.more
 @pytest.mark.parametrize("t1", cases((True,), slow=(False,)))
 def test_saved_outputs_of_a_batch(t1):
-    """In a batch of gradients, no more for each output than under the default adjoint, and
-    no more than the output and its cotangent."""
+    """In a batch of gradients, each output takes no more memory than with the default
+    adjoint, and no more than itself and its cotangent."""
     size, batch = 16, 8
 
     def each(solver, adjoint):
@@ -201,7 +201,7 @@ def test_saved_outputs_of_a_batch(t1):
 
 @pytest.mark.more
 def test_default_adjoint_needs_more():
-    """What is measured would show a stored trajectory."""
+    """The measurement would show a stored trajectory."""
     ours, default = (
         temporary_bytes(SOLVERS[1], PID, 100_000, 100, adjoint)
         for adjoint in (dr.ReversibleAdjoint(0), dfx.RecursiveCheckpointAdjoint())
@@ -214,7 +214,7 @@ def test_default_adjoint_needs_more():
     cases(((dr.ALF4(), 5), (dr.ALF6(), 8)), slow=((dr.ALF2(), 4), (dr.ALF8(), 7))),
 )
 def test_dense_output(solver, states):
-    """States a step, as documented."""
+    """Dense output takes as many states per step as documented."""
 
     def solve(y0):
         saveat = dfx.SaveAt(dense=True)
@@ -230,7 +230,8 @@ def test_dense_output(solver, states):
     "splits, solver", cases(((True, dr.BlanesMoan6()),), more=((False, dr.ALF4()),))
 )
 def test_room_for_restarts(splits, solver):
-    """Of two states each, but by default none for a symplectic solver."""
+    """By default there is room for eight restarts of two states each; with a symplectic
+    solver, for none."""
     fixed = dfx.ConstantStepSize()
     none, default = (
         temporary_bytes(solver, fixed, 10_000, 100, adjoint=adjoint, splits=splits)
@@ -239,7 +240,7 @@ def test_room_for_restarts(splits, solver):
     if splits:
         assert default == none
     else:
-        # JAX 0.4 puts two of them where others are that are no longer needed.
+        # JAX 0.4 puts two of these states in memory that is no longer needed.
         assert default - none >= (2 * 8 - 2) * 80_000
 
 
@@ -251,7 +252,7 @@ def _deep(t, y, weights):
 
 
 def _loss(solver, checkpoints):
-    """Of the end of a solve of a deep field, as a function of `y0` and the weights."""
+    """A loss at the end of a solve of a deep field, given `y0` and the weights."""
     splits = isinstance(solver, dr.BlanesMoan6)
     fields = ((lambda t, p, args: p), _deep) if splits else _deep
 
@@ -272,7 +273,8 @@ def _loss(solver, checkpoints):
     "solver", cases((dr.BlanesMoan6(),), more=(dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr
 )
 def test_one_evaluation(solver):
-    """Activations of a single evaluation of a deep field, however many stages."""
+    """Memory holds the activations of one evaluation of a deep field, for any number of
+    stages."""
     batch, width, layers = 512, 64, 20
 
     def one(y0, weights):
@@ -289,7 +291,7 @@ def test_one_evaluation(solver):
         for fn in (_loss(solver, checkpoints=0), one)
     )
     states = (ours - floor) / (8 * batch * width)
-    # Activations of one more evaluation would be `layers` more.
+    # The activations of another evaluation would take `layers` more states.
     assert states < layers
 
 
@@ -297,12 +299,12 @@ def test_one_evaluation(solver):
     "solver", cases((dr.BlanesMoan6(),), more=(dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr
 )
 def test_many_parameters(solver):
-    """Their cotangent is summed where it is returned, and once more from one known state to
-    the next, with no copy for the evaluation that the solve begins with."""
+    """Their cotangent is summed in the array that is returned, and in a second one between
+    known states. The evaluation at the start takes no copy."""
     size = 512
     y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
     weights = [jax.ShapeDtypeStruct((size, size), jnp.float64)] * 2
     gradient = jax.jit(jax.grad(_loss(solver, checkpoints=8), argnums=(0, 1)))
     memory = gradient.lower(y0, weights).compile().memory_analysis()
-    # The second sum, of two arrays, of which one serves the evaluation at hand as well.
+    # The second sum has two arrays, one of which also serves the current evaluation.
     assert memory.temp_size_in_bytes < 2.5 * 8 * size**2

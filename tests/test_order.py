@@ -1,4 +1,4 @@
-"""Orders by measured slopes, of the solution, of `v`, and between the steps."""
+"""Measured orders of the solution, of `v`, and of the interpolation between steps."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -26,8 +26,8 @@ def forced(t, y, args):
 
 Y0 = jnp.array([1.0, 0.5])
 
-# Numbers of steps over [0, 3]: small enough steps for the leading term of the error to
-# dominate, large enough ones to stay above the rounding floor.
+# Numbers of steps over [0, 3]: enough for the leading term of the error to dominate, and
+# few enough to stay above the rounding floor.
 STEPS = {2: (64, 128, 256), 4: (24, 48, 96), 6: (10, 20, 40), 8: (12, 24)}
 
 
@@ -66,7 +66,7 @@ def test_solution_and_v(solver, backwards):
 
 @some_solvers
 def test_between_the_steps(solver):
-    """Dense output and its derivative, at times that no step hits."""
+    """Dense output and its derivative have their order at times that no step hits."""
     order = solver.tableau.continuous_extension.order
     ts = jnp.linspace(0.0, 3.0, 97)[1:-1]
     exact = dfx.diffeqsolve(
@@ -90,7 +90,7 @@ def test_between_the_steps(solver):
         sol = solve(solver, dt0, dfx.SaveAt(dense=True))
         return np.max(np.abs(jax.vmap(sol.derivative)(ts) - exact_derivative))
 
-    # Never below the order; above it where the next term of the error is the larger one.
+    # Slopes exceed the order where the next term of the error is the larger one.
     measured = slopes(error, steps)
     assert np.all(measured > order - 0.4), measured
     measured = slopes(derivative_error, steps)
@@ -119,7 +119,7 @@ def test_ends_of_steps_are_exact(solver):
 
 @pytest.mark.parametrize("solver, bound", ((dr.ALF4(), 1.5e-6), (dr.ALF6(), 1e-7)))
 def test_lorenz(solver, bound):
-    """At 800 evaluations, and one at the start."""
+    """The error is below `bound` with 800 evaluations, and one at the start."""
     y0 = jnp.array([1.0, 2.0, 20.0])
     exact = reference(lorenz, y0, 0.0, 1.0)
     dt0 = jnp.array(solver.tableau.stages / 800)
@@ -136,7 +136,7 @@ def test_order_of_the_class(solver):
 
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=SOLVERS[2:]), ids=repr)
 def test_tolerance(solver):
-    """The error follows the tolerance, and is of its size on a Kepler orbit."""
+    """The error on a Kepler orbit is between 0.1 and 300 times the tolerance."""
     y0 = (jnp.array([0.4, 0.0]), jnp.array([0.0, 2.0]))
     period = 2 * np.pi
     errors = []
@@ -156,7 +156,7 @@ def test_tolerance(solver):
 
 
 def test_float32():
-    """Accurate to the rounding of float32, in which everything is then computed."""
+    """Solves in float32 are accurate to its rounding, and return float32 throughout."""
     y0 = Y0.astype(jnp.float32)
     for solver in SOLVERS[1:]:
         sol = dfx.diffeqsolve(

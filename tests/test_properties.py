@@ -1,6 +1,6 @@
-"""Over random systems, steps and outputs: a step is undone, and gradients are exact.
+"""On random systems, steps and outputs, steps are undone and gradients are exact.
 
-What is drawn are values only; one compilation serves all of them.
+Only values are drawn, so that one compilation serves them all.
 """
 
 import functools as ft
@@ -21,7 +21,7 @@ from .problems import as_vector, BITWISE, cases, COMPENSATED, SOLVERS
 
 
 F32, F64 = "float32", "float64"
-# Of both leaves of the state, and of time, which Diffrax does not let be the finer one.
+# Of both leaves of the state, and of time. Diffrax accepts no finer dtype for time.
 DTYPES = ((F64, F64, F64), (F32, F32, F32), (F64, F32, F32))
 
 # Exactly representable in float32. XLA flushes subnormal numbers to zero.
@@ -33,7 +33,7 @@ def fraction(low):
 
 
 LIPSCHITZ = 2.0
-# Of a solve, in time.
+# The length of a solve, in time.
 MAX_LENGTH = 2.0
 STEPS = 12
 MAX_STEPS = 40
@@ -42,8 +42,8 @@ MAX_STEPS = 40
 class System(NamedTuple):
     """`y' = (A y + B tanh(C y / 3 + d + t)) / 3 + e cos(2t)`.
 
-    Of Lipschitz constant two at most: no entry of `A`, `B` and `C` exceeds one, and there
-    are three to a row.
+    The Lipschitz constant is at most two: no entry of `A`, `B` and `C` exceeds one, and
+    rows have three entries.
     """
 
     matrices: np.ndarray
@@ -56,7 +56,7 @@ class System(NamedTuple):
 
 
 def sizeable(x):
-    """Bounded away from zero: what starts there by chance is refused."""
+    """Bounded away from zero, as entries that start there by chance are refused."""
     return np.where(x < 0, -1, 1) * (0.25 + 0.75 * np.abs(x))
 
 
@@ -69,7 +69,7 @@ states = arrays(np.float64, 3, elements=unit)
 
 
 def as_state(x, dtypes):
-    """Two leaves, of which one is a scalar."""
+    """A state of two leaves, one of them a scalar."""
     return {"a": jnp.asarray(x[:2], dtypes[0]), "b": jnp.asarray(x[2], dtypes[1])}
 
 
@@ -110,16 +110,16 @@ def round_trip(solver):
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(systems, states, states, st.floats(-4, 4, width=32), unit)
 def test_inverse_undoes_step(solver, dtypes, system, y0, deviation, t0, length):
-    """Whatever `v` is, and in either direction of time."""
+    """A step is undone for any `v`, in either direction of time."""
     length = length / 4
     system = cast(system, np.result_type(*dtypes))
     times = cast((t0, t0 + length), dtypes[2])
     y0, deviation = as_state(y0, dtypes), as_state(deviation, dtypes)
     start, end, restored = round_trip(solver)(system, *times, y0, deviation)
     size = np.max(np.abs(as_vector((start, end))))
-    # A sub-step makes about four operations either way, each of which rounds by up to
-    # half an `eps` of its operands. Such errors grow as solutions do, over the lengths
-    # of the sub-steps rather than that of the step, as some of them go back.
+    # A sub-step makes about four operations in either direction. Each rounds by up to half
+    # an `eps` of its operands. These errors grow as solutions do, over the lengths of the
+    # sub-steps rather than that of the step, as some sub-steps go backwards.
     sub_steps = np.abs(solver.tableau.sub_steps)
     growth = np.exp(LIPSCHITZ * abs(length) * np.sum(sub_steps))
     bound = 4 * len(sub_steps) * coarsest_eps(dtypes) * size * growth
@@ -127,14 +127,14 @@ def test_inverse_undoes_step(solver, dtypes, system, y0, deviation, t0, length):
 
 
 class Solve(NamedTuple):
-    """All that a solve depends on besides what is static."""
+    """The arrays that a solve depends on."""
 
     system: System
     y0: dict[str, jax.Array]
     t0: jax.Array
     t1: jax.Array
     dt0: jax.Array
-    # Where steps that are given end.
+    # The ends of given steps.
     step_to: jax.Array
     tol: jax.Array
     ts: jax.Array
@@ -164,7 +164,7 @@ def moment(t, y, args):
     return {"moment": jnp.sum(y["a"] ** 2) * y["a"], "t": t * y["b"].astype(t.dtype)}
 
 
-# Of the times drawn. The outputs of `dense` are evaluated.
+# Given the drawn times, at which dense output is evaluated.
 SAVEATS = {
     "ends": lambda ts: dfx.SaveAt(t0=True, t1=True),
     "ts": lambda ts: dfx.SaveAt(ts=ts),
@@ -187,8 +187,8 @@ def controller_and_dt0(name, p):
         return dfx.ConstantStepSize(), p.dt0
     if name == "given":
         return dfx.StepTo(p.step_to), None
-    # By default steps may grow by an estimate of the error that is nothing but rounding,
-    # and steps, and so gradients, would differ between two adjoints.
+    # By default steps may grow by an error estimate that is pure rounding. Steps, and so
+    # gradients, would then differ between the two adjoints.
     return dfx.PIDController(rtol=p.tol, atol=p.tol, factormax=3.0), p.dt0
 
 
@@ -232,7 +232,7 @@ def gradient(adjoint, solver, controller, saveat):
     return run
 
 
-# Every controller and every way of saving, with solvers and dtypes in turn.
+# Every controller and form of saving, with various solvers and dtypes.
 CASES = cases(
     (),
     more=((dr.ALF4(), "pid", "subs", DTYPES[1]),),
@@ -261,8 +261,8 @@ def test_gradient_is_that_of_the_default_adjoint(solver, controller, saveat, dty
     assert steps == expected_steps
     coarse = coarsest_eps(dtypes)
     for y, e in zip(jax.tree.leaves(ys), jax.tree.leaves(expected_ys), strict=True):
-        # They are compiled apart, and may differ by rounding.
+        # They are compiled separately, and may differ by rounding.
         np.testing.assert_allclose(y, e, rtol=1e3 * coarse, atol=1e3 * coarse)
-    # The weights of `read` and the states are about one, and so are sensitivities.
+    # The weights of `read`, the states and the sensitivities are about one.
     error = np.abs(as_vector(grad) - as_vector(expected))
     assert np.max(error) <= 2e4 * coarse * max(np.max(np.abs(as_vector(expected))), 1.0)

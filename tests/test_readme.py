@@ -1,4 +1,4 @@
-"""What the READMEs, changelog and package metadata say is so."""
+"""The READMEs, the changelog and the package metadata agree with the code."""
 
 import importlib
 import os
@@ -27,7 +27,7 @@ READMES = (
 
 
 def table(file, title):
-    """The rows of the first table after the heading, without its own."""
+    """The rows of the first table after the heading, without its header."""
     text = (ROOT / file).read_text()
     text = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", text, re.S | re.M)[1]
     rows = re.search(r"^(\|.*\n)+", text, re.M)[0].splitlines()[2:]
@@ -40,7 +40,7 @@ def solver_table(title):
 
 
 def anchors(file):
-    """Of its headings, as GitHub makes them."""
+    """The anchors of the headings of a file, as GitHub forms them."""
     headings = re.findall(r"^#+ (.*)", (ROOT / file).read_text(), re.M)
     return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
@@ -53,7 +53,7 @@ def command(marker):
 
 @pytest.mark.more
 def test_quick_example(tmp_path):
-    """Runs as it stands, and prints the gradient of the default adjoint."""
+    """The example runs as printed, and prints the gradient of the default adjoint."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     default = code.replace(
         "adjoint=ReversibleAdjoint()", "adjoint=diffrax.RecursiveCheckpointAdjoint()"
@@ -64,7 +64,7 @@ def test_quick_example(tmp_path):
         run = subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,
-            # As in other tests, most of the time is taken by compiling.
+            # Compiling takes most of the time.
             env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             capture_output=True,
             text=True,
@@ -115,7 +115,7 @@ def test_gauss_table():
 
 
 def runs(test):
-    """Whether some case of a test runs by default or by `-m more`."""
+    """Whether some case of a test runs by default or with `-m more`."""
     marks = getattr(test, "pytestmark", [])
     cases = [mark.args[1] for mark in marks if mark.name == "parametrize"]
     left_out = lambda marked: any(mark.name in ("slow", "long") for mark in marked)
@@ -126,8 +126,8 @@ def runs(test):
 
 
 def test_support_table():
-    """Every line has a test that runs, and what the table refuses is what
-    `test_refusals.py` shows to be refused."""
+    """Every row has a test that runs, and the table lists as refused what
+    `test_refusals.py` tests."""
     rows = table("tests/README.md", "What `ReversibleAdjoint` supports")
     assert {answer for _, answer, _ in rows} == {"yes", "refused"}
     for what, answer, test in rows:
@@ -159,7 +159,7 @@ def test_version_and_changelog():
 
 @pytest.mark.parametrize("file", READMES)
 def test_links(file):
-    """Those to files and headings of the repository."""
+    """Links to files and headings of the repository have a target."""
     for link in re.findall(r"\]\((?!https?:)(.*?)\)", (ROOT / file).read_text()):
         path, _, anchor = link.partition("#")
         target = (ROOT / file).parent / path if path else ROOT / file

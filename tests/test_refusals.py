@@ -1,4 +1,4 @@
-"""What is refused: the call, the exception, and a message with the reason and a remedy."""
+"""Unsupported calls raise an error that names the call, the reason and a remedy."""
 
 import warnings
 
@@ -102,7 +102,7 @@ def grad_wrt_static():
 
 
 def traced(make):
-    """With a number that is traced in place of one that is known."""
+    """Solve with a traced number in place of a known one."""
     return jax.jit(lambda x: solve(**make(x)).ys)(1)
 
 
@@ -129,7 +129,7 @@ class TwoControls(dfx.AbstractTerm):
 
 
 class Following(dfx.AbstractStepSizeController):
-    """Steps that follow the state."""
+    """Steps that depend on the state."""
 
     detach: bool = False
 
@@ -415,7 +415,7 @@ REFUSALS = (
 )
 def test_refused(call, exception, parts):
     with warnings.catch_warnings():
-        # Diffrax warns of complex states and of what is not marked as an SDE solver.
+        # Diffrax warns of complex states, and of solvers not marked as SDE solvers.
         warnings.simplefilter("ignore")
         with pytest.raises(exception) as e:
             call()
@@ -428,7 +428,7 @@ def test_refused(call, exception, parts):
 
 @pytest.mark.more
 def test_steps_that_are_detached():
-    """A controller of one's own says so by `stop_gradient`."""
+    """A controller of your own may detach them by `stop_gradient`."""
     ours = grad_at_steps(Following(detach=True))
     default = dfx.RecursiveCheckpointAdjoint()
     theirs = grad_at_steps(Following(detach=True), default)
@@ -443,8 +443,8 @@ def test_numpy_scalars():
 
 
 def test_no_steps():
-    """A gradient of a solve of at most no steps is that of its start, or the error that the
-    solve itself raises."""
+    """With `max_steps=0` the gradient is that of the start, or the error of the solve
+    itself."""
     gradient = grad(max_steps=0, throw=False, saveat=dfx.SaveAt(t0=True))
     np.testing.assert_array_equal(gradient, jnp.ones_like(Y0))
     with pytest.raises(Exception, match="maximum number of solver steps"):
@@ -453,7 +453,7 @@ def test_no_steps():
 
 @pytest.mark.parametrize("bad", cases((jnp.nan,), more=(-1.0, 0.0)))
 def test_step_size_that_turns_bad(bad):
-    """The solve ends with a result of Diffrax, and so does a gradient."""
+    """The solve ends with an error of Diffrax, and so does its gradient."""
     controller = dr.StepDensityController(lambda t, y, args: jnp.where(t > 0.5, bad, 0.1))
     kwargs = dict(stepsize_controller=controller, dt0=None)
     assert solve(throw=False, **kwargs).result == dfx.RESULTS.dt_min_reached
@@ -462,7 +462,7 @@ def test_step_size_that_turns_bad(bad):
 
 
 def test_plain_solves_are_not_refused():
-    """What needs a gradient to go wrong works without one."""
+    """Settings that only a gradient could fail on are accepted without one."""
     assert jnp.all(jnp.isfinite(solve(max_steps=None).ys))
     adjoint = dr.ReversibleAdjoint(checkpoints=0)
     assert jnp.all(jnp.isfinite(solve(stepsize_controller=JUMPS, adjoint=adjoint).ys))
@@ -475,5 +475,5 @@ def test_abstract_classes_cannot_be_made():
 
 
 def test_integer_states_become_real():
-    """As under Diffrax's own solvers."""
+    """As with Diffrax's own solvers."""
     assert solve(jnp.array([1, 2])).ys.dtype == jnp.float64

@@ -1,4 +1,4 @@
-"""Steps that are undone once more, as the walk back has missed a known state."""
+"""Steps that are undone again, after the backward pass has missed a known state."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -34,7 +34,7 @@ TS = jnp.linspace(0.0, 3.0, 9)
 
 @pytest.fixture
 def misses(monkeypatch):
-    """As if the walk missed every state that is known more than three steps before."""
+    """Feign a miss of every known state more than three steps before the last one."""
     drifts = Walk.drifts
 
     def drifts_of_long_segments(self, position, *args):
@@ -90,14 +90,14 @@ EVERYTHING = dfx.SaveAt(
     ),
 )
 def test_families(family, misses):
-    """With all that is saved, the cotangents of which are to be read once more."""
+    """Gradients are right with all forms of saving, whose cotangents are read again."""
     case = FAMILIES[family]
     assert_same(loss_of(case, EVERYTHING), case.y0, case.field, network_args())
 
 
 @pytest.mark.more
 def test_event_and_jump(misses):
-    """Both within steps that are undone twice."""
+    """Gradients are right if both lie in steps that are undone twice."""
     controller = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.7, 1.3]))
     event = dfx.Event(
         lambda t, y, args, **kwargs: t - 2.1 + 0.01 * y[0], optx.Newton(1e-10, 1e-10)
@@ -109,7 +109,7 @@ def test_event_and_jump(misses):
 
 @pytest.mark.slow
 def test_times(misses):
-    """Those that are saved at, in a solve of which the end is differentiated as well."""
+    """Gradients with respect to the times of outputs and the end of the solve are right."""
 
     def loss(adjoint, ts, y0):
         sol = dfx.diffeqsolve(
@@ -127,7 +127,8 @@ def test_times(misses):
 
 @pytest.mark.more
 def test_batch(misses):
-    """Of solves of different lengths, and with and without restarts."""
+    """Gradients are right in a batch of solves of different lengths, not all of which
+    restart."""
     final = final_of(relaxation, 10.0, 0.05)
     rates = jnp.array([0.0, 3.0, 17.0])
     inputs = jnp.ones((3, 2)), rates
@@ -142,7 +143,7 @@ def test_batch(misses):
 
 @pytest.mark.more
 def test_steps_that_are_recomputed(misses):
-    """And not recorded."""
+    """Gradients are right if steps are recomputed and not recorded."""
 
     def loss(adjoint, y0):
         sol = dfx.diffeqsolve(
@@ -159,20 +160,20 @@ def test_steps_that_are_recomputed(misses):
 
 @pytest.mark.more
 def test_steps_that_are_forgotten(misses, monkeypatch):
-    """What is made again between two known states is written over what was recorded."""
+    """Gradients are right if replays between known states overwrite the record."""
     monkeypatch.setattr(steps, "_most_rows", 0)
     case = FAMILIES["coupling"]._replace(
         solver=dr.ALF4(), controller=dfx.ConstantStepSize()
     )
-    # Some eight hundred of them, in rows for 256.
+    # Some eight hundred steps; the record has room for 256.
     loss = loss_of(case, EVERYTHING, t1=16.0)
     assert_same(loss, Y0, Network(), network_args())
 
 
 @pytest.mark.parametrize("noisy", cases((False,), more=(True,)))
 def test_misses_below_the_tolerance(noisy, monkeypatch):
-    """Are undone once more, but not along a Brownian path, which a replay may evaluate to
-    something that is as far from what the solve had."""
+    """They repeat steps, but not along a Brownian path, where a replay may differ from the
+    solve by as much."""
     drifts = Walk.drifts
 
     def half_the_tolerance(self, *args):
@@ -206,8 +207,8 @@ def test_misses_below_the_tolerance(noisy, monkeypatch):
 
 @pytest.mark.more
 def test_orbits_that_are_forgotten(monkeypatch):
-    """In single precision, where a gradient can be off by some per cent if every miss that
-    is no error is let through."""
+    """Gradients are right in single precision. They could be off by some per cent if no
+    miss repeated steps."""
     monkeypatch.setattr(steps, "_most_rows", 0)
     field = Counter()
 
@@ -227,15 +228,15 @@ def test_orbits_that_are_forgotten(monkeypatch):
     repeated, (grad, _) = run(dr.ReversibleAdjoint())
     _, (stored, _) = run(STORE)
     assert relative_error(grad, stored) < 5e-3
-    # None of the misses is an error.
+    # Steps were undone again, although no miss was an error.
     assert repeated > once
 
 
 @pytest.mark.parametrize("rate, dt0", cases(((10.0, 0.1),), slow=((20.0, 0.05),)))
 def test_contraction_in_single_precision(rate, dt0):
-    """With default settings, on steps that lose the digits of the state between restarts:
-    no error, at the cost of some evaluations. With equal steps, as solves that are compiled
-    apart choose others."""
+    """With default settings, steps that lose the digits of the state between restarts cost
+    evaluations, but raise no error. Steps are equal, as separately compiled solves would
+    choose different ones."""
     field = Counter()
 
     def counted(t, y, size):
@@ -256,7 +257,7 @@ def test_contraction_in_single_precision(rate, dt0):
 
 
 def test_nothing_helps():
-    """An error as ever, without states."""
+    """Without checkpoints, a miss is an error."""
     final = final_of(relaxation, jnp.float32(10.0), stepsize_controller=pid(1e-4))
     inputs = jnp.ones(2, jnp.float32), jnp.float32(40.0)
     with pytest.raises(RuntimeError, match="missed a state"):
@@ -264,8 +265,8 @@ def test_nothing_helps():
 
 
 def test_vector_field_that_cancels():
-    """Close to where it is zero its rounding errors are as large as itself, also in what
-    `ReversibleHeun` holds of it: no reason to undo any step once more."""
+    """Close to its zero, its rounding errors are as large as itself, also in the copy that
+    `ReversibleHeun` carries. Still no step is undone again."""
     reports = []
 
     def escape(t, y, rate):
@@ -286,9 +287,10 @@ def test_vector_field_that_cancels():
     "solver, count", ((dr.McCallumFoster(dfx.Tsit5()), 300), (dr.ALF6(), 150)), ids=str
 )
 def test_heat_in_single_precision(solver, count):
-    """With steps not far from where they get unstable: modes lose all digits within a few.
-    What the copies of a coupled method part by makes replays differ from the solve, and a
-    single step loses digits of `v` that move the state by less than it is off."""
+    """Gradients are right close to the stability limit, where modes lose all digits within
+    a few steps. The distance between the copies of a coupled method makes replays differ
+    from the solve. A single step loses digits of `v`, which move the state by less than its
+    own error."""
 
     def heat(t, y, conductivity):
         return conductivity * (jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1))
@@ -302,8 +304,8 @@ def test_heat_in_single_precision(solver, count):
 
 @pytest.mark.more
 def test_few_large_steps_in_single_precision():
-    """As those of a network at loose tolerances, in a batch of which every member waits for
-    the others: no step is undone once more."""
+    """No step is undone again, with a network at loose tolerances, in a batch whose members
+    wait for each other."""
     reports = []
     mlp = eqx.nn.MLP(
         *(2, 2, 64, 2), jax.nn.softplus, dtype=jnp.float32, key=jax.random.key(0)
@@ -329,8 +331,8 @@ def test_few_large_steps_in_single_precision():
 
 @pytest.mark.more
 def test_many_entries_in_single_precision():
-    """Of thousands of sums, some come close to zero, and round as the others do: they
-    neither cost more than a few segments, nor is the gradient refused."""
+    """Among thousands of sums, some come close to zero, but round as the others do. Few
+    segments are repeated, and the gradient is not refused."""
     reports = []
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=(64, 64)) / 8, jnp.float32)

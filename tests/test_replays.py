@@ -1,4 +1,4 @@
-"""Solves of which not every restart is held, and not every step recorded."""
+"""Solves with more restarts than checkpoints, or more steps than the record holds."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -51,7 +51,7 @@ def final_of(field, t1, dt0=None, solver=None, **kwargs):
 
 
 def gradient(final, adjoint):
-    """Of `final`, compiled, and the numbers of restarts and of steps."""
+    """The compiled gradient of `final`, and the numbers of restarts and steps."""
     return jax.jit(
         lambda *inputs: jax.grad(final, argnums=(0, 1), has_aux=True)(*inputs, adjoint)
     )
@@ -66,14 +66,14 @@ STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
     ids=("ALF4", "coupling", "ALF6"),
 )
 def test_any_number_of_checkpoints(solver):
-    """More restarts than checkpoints are no limit, nor is a solve without a checkpoint."""
+    """Gradients are right with fewer checkpoints than restarts, or none."""
     final = final_of(relaxation, 10.0, stepsize_controller=pid(1e-6), solver=solver)
     inputs = jnp.array([1.0, 0.5]), jnp.array(10.0)
     expected, _ = gradient(final, STORE)(*inputs)
     for checkpoints in (0, 3, 100):
         grad, (restarts, _) = gradient(final, dr.ReversibleAdjoint(checkpoints))(*inputs)
         assert 3 < restarts < 100
-        # That with respect to `y0` has died out.
+        # The gradient with respect to `y0` has died out.
         assert relative_error(grad[1], expected[1]) < 1e-8
         assert np.max(np.abs(as_vector(grad[0]) - as_vector(expected[0]))) < 1e-12
 
@@ -82,7 +82,7 @@ def test_any_number_of_checkpoints(solver):
     "checkpoints, most", cases(((8, 2.0),), slow=((32, 1.4), (4, 3.0)))
 )
 def test_evaluations(checkpoints, most):
-    """Times those with room for all restarts."""
+    """At most `most` times as many as with checkpoints for all restarts."""
     field = Counter()
 
     def counted(t, y, rate):
@@ -107,14 +107,14 @@ def test_evaluations(checkpoints, most):
     replaying, not_replaying = reports
     assert replaying["undone_steps"] == not_replaying["undone_steps"] == 400
     assert not_replaying["replayed_steps"] == 0
-    # Five evaluations a step, and one for each restart that is made again.
+    # Five evaluations per step, and one for each replayed restart.
     replayed = 5 * replaying["replayed_steps"]
     assert 0 < replayed <= few - enough < 1.25 * replayed
 
 
 @pytest.mark.more
 def test_batch():
-    """Every element restarts, and is replayed, where it has to."""
+    """Each element of a batch restarts, and is replayed, at its own steps."""
     final = final_of(relaxation, 10.0, 0.025)
     rates = jnp.linspace(0.0, 40.0, 5)
     inputs = jnp.ones((5, 2)), rates
@@ -150,7 +150,8 @@ ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
     ids=("ALF4", "coupling"),
 )
 def test_no_bound_on_steps(field, y0, args, t1, tol, solver, monkeypatch):
-    """Of steps that are recorded: the last 256 are, and the others replayed."""
+    """Gradients are right if only the last 256 steps are on record. Replays recompute the
+    others."""
     monkeypatch.setattr(steps, "_most_rows", 0)
     kwargs = dict(stepsize_controller=pid(tol), solver=solver)
     ts = jnp.linspace(0, t1, 7)
@@ -160,14 +161,14 @@ def test_no_bound_on_steps(field, y0, args, t1, tol, solver, monkeypatch):
     for adjoint in (dr.ReversibleAdjoint(), dr.ReversibleAdjoint(checkpoints=2)):
         grad, (_, count) = gradient(final, adjoint)(y0, args)
         assert count > 300
-        # Where steps are not recorded, the controller chooses them again by error estimates
-        # that round in another way; `drift_tol` is the bound on what that makes.
+        # For steps off the record, the controller chooses again, by error estimates that
+        # round differently; `drift_tol` bounds the effect.
         assert relative_error(grad, expected) < 1e-5
 
 
 @pytest.mark.more
 def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
-    """They go on from known states as well, and without any of these are replayed from the
+    """They also continue from known states; without any, they are replayed from the
     start."""
     monkeypatch.setattr(steps, "_most_rows", 0)
     final = final_of(scaled(kepler), 60.0, 0.05, dr.ALF2(), max_steps=None)
@@ -183,7 +184,7 @@ def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
 
 @pytest.mark.more
 def test_jumps_and_steps_that_are_recomputed(monkeypatch):
-    """Flags of restarts and jumps are forgotten too."""
+    """Gradients are right if flags of restarts and jumps are overwritten."""
     monkeypatch.setattr(steps, "_most_rows", 0)
     dt = 5e-4
     jumps = dfx.ClipStepSizeController(pid(1e-6, dtmax=10 * dt), jump_ts=jnp.arange(1, 3.0))
@@ -203,7 +204,7 @@ def test_jumps_and_steps_that_are_recomputed(monkeypatch):
 
 
 class Torn(dfx.AbstractStepSizeController):
-    """Leaves a gap between steps, and says nothing of it."""
+    """Leaves a gap between steps, and does not report a jump."""
 
     def wrap(self, direction):
         return self
@@ -220,7 +221,7 @@ class Torn(dfx.AbstractStepSizeController):
     "solver", cases((dr.ALF4(),), slow=(dfx.ReversibleHeun(),)), ids=(0, 1)
 )
 def test_many_steps_in_single_precision(solver):
-    """With default settings: a gradient is returned, of the precision's own accuracy."""
+    """With default settings, the error is below ten times that of the default adjoint."""
     count = 10_000
 
     def gradient(dtype, adjoint):

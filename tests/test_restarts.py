@@ -126,7 +126,7 @@ def test_contracting_and_chaotic(problem, solver, controller, steps, error, rest
 def test_van_der_pol_evaluations():
     adjoint = dfx.RecursiveCheckpointAdjoint()
     sol = solve(VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, adjoint, *VAN_DER_POL[1:3])
-    # With those of the start and of the restarts.
+    # Including the evaluations at the start and at restarts.
     assert 5 * sol.stats["num_steps"] + 1 + 40 <= 1500
 
 
@@ -143,7 +143,7 @@ def test_conservative(problem, solver, steps, controller, restarts):
 
 @pytest.mark.more
 def test_batch():
-    """Elements restart at steps of their own."""
+    """Each element of a batch restarts at its own steps."""
 
     def final(rate, adjoint):
         problem = relaxation, *RELAXATION[1:3], 5.0
@@ -159,7 +159,7 @@ def test_batch():
 
 @pytest.mark.more
 def test_large_state_is_watched_on_a_sample():
-    """Which notices all the same, here a contraction in a sixteenth of the entries."""
+    """The sample detects a contraction in a sixteenth of the entries."""
     rates = jnp.where(jnp.arange(20_000) % 16 == 3, 15.0, 0.1)
     y0 = jnp.linspace(0.5, 1.0, len(rates))
 

@@ -1,4 +1,4 @@
-"""Every form of saving: the values of the default adjoint, and its gradients."""
+"""Every form of saving has the values and the gradients of the default adjoint."""
 
 import itertools as it
 
@@ -41,7 +41,7 @@ def scaled(t, y, args):
 
 
 def assert_same(saveat, case, read):
-    """`read(sol)` makes the loss out of a solution."""
+    """`read(sol)` is the loss of a solution."""
 
     @eqx.filter_jit
     def gradient(adjoint):
@@ -67,7 +67,7 @@ def assert_same(saveat, case, read):
 
     (value, out), grad = gradient(dr.ReversibleAdjoint())
     (expected_value, expected), expected_grad = gradient(dfx.RecursiveCheckpointAdjoint())
-    # They are compiled apart, and their last bits may differ.
+    # They are compiled separately, and their last bits may differ.
     rounding = dict(rtol=100 * np.finfo(np.float64).eps, atol=0)
     np.testing.assert_allclose(value, expected_value, **rounding)
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
@@ -76,14 +76,14 @@ def assert_same(saveat, case, read):
 
 
 def weighted(sol):
-    """So that an output cannot stand in for another."""
+    """A loss in which no output can stand in for another."""
     subs = sol.ys if isinstance(sol.ys, list) else [sol.ys]
     return sum((1 + i) * sum_of_squares(ys) for i, ys in enumerate(subs))
 
 
 @pytest.mark.slow
 def test_t0_t1_ts():
-    """Every combination of them."""
+    """All combinations of them match the default adjoint."""
     combinations = list(it.product((False, True), (False, True), (None, TS)))[1:]
     subs = [dfx.SubSaveAt(t0=t0, t1=t1, ts=ts) for t0, t1, ts in combinations]
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
@@ -96,7 +96,7 @@ def test_t0_t1_ts():
     ids=("ts", "ends"),
 )
 def test_alone(saveat):
-    """Without others, whether they interpolate or not."""
+    """One form of saving alone, with or without interpolation."""
     assert_same(saveat, ALF4, weighted)
 
 
@@ -111,7 +111,7 @@ def test_steps():
 
 @pytest.mark.parametrize("case", cases((), more=(ALF6,), slow=(ALF4,)))
 def test_fn(case):
-    """With a function to save, of which the output is not all real, `ts` included."""
+    """Gradients are right with a saved function that returns integers too, even at `ts`."""
     saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, steps=2, fn=scaled)
     assert_same(saveat, case, weighted)
 

@@ -1,4 +1,4 @@
-"""The private parts of Diffrax that the package relies on are as it expects them."""
+"""The private parts of Diffrax that the package uses are as it expects."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ def test_another_diffrax(monkeypatch):
 
 
 def test_loop():
-    # `State` is what `loop` evolves, and an adjoint passes it all of these.
+    # `loop` evolves a `State`, and an adjoint passes all of these arguments.
     assert set(inspect.signature(_diffrax.loop).parameters) == {
         *("solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0"),
         *("max_steps", "terms", "args", "init_state", "progress_meter"),
@@ -32,7 +32,7 @@ def test_loop():
 
 
 def test_loop_uses_of_a_solver():
-    # It is given a stand-in that has no more than these.
+    # The package passes a stand-in that has only these attributes.
     source = ast.parse(inspect.getsource(_diffrax.loop))
     solver = [
         node
@@ -88,8 +88,8 @@ def test_private_names_in_one_file_only():
 
 
 def test_result_is_static(monkeypatch, capfd):
-    """Diffrax makes a leaner loop if it sees that no step fails; it prints what it sees for
-    tests of its own."""
+    """Diffrax builds a leaner loop if it sees that no step fails. It prints what it sees,
+    for its own tests."""
     monkeypatch.setattr(dfx._integrate, "_PRINT_STATIC", True)
     term = dfx.ODETerm(lambda t, y, args: -y)
     for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()):

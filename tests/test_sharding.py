@@ -1,6 +1,6 @@
-"""Data parallelism: a batch stays sharded, through forward and backward.
+"""Data parallelism: a batch stays sharded in the forward and the backward pass.
 
-Each test runs in a process of its own, which is made to see eight CPU devices.
+Each test runs in its own process, with eight simulated CPU devices.
 """
 
 import functools
@@ -71,8 +71,8 @@ def assert_close(x, y):
 
 
 def check_sharding(loss):
-    """`jit` with sharded and donated inputs: only scalars, gradients of the parameters,
-    and samples of the state pass between devices."""
+    """With sharded and donated inputs of `jit`, devices exchange only scalars, gradients of
+    the parameters, and samples of the state."""
     params, batch = inputs(4096)
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
@@ -91,7 +91,7 @@ def check_sharding(loss):
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-reduce|collective-permute)", text)
     assert len(moved) > 0
     sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in moved]
-    # Entries of a shard of the state.
+    # The size of a shard of the state.
     assert max(sizes) < batch.size / DEVICES, sorted(set(moved))
     out = sharded(params, batch)
     assert batch.is_deleted()
@@ -100,8 +100,8 @@ def check_sharding(loss):
 
 
 def check_shard_map():
-    """Every device loops by itself. JAX's check of what varies from one to the other is
-    off, as Diffrax's own loop does not pass it."""
+    """Every device runs its own loop. JAX's check for values that vary between devices is
+    off, as Diffrax's own loop fails it."""
     if hasattr(jax, "shard_map"):
         shard_map = functools.partial(jax.shard_map, check_vma=False)
     else:

@@ -1,5 +1,5 @@
-"""Solutions are as accurate as their tolerances: contracting flows, entries of many sizes,
-and between steps."""
+"""Solutions are as accurate as their tolerances: in contracting flows, with entries of many
+sizes, and between steps."""
 
 import functools as ft
 
@@ -72,7 +72,7 @@ def test_contracting(solver, dtype):
 
 
 def test_contracting_and_large():
-    """Where no more than a sample of the entries is watched."""
+    """The solution is accurate where only a sample of the entries is watched."""
     rates = jnp.linspace(1.0, 100.0, 5000)
 
     @eqx.filter_jit
@@ -100,7 +100,8 @@ def oscillator_and_decay(t, y, rate):
 @with_restarts
 @pytest.mark.parametrize("size", cases((1e-8,), more=(1e-10, 1e4)))
 def test_entry_of_another_size(solver, size):
-    """Sizes of 1 and of another; a large one may hide the oscillation."""
+    """Entries of size 1 and of another size are accurate. A large one could hide the
+    oscillation."""
     ts = jnp.linspace(0, 2, 21)
 
     @eqx.filter_jit
@@ -119,7 +120,7 @@ def test_entry_of_another_size(solver, size):
     exact = np.stack([np.cos(ts), -np.sin(ts), size * np.exp(-22 * ts)], axis=1)
 
     def errors(solver):
-        """Relative to the size of each entry."""
+        """The errors, relative to the size of each entry."""
         return np.max(np.abs(solve(solver) - exact), axis=0) / np.array([1, 1, size])
 
     assert np.all(errors(solver) < 30 * errors(dfx.Dopri5()))
@@ -151,7 +152,7 @@ def test_gradient_of_small_entry(solver):
 
     ours = gradient(dr.ReversibleAdjoint(checkpoints=100))
     theirs = gradient(dfx.RecursiveCheckpointAdjoint())
-    # Every entry by itself.
+    # Compare every entry by itself.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
     ts = np.linspace(0, 2, 21)
     np.testing.assert_allclose(ours[1], np.sum(-ts * np.exp(-22 * ts)), rtol=3e-2)
@@ -161,7 +162,7 @@ def test_gradient_of_small_entry(solver):
     "solver", (dr.ALF2(), dfx.ReversibleHeun(), dfx.LeapfrogMidpoint()), ids=repr
 )
 def test_walk_back_is_measured_entry_by_entry(solver):
-    """An error of a small entry is not lost beside a large one, which is right."""
+    """An error in a small entry is noticed beside a large entry that is right."""
     sizes = jnp.array([1.0, 1e-10])
     rates = jnp.array([0.1, 6.0])
 
@@ -186,7 +187,7 @@ def test_walk_back_is_measured_entry_by_entry(solver):
     ids=repr,
 )
 def test_entries_next_to_zero_are_not_refused(solver):
-    """At the start, at the end after a period, for ever, or at rest."""
+    """They are so at the start, at the end of a period, always, or at rest."""
     velocity = lambda t, p, args: p
     force = lambda t, q, args: jnp.array([-1.0, -1.0, -1.0, 0.0]) * q + args
     splits = isinstance(solver, dr.BlanesMoan6)
@@ -218,7 +219,7 @@ def test_entries_next_to_zero_are_not_refused(solver):
     ids=repr,
 )
 def test_solvers_that_do_not_restart(solver, error):
-    """What `examples/benchmarks/README.md` says of them."""
+    """Their errors are those in `examples/benchmarks/README.md`."""
     sol = dfx.diffeqsolve(
         dfx.ODETerm(relaxation), solver, 0.0, 20.0, 0.1, jnp.array(1.0), 1.0
     )
@@ -226,10 +227,10 @@ def test_solvers_that_do_not_restart(solver, error):
     assert abs(abs(sol.ys[0] - exact_relaxation(20.0, 1.0, 1.0)) / error - 1) < 0.05
 
 
-# What a step of a method of order 8 is interpolated with is of order 7.
+# The interpolation of the method of order 8 has order 7.
 @pytest.mark.parametrize("solver, ratio", ((dr.ALF4(), 5), (dr.ALF6(), 5), (dr.ALF8(), 7)))
 def test_between_steps(solver, ratio):
-    """Beside the error at steps, for steps up to the limit of stability."""
+    """The error is at most `ratio` times that at steps, up to the stability limit."""
 
     @eqx.filter_jit
     def errors(rate, dt0):
@@ -291,7 +292,7 @@ def test_outputs_under_a_controller(solver):
 
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=SOLVERS[2:]), ids=repr)
 def test_derivative_and_newton(solver):
-    """With steps so long that the deviation of `v` is larger than the error."""
+    """They are right even if the deviation of `v` exceeds the error, in long steps."""
 
     @jax.jit
     def solve(y0):
