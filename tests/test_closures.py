@@ -274,7 +274,7 @@ def test_function_that_cannot_be_seen():
         )
         return sum_of_squares(sol.ys)
 
-    with pytest.raises(NotImplementedError, match="closes over traced values"):
+    with pytest.raises(NotImplementedError, match="fields of the controller"):
         jax.jit(jax.grad(loss))(W)
 
 

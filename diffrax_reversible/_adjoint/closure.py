@@ -18,7 +18,7 @@ from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance_densely
-from .validate import hidden_closure
+from .validate import hidden_closure, hidden_in_controller
 
 
 def close_terms(
@@ -91,7 +91,7 @@ def close_controller(
     if not captures(controller):
         return controller
     if isinstance(controller, AbstractReversibleStepSizeController):
-        raise NotImplementedError(hidden_closure)
+        raise NotImplementedError(hidden_in_controller)
     _, y_error, *_ = eqx.filter_eval_shape(
         advance_densely, solver, terms, t, t, y, args, init_state.solver_state
     )

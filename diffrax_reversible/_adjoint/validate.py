@@ -39,6 +39,12 @@ hidden_closure = (
     "through `args`, as fields of the term, or use an `ODETerm`."
 )
 
+hidden_in_controller = (
+    f"{call}: the `stepsize_controller` computes its steps backwards, and a function of it "
+    "that is not visible as a leaf, such as a static field, closes over traced values. "
+    "Make them fields of the controller."
+)
+
 forward_mode = (
     f"{call} is for reverse mode, and `jax.jvp` or `jax.jacfwd` asked for forward "
     "mode. Use `adjoint=diffrax.ForwardMode()`; for second derivatives, forward mode over "
