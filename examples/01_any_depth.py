@@ -1,24 +1,27 @@
-"""Classify handwritten digits by a network of any depth, up to 2,000 solver steps.
+"""Classify handwritten digits by a neural ODE of any depth, up to 2,000 solver steps.
 
 A neural ODE moves the 64 pixels of an image by `y' = network(t, y)` from t = 0 to t = 1,
-and a linear layer reads the digit off the end. The images are the 1,797 digits that
+and a linear layer reads the digit off the result. The images are the 1,797 digits that
 scikit-learn carries; 450 of them are held out. Everything is in float32.
 
-The number of steps is the depth. With `ALF4` and `ReversibleAdjoint` the memory of a
-gradient is the same at 10 and at 2,000 steps. A residual network that stores its
+The number of steps is the depth. With `ALF4` and `ReversibleAdjoint`, a gradient takes the
+same memory at 10 and at 2,000 steps. The memory of a residual network that stores its
 activations grows in proportion to its depth. With checkpoints, as in Diffrax's default
 adjoint, it grows like the square root.
 
-The script shows the held-out accuracy beside residual networks of the same width; memory
-and time of one gradient against depth; and that 2,000 steps train as 10 do, with the
-gradient of the default adjoint.
+The script compares the neural ODE with residual networks of the same width: held-out
+accuracy, and memory and time of one gradient against depth. It asserts that the held-out
+accuracy exceeds 95 %, that 10 and 2,000 steps train alike, that the gradient through 2,000
+steps equals that of the default adjoint to 1e-4, and that its memory exceeds that of 10
+steps by less than 5 %.
 
-Ten steps are enough for these images: a greater depth does not improve the accuracy. Nor
-do shallow networks need this package: below about 300 layers, checkpoints take less
+Ten steps are enough for these images: a greater depth does not improve the accuracy.
+Shallow networks do not need this package: below about 300 layers, checkpoints take less
 memory than `ReversibleAdjoint`.
 
-Takes about two minutes on two cores, or less than a minute with `--quick`, which trains for
-fewer epochs and compares fewer depths. Writes `01_any_depth.png`.
+Run `python examples/01_any_depth.py` after `pip install ".[examples]"`. It takes about two
+minutes on two cores, or less than a minute with `--quick`, which trains for fewer epochs
+and compares fewer depths. It writes `01_any_depth.png`.
 """
 
 import argparse
@@ -58,7 +61,7 @@ Logits = Float[Array, "batch 10"]
 
 
 class Digits(NamedTuple):
-    """Pixels between -1 and 1, with a mean of zero over the training images."""
+    """Pixels between -1 and 1. Each has a mean of zero over the training images."""
 
     images: Images
     labels: Labels
@@ -88,7 +91,7 @@ class Network(eqx.Module):
 
 
 def make_network(seed: int, layers: int | None = None) -> Network:
-    """With blocks of their own for `layers`, or one that all share."""
+    """A network with one block per layer, or with one shared block."""
     key, readout_key = jr.split(jr.key(seed))
     make = lambda key: eqx.nn.MLP(PIXELS + 1, PIXELS, PIXELS, 1, jnp.tanh, key=key)
     block = eqx.filter_vmap(make)(jr.split(key, layers)) if layers else make(key)
@@ -107,7 +110,7 @@ REVERSIBLE = Method("ALF4, ReversibleAdjoint", dr.ALF4(), dr.ReversibleAdjoint()
 SAME_SOLVER = Method("ALF4, default adjoint", dr.ALF4(), dfx.RecursiveCheckpointAdjoint())
 TSIT5 = Method("Tsit5, default adjoint", dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 DIRECT = Method("Tsit5, DirectAdjoint", dfx.Tsit5(), dfx.DirectAdjoint())
-# A step of Euler's method is a residual layer.
+# One step of Euler's method is one residual layer.
 EULER = Method(
     "residual layers, checkpoints", dfx.Euler(), dfx.RecursiveCheckpointAdjoint()
 )
@@ -140,7 +143,7 @@ def ode(method: Method, steps: int) -> Forward:
 
 
 def residual(layers: int) -> Forward:
-    """A residual network. All layers share a block unless there is a stack of them."""
+    """A residual network. All layers share one block unless the network has a stack."""
 
     def forward(network: Network, images: Images) -> Logits:
         blocks, static = eqx.partition(network.block, eqx.is_array)
@@ -165,13 +168,13 @@ def loss(network: Network, forward: Forward, images: Images, labels: Labels):
 
 @eqx.filter_jit
 def accuracy(network: Network, forward: Forward, digits: Digits) -> Float[Array, ""]:
-    """Of the held-out images."""
+    """The fraction of held-out images that are classified correctly."""
     found = jnp.argmax(forward(network, digits.held_out_images), axis=-1)
     return jnp.mean(found == digits.held_out_labels)
 
 
 def batches(digits: Digits, count: int):
-    """Random batches; every image comes once in an epoch."""
+    """Random batches. An epoch uses every image at most once."""
     rng, order = np.random.default_rng(0), np.array([], int)
     for _ in range(count):
         if len(order) < BATCH:
@@ -227,7 +230,7 @@ def compare_accuracy(digits: Digits, updates: int, seeds: int) -> list[float]:
 
 
 def train_at_both_depths(digits: Digits, updates: int):
-    """The same few updates. Returns losses, and the deep network."""
+    """Make the same few updates. Returns the losses at each depth, and the deep network."""
     print(f"\nthe first {updates} updates        loss before     after   accuracy")
     losses, networks = {}, {}
     for steps in (SHALLOW, DEEP):
@@ -240,7 +243,7 @@ def train_at_both_depths(digits: Digits, updates: int):
 
 
 def compiled_gradient(forward: Forward, digits: Digits):
-    """The gradient of a batch, compiled, as a function of the network's arrays."""
+    """The compiled gradient of a batch, as a function of the network's arrays."""
     params, static = eqx.partition(make_network(0), eqx.is_array)
     images, labels = digits.images[:BATCH], digits.labels[:BATCH]
 
@@ -257,13 +260,13 @@ def temporary_megabytes(compiled) -> float:
 
 
 def contenders(quick: bool) -> dict[str, Callable[[int], Forward]]:
-    """What to compare at every depth."""
+    """The methods to compare at every depth."""
     methods = (REVERSIBLE, EULER) if quick else (REVERSIBLE, EULER, TSIT5, DIRECT)
     return {m.name: functools.partial(ode, m) for m in methods} | {STACK: residual}
 
 
 def compile_all(digits: Digits, depths, quick: bool):
-    """Gradients for every depth, by name."""
+    """Compiled gradients for every depth, by method."""
     progress = tqdm.tqdm(contenders(quick).items(), desc="compiling gradients")
     return {
         name: [compiled_gradient(at_depth(n), digits) for n in depths]
@@ -272,7 +275,7 @@ def compile_all(digits: Digits, depths, quick: bool):
 
 
 def median_times(gradients, params, repeats: int) -> list[float]:
-    """Median wall times in seconds, of interleaved runs after one to warm up."""
+    """Median wall times of interleaved runs in seconds, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
         for gradient in gradients:
@@ -289,13 +292,13 @@ def print_table(title: str, depths, rows) -> None:
 
 
 def relative_distance(gradient, reference) -> float:
-    """In the Euclidean norm."""
+    """Relative to the reference, in the Euclidean norm."""
     leaves = zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True)
     distance = optax.global_norm([a - b for a, b in leaves])
     return float(distance / optax.global_norm(reference))
 
 
-# Colour, and what is written beside the line.
+# The colour and the label of each line.
 LABELS = {
     REVERSIBLE.name: ("C0", "neural ODE,\nReversibleAdjoint"),
     TSIT5.name: ("0.3", "neural ODE,\ndefault adjoint"),
@@ -308,7 +311,7 @@ def plot(depths, memory, losses, caption: str, path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8.6, 4.6), width_ratios=(1.8, 1), layout="constrained"
     )
-    # By hand, as two of them would overlap.
+    # Chosen by hand: two labels would overlap.
     offsets = {TSIT5.name: 7, EULER.name: -13, REVERSIBLE.name: -8}
     for name, (colour, label) in LABELS.items():
         if name not in memory:
@@ -346,7 +349,7 @@ def check(means, losses, memory, distance: float) -> None:
     continuous, *residuals = means
     assert continuous > 0.95, means
     assert continuous > max(residuals) - 0.01, means
-    # The deep network learns, and as the shallow one does.
+    # The deep network learns, with the same losses as the shallow one.
     assert losses[DEEP][-1] < 0.9 * losses[DEEP][0], losses
     assert np.allclose(losses[DEEP], losses[SHALLOW], rtol=0.02), losses
     assert distance < 1e-4, distance

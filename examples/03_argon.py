@@ -1,39 +1,42 @@
-"""Learn the forces between the atoms of liquid argon from where they were.
+"""Learn the forces between the atoms of liquid argon from their positions.
 
-256 atoms in a periodic box, of which each pair has the energy of Lennard-Jones, `4 ε
-((σ / r)^12 - (σ / r)^6)`, are moved by Newton's law. In units of ε, σ and the mass of
-an atom; for argon these are 120 K, 0.34 nm and 40 u (Rahman 1964,
-doi:10.1103/PhysRev.136.A405), and the unit of time is 2.2 ps.
+256 atoms in a periodic box move by Newton's law. Each pair has the energy of Lennard-Jones,
+`4 ε ((σ / r)^12 - (σ / r)^6)`. The units are ε, σ and the mass of an atom. For argon these
+are 120 K, 0.34 nm and 40 u (Rahman 1964, doi:10.1103/PhysRev.136.A405), and the unit of
+time is 2.2 ps.
 
-First the liquid is simulated by `StormerVerlet`. Its potential energy an atom and its
-pressure are compared with what is published for density 0.776 and temperatures about
-0.85:
+First, `StormerVerlet` simulates the liquid. The script compares its potential energy per
+atom and its pressure with published values for density 0.776 and temperatures about 0.85:
 
 - Monte Carlo, by the NIST Standard Reference Simulation Website, Lennard-Jones Fluid
   Properties (https://mmlapps.nist.gov/srs/LJ_PURE/mc.htm): -5.5121 and 0.0068 at 0.85, and
-  -5.4689 and 0.2406 at 0.9, between which is interpolated;
+  -5.4689 and 0.2406 at 0.9; the script interpolates between the two;
 - molecular dynamics, by the same (md.htm): -5.517 and 0.030 at 0.851;
 - the equation of state of Kolafa & Nezbeda (1994, doi:10.1016/0378-3812(94)80001-4):
   -5.5125 and -0.0063 at 0.85.
 
-At the same temperature these differ among themselves by 0.006 and 0.031, from numbers
-of atoms, cut-offs and methods that are as different as ours. The difference from the
-first must not be larger by more than three standard errors, which are those of means
-over blocks.
+At the same temperature these differ by 0.006 and 0.031, because their numbers of atoms,
+cut-offs and methods differ. Ours differ from theirs as much.
 
-The energy of a pair is taken to zero between 2.5 and 3.4, with three continuous
-derivatives, as a jump in the force would spoil the order of the solver. What is missing
-is added to energy and pressure for atoms that are spread evenly at such distances.
+The energy of a pair goes to zero between 2.5 and 3.4, with three continuous derivatives, as
+a jump in the force would spoil the order of the solver. A correction to energy and pressure
+assumes that atoms at such distances are spread evenly.
 
-Then ε and σ are learned from the positions of the atoms at irregular times, with noise
-of 0.01, from how they began. What is observed is computed by `BlanesMoan6` and learned
-from by `StormerVerlet`. The liquid is chaotic: differences grow by e in a time of 0.3.
-So parameters that are some per cent off are corrected over a time of 0.5 first, then
-over 1, and then, where little is left to be corrected, over a time of 2 and by 4,000
-steps, of which `ReversibleAdjoint` stores none.
+Then ε and σ are learned from positions at irregular times, with noise of 0.01; the initial
+state is known. `BlanesMoan6` computes the observations, and the fit uses `StormerVerlet`.
+The liquid is chaotic: differences grow by a factor of e in a time of 0.3. So the fit
+corrects parameters that are some per cent off over a time of 0.5 first, then over 1. Where
+little is left to correct, it goes on over a time of 2, by 4,000 steps, none of which
+`ReversibleAdjoint` stores.
 
-Takes about three minutes on two cores, or half a minute with `--quick`, which simulates
-for a shorter time and learns over a time of 0.5 only. Writes `03_argon.png`.
+The script asserts that potential energy and pressure differ from the first source by no
+more than 0.006 and 0.031, plus three standard errors of means over blocks. It also asserts
+that ε and σ are right to 1e-4 (5e-3 with `--quick`), and that the memory of a gradient does
+not grow with the number of steps.
+
+Run `python examples/03_argon.py` after `pip install ".[examples]"`. It takes about three
+minutes on two cores, or half a minute with `--quick`, which simulates for a shorter time
+and learns over a time of 0.5 only. It writes `03_argon.png`.
 """
 
 import argparse
@@ -63,12 +66,12 @@ ATOMS = 4 * CELLS**3
 DENSITY = 0.776
 LENGTH = (ATOMS / DENSITY) ** (1 / 3)
 SWITCH, CUTOFF = 2.5, 3.4
-# Temperature, potential energy an atom, and pressure.
+# Temperature, potential energy per atom, and pressure.
 PUBLISHED = np.array([[0.85, -5.5121, 0.0068], [0.9, -5.4689, 0.2406]])
 SPREAD = np.array([0.006, 0.031])
 NOISE = 0.01
 UNITS_TO_MELT, BLOCKS, DT = 20, 10, 5e-4
-# Of corrections: the size of the first.
+# Size of the first correction over each time.
 UNITS = (1e-2, 1e-3, 1e-4)
 
 Vectors = Float[Array, "atoms 3"]
@@ -76,7 +79,7 @@ State = tuple[Vectors, Vectors]
 
 
 class Pair(NamedTuple):
-    """What is learned."""
+    """The parameters to learn."""
 
     log_epsilon: float | Float[Array, ""] = 0.0
     log_sigma: float | Float[Array, ""] = 0.0
@@ -93,7 +96,7 @@ def lennard_jones(r2, pair: Pair):
 
 
 def switched(r2, pair: Pair):
-    """The same, taken to zero between `SWITCH` and `CUTOFF`."""
+    """The same, but going smoothly to zero between `SWITCH` and `CUTOFF`."""
     energy, slope = lennard_jones(r2, pair)
     width = CUTOFF**2 - SWITCH**2
     x = jnp.clip((r2 - SWITCH**2) / width, 0, 1)
@@ -103,7 +106,7 @@ def switched(r2, pair: Pair):
 
 
 def missing_energy(count=10_000) -> Float[Array, ""]:
-    """Of an atom, by what `switched` leaves out. Times the density, of the pressure too."""
+    """The energy per atom that `switched` omits. Times the density, also the pressure."""
     r = SWITCH + (CUTOFF - SWITCH) * (np.arange(count) + 0.5) / count
     left_out = lennard_jones(r**2, ARGON)[0] - switched(r**2, ARGON)[0]
     integral = (CUTOFF - SWITCH) * jnp.mean(r**2 * left_out)
@@ -112,12 +115,12 @@ def missing_energy(count=10_000) -> Float[Array, ""]:
 
 
 def nearest_images(q: Vectors):
-    """Each coordinate of the distances of all pairs, and the squared distances."""
+    """Coordinates of the distance vectors of all pairs, and the squared distances."""
     # One coordinate at a time is several times as fast as an array of vectors.
     distances = [x[:, None] - x for x in q.T]
     distances = [x - LENGTH * jnp.round(x / LENGTH) for x in distances]
     x, y, z = distances
-    # Out of reach of itself.
+    # Every atom is out of its own reach.
     return distances, x**2 + y**2 + z**2 + LENGTH**2 * jnp.eye(ATOMS)
 
 
@@ -144,7 +147,7 @@ def solve(
     solver: dfx.AbstractSolver = STORMER_VERLET,
     adjoint: dfx.AbstractAdjoint = REVERSIBLE,
 ) -> State:
-    """Positions and momenta at `ts`, by equal steps that end at the last of these."""
+    """Positions and momenta at `ts`, by equal steps that end at the last of them."""
     sol = dfx.diffeqsolve(
         (dfx.ODETerm(velocity), dfx.ODETerm(force)),
         solver,
@@ -173,14 +176,14 @@ def one_unit_of_time(y: State) -> State:
 
 @jax.jit
 def observe(states: State):
-    """Of each state: temperature, potential energy and energy an atom, and pressure."""
+    """Temperature, potential energy and energy per atom, and pressure of each state."""
     missing = missing_energy()
 
     def of_one(y: State):
         q, p = y
         _, r2 = nearest_images(q)
         energies, slopes = switched(r2, ARGON)
-        # Every pair is there twice.
+        # Every pair occurs twice.
         potential = jnp.sum(energies) / 2 / ATOMS + missing
         energy = potential + jnp.sum(p**2) / 2 / ATOMS
         virial = -jnp.sum(r2 * slopes)
@@ -191,7 +194,7 @@ def observe(states: State):
 
 
 def crystal(rng: np.random.Generator) -> State:
-    """Cubic, face-centred, and hot enough to melt."""
+    """A face-centred cubic crystal, hot enough to melt."""
     corners = np.stack(np.meshgrid(*[np.arange(CELLS)] * 3), axis=-1).reshape(-1, 1, 3)
     faces = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
     q = (corners + faces).reshape(-1, 3) * LENGTH / CELLS
@@ -201,7 +204,7 @@ def crystal(rng: np.random.Generator) -> State:
 
 
 def simulate(units: int, rng: np.random.Generator):
-    """The end, and what was observed at ten times a unit."""
+    """The final state, and observations at ten times per unit of time."""
     y = crystal(rng)
     observed = []
     progress = tqdm.trange(-UNITS_TO_MELT, units, desc="simulating")
@@ -217,7 +220,7 @@ def simulate(units: int, rng: np.random.Generator):
 
 
 def compare(observed) -> None:
-    """With what is published for the temperature that it is at each time."""
+    """Compare with published values for the temperature at each time."""
     ts, potential, energy, pressure = observed
     slope = (ts - PUBLISHED[0, 0]) / (PUBLISHED[1, 0] - PUBLISHED[0, 0])
     published = PUBLISHED[0, 1:, None] + slope * np.diff(PUBLISHED[:, 1:], axis=0).T
@@ -235,13 +238,13 @@ def compare(observed) -> None:
 
 
 def mean_square(pair, y0: State, ts, positions, adjoint: dfx.AbstractAdjoint = REVERSIBLE):
-    """Distance between positions computed and observed, in units of the noise."""
+    """Mean squared error of positions, in units of the noise."""
     q, _ = solve(pair, y0, ts, DT, adjoint=adjoint)
     return jnp.mean((q - positions) ** 2) / NOISE**2
 
 
 def learn(y0: State, horizons, rng: np.random.Generator):
-    """The pair, and how it came about: horizons, and values found after each."""
+    """The pair, the observations, and for each horizon the estimates and the error."""
     pair = Pair(jnp.log(0.97), jnp.log(1.02))
     ts = np.sort(np.append(rng.uniform(0.1, horizons[-1], 16 * len(horizons)), horizons))
     exact, _ = jax.jit(lambda y0: solve(ARGON, y0, ts, 0.01, dr.BlanesMoan6(nystrom=True)))(
@@ -343,13 +346,13 @@ def main() -> None:
     print(f"\nplotted in {path.name}")
 
     _, epsilon, sigma, value = history[-1]
-    # Nothing is left but noise. The parameters are as precise as that lets them be, which
-    # is to 1e-3 over a time of 0.5, and to 1e-5 over a time of 2; a few times that are
-    # left for the trajectories of other machines.
+    # Only noise is left. It limits the precision of the parameters: to 1e-3 over a time of
+    # 0.5, and to 1e-5 over a time of 2. The bounds are a few times as large, as
+    # trajectories differ between processors.
     assert abs(value - 1) < 0.05, value
     assert max(abs(epsilon - 1), abs(sigma - 1)) < (5e-3 if quick else 1e-4)
     ours, default, stored = (sizes[-1] for sizes in memory.values())
-    # Most of it is one evaluation of the forces between all pairs of atoms.
+    # One evaluation of the forces between all pairs of atoms takes most of the memory.
     assert ours < 1.02 * memory["ReversibleAdjoint"][0], memory
     assert ours < 0.7 * default and ours < 0.2 * stored, memory
     print("OK")

@@ -1,26 +1,33 @@
 """Carry an atom in optical tweezers, faster than it can follow by itself.
 
-The tweezers are a focused laser beam, a well of finite depth, that holds an atom in its
-ground state. If the beam is moved at constant speed the atom is shaken, and is partly lost.
-Sought is the path of the beam by which the atom arrives at rest: its time-dependent
-Schrödinger equation
+The tweezers are a focused laser beam, a well of finite depth that holds an atom in its
+ground state. A beam that moves at constant speed shakes the atom and partly loses it. The
+script learns a path of the beam by which the atom arrives at rest. It solves the
+time-dependent Schrödinger equation
 
     i ψ' = -1/2 ∂²ψ/∂x² + V(x - c(t)) ψ
 
-is solved on a grid, split into real and imaginary part, and the path `c` is optimised by
-the gradient of the final overlap with the ground state. Units are such that Planck's
-constant and the mass are one.
+on a grid, split into real and imaginary part, and optimises the path `c` by the gradient of
+the final overlap with the ground state. The units make the reduced Planck constant and the
+mass one.
 
-The fastest modes of the grid oscillate at `2 / dx²`, hundreds of times faster than the
-atom in its well, which carries nothing of them. Explicit steps are bounded by these modes
-all the same (`Tsit5`), and neither these nor dissipative implicit ones (`Kvaerno5`) keep
-the norm. `ImplicitMidpoint` keeps it to the last bits, and its gradient stores no
-trajectory: steps are undone by solving the same equations from the other end. The
-equations are tridiagonal, of which the solver is told by `linear_solver`.
+The fastest modes of the grid oscillate at `2 / dx²`, hundreds of times faster than the atom
+in its well, whose wave contains none of them. They bound explicit steps all the same
+(`Tsit5`), and neither these nor dissipative implicit steps (`Kvaerno5`) keep the norm.
+`ImplicitMidpoint` keeps it to the last bits. Its gradient stores no trajectory: the
+backward pass undoes a step by solving the same equations from the other end. The equations
+are tridiagonal, and `linear_solver` makes use of that.
 
-Takes two minutes on two cores. Writes `04_schroedinger.png`. Of `Kvaerno5` only the solve
-is measured: its gradient solves dense equations for every stage, whatever `linear_solver`
-the steps have. `--quick --all` measures it too, on a third of the grid, in two minutes.
+The script asserts that the optimised path loses less than 2 % of what constant speed loses
+(80 % with `--quick`), that the norm is constant to 1e-12, that the size of the gradient
+equals the default adjoint's to 1e-8, and that it takes less than a tenth of the memory of
+`Tsit5`'s.
+
+Run `python examples/04_schroedinger.py` after `pip install ".[examples]"`. It takes two
+minutes on two cores, and writes `04_schroedinger.png`. `--quick` makes fewer updates, with
+a third of the grid. The gradient of `Kvaerno5` solves dense equations for every stage,
+whatever the `linear_solver` of its steps, so only its solve is measured. `--quick --all`
+measures its gradient too, in two minutes.
 """
 
 import pathlib
@@ -50,23 +57,23 @@ jax.config.update("jax_enable_x64", True)
 
 QUICK, ALL = "--quick" in sys.argv, "--all" in sys.argv
 POINTS, STEPS, UPDATES = (255, 500, 10) if QUICK else (767, 2000, 60)
-# From where to where, and in what time.
+# Where the beam starts and ends, and the time in between.
 START, END, DURATION = -4.0, 4.0, 2.5
 DEPTH, WAIST = 40.0, 2.0
 X = jnp.linspace(-12.0, 12.0, POINTS + 2)[1:-1]
 DX = float(X[1] - X[0])
 
-# Real and imaginary part.
+# Real and imaginary parts.
 Wave = tuple[Float[Array, " x"], Float[Array, " x"]]
 
 
 def well(x: Float[Array, " x"]) -> Float[Array, " x"]:
-    """Zero at the bottom."""
+    """The potential, zero at the bottom."""
     return DEPTH * (1 - jnp.exp(-2 * (x / WAIST) ** 2))
 
 
 def path(t: Float[Array, ""], amplitudes: Float[Array, " k"]) -> Float[Array, ""]:
-    """Of the beam: at constant speed, and harmonics that vanish at both ends."""
+    """The beam's position: constant speed, and harmonics that vanish at both ends."""
     s = t / DURATION
     harmonics = jnp.sin(jnp.pi * jnp.arange(1, amplitudes.size + 1) * s)
     return START + (END - START) * s + amplitudes @ harmonics
@@ -102,8 +109,10 @@ class Bands(NamedTuple):
 
 
 class Tridiagonal(lx.AbstractLinearSolver):
-    """Solves linear equations in a wave that are tridiagonal, and linear over the complex
-    numbers: their three diagonals are read off their products with three vectors."""
+    """Solves tridiagonal equations in a wave that are linear over the complex numbers.
+
+    Products with three vectors give the three diagonals.
+    """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Bands:
         del options
@@ -128,7 +137,7 @@ class Tridiagonal(lx.AbstractLinearSolver):
         return (solution.real, solution.imag), lx.RESULTS.successful, {}
 
     def transpose(self, state: Bands, options: dict[str, Any]):
-        """Of real and imaginary parts, so that complex matrices are conjugated too."""
+        """The transpose in real and imaginary parts, which conjugates complex entries."""
         lower = jnp.roll(state.upper, 1).conj()
         upper = jnp.roll(state.lower, -1).conj()
         return Bands(lower, state.main.conj(), upper), options
@@ -141,7 +150,7 @@ class Tridiagonal(lx.AbstractLinearSolver):
 
 
 def overlap(psi: Wave, other: Wave) -> Float[Array, ""]:
-    """The probability to find the one in the other."""
+    """The probability of finding one wave in the other."""
     (a, b), (c, d) = psi, other
     return (a @ c + b @ d) ** 2 + (a @ d - b @ c) ** 2
 
@@ -173,7 +182,7 @@ def solve(amplitudes, method: Method, saveat: dfx.SaveAt | None = None) -> dfx.S
 
 
 def lost(amplitudes, method: Method):
-    """The probability to lose the atom, and how the solve went."""
+    """The probability of losing the atom; the norm and the number of steps."""
     sol = solve(amplitudes, method)
     assert sol.ys is not None
     re, im = (y[0] for y in sol.ys)
@@ -201,8 +210,10 @@ def gradient_of(method: Method):
 def measure(
     name: str, method: Method, amplitudes, with_gradient: bool = True
 ) -> dict[str, float]:
-    """A gradient, or a solve only: time without compilation, memory beside inputs and
-    outputs."""
+    """Measure a gradient, or only a solve.
+
+    Time excludes compilation. Memory excludes inputs and outputs.
+    """
     run = jax.jit(lambda a: lost(a, method))
     if with_gradient:
         run = gradient_of(method)
@@ -228,7 +239,7 @@ def measure(
 
 
 def optimise(amplitudes):
-    """The path by which least is lost."""
+    """Find the path that loses least. Returns its amplitudes and the losses."""
     gradient = gradient_of(MIDPOINT)
     schedule = optax.cosine_decay_schedule(0.05, UPDATES)
     optimiser = optax.adam(schedule)
@@ -283,7 +294,7 @@ def main() -> None:
     if not QUICK:
         explicit = measure("Tsit5, default adjoint", EXPLICIT, after)
         dissipative = measure("Kvaerno5, solve only", DISSIPATIVE, after, False)
-        # With steps as accurate as those of the others.
+        # The steps are as accurate as those of `Tsit5`.
         assert abs(ours["loss"] - explicit["loss"]) < 1e-4
         assert min(explicit["norm"], dissipative["norm"]) > 1e6 * ours["norm"]
         assert ours["megabytes"] < 0.1 * explicit["megabytes"]

@@ -1,23 +1,27 @@
 """Write a reversible network block of your own, and backpropagate without activations.
 
 `ReversibleBlock` below is the block of a Reformer (Kitaev, Kaiser & Levskaya 2020,
-arXiv:2001.04451). It keeps two streams, adds the attention of one to the other, and then
-a feed-forward network of the other to the one. A solver states such a chain of
-`Coupling`s, and the package derives its inverse and its pull-back. One step of the solver
-is one block, and every block has weights of its own.
+arXiv:2001.04451). It keeps two streams, x and y: it adds the attention of y to x, and then
+a feed-forward network of x to y. A solver states such a chain of `Coupling`s, and the
+package derives its inverse and its pull-back. One step of the solver is one block, and
+every block has its own weights.
 
-The network reads the digits of scikit-learn row by row, in float32. The script compares
-it with the same blocks in `jax.lax.scan`, differentiated by JAX: the gradient, the
-training, and the memory against the number of blocks. `ReversibleAdjoint` stores no
-activations of blocks. Its memory grows only by one copy of the weights, for a sum of
-their gradient.
+The network reads the digits of scikit-learn row by row, in float32. The script compares it
+with the same blocks in `jax.lax.scan`, differentiated by JAX: the gradient, the training,
+and the memory against the number of blocks. `ReversibleAdjoint` stores no activations of
+blocks. Its memory grows only by one copy of the weights, in which it sums their gradient.
 
-The block is an ordinary solver, so Diffrax's default adjoint works as well. It grows
-like the square root of the number of blocks, and takes less memory below about 100 of
-them, and for small batches.
+The script asserts that both gradients agree to 1e-5, that the trainings begin alike, that
+the held-out accuracy exceeds 95 % (85 % with `--quick`), and that a gradient through 512
+blocks takes less than a fiftieth of the memory of `jax.lax.scan`.
 
-Takes about two minutes on two cores, or half of that with `--quick`, which trains for
-fewer updates. Writes `10_reversible_block.png`.
+The block is an ordinary solver, so Diffrax's default adjoint works as well. Its memory
+grows like the square root of the number of blocks. It takes less memory below about 100
+blocks, and for small batches.
+
+Run `python examples/10_reversible_block.py` after `pip install ".[examples]"`. It takes
+about two minutes on two cores, or half of that with `--quick`, which trains for fewer
+updates. It writes `10_reversible_block.png`.
 """
 
 import argparse
@@ -45,7 +49,7 @@ import matplotlib.pyplot as plt
 
 
 ROWS, WIDTH, BLOCKS, BATCH, HELD_OUT = 8, 16, 24, 64, 450
-# For which memory is compared: a thousand images in one batch.
+# The batch for which memory is compared.
 LARGE_BATCH = 1000
 LEARNING_RATE = 3e-3
 
@@ -70,7 +74,7 @@ class ReversibleBlock(dr.AbstractCouplingSolver):
 
 
 class Attention(eqx.Module):
-    """Each row of an image looks at the others."""
+    """Lets each row of an image attend to all rows."""
 
     norm: eqx.nn.LayerNorm
     attention: eqx.nn.MultiheadAttention
@@ -85,14 +89,14 @@ class Attention(eqx.Module):
 
 
 class FeedForward(eqx.Module):
-    """Each row by itself."""
+    """Transforms each row by itself."""
 
     norm: eqx.nn.LayerNorm
     mlp: eqx.nn.MLP
 
     def __init__(self, key):
         self.norm = eqx.nn.LayerNorm(WIDTH)
-        # At a kink, as of `relu`, two ways to round have two gradients.
+        # At a kink, as of `relu`, the gradient would depend on rounding.
         self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 2 * WIDTH, 1, jax.nn.gelu, key=key)
 
     def __call__(self, rows: Float[Array, "8 16"]) -> Float[Array, "8 16"]:
@@ -101,7 +105,7 @@ class FeedForward(eqx.Module):
 
 class Network(eqx.Module):
     stem: eqx.nn.Linear
-    # The weights of all blocks, along the first axis.
+    # The weights of all blocks, stacked along the first axis.
     attention: Attention
     feed_forward: FeedForward
     readout: eqx.nn.Linear
@@ -120,7 +124,7 @@ def number_of_blocks(network: Network) -> int:
 
 
 def layer(layers, t, stream: Stream) -> Stream:
-    """Layer number t of a stack."""
+    """Apply layer number t of a stack."""
     at = jnp.round(t).astype(int)
     own = jax.tree.map(lambda w: w[at] if eqx.is_array(w) else w, layers)
     return jax.vmap(own)(stream)
@@ -222,7 +226,7 @@ def train(middle: Middle, images: Images, labels: Labels, updates: int, name: st
 
 
 def compiled_gradient(middle: Middle, blocks: int, images: Images, labels: Labels):
-    """And the weights that it is taken with respect to."""
+    """The compiled gradient, and the weights to evaluate it at."""
     params, static = eqx.partition(Network(blocks, jr.key(0)), eqx.is_array)
 
     def of_params(params):
@@ -232,7 +236,7 @@ def compiled_gradient(middle: Middle, blocks: int, images: Images, labels: Label
 
 
 def relative_distance(gradient, reference) -> float:
-    """In the Euclidean norm."""
+    """Relative to the reference, in the Euclidean norm."""
     distance = optax.global_norm(jax.tree.map(jnp.subtract, gradient, reference))
     return float(distance / optax.global_norm(reference))
 
@@ -247,7 +251,7 @@ def plot(depths, memory, losses, caption: str, path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8.6, 4.6), width_ratios=(1.5, 1), layout="constrained"
     )
-    # By hand, as two of them would overlap.
+    # Chosen by hand: two labels would overlap.
     offsets = {DEFAULT: 14, REVERSIBLE: -10}
     colours = {REVERSIBLE: "C0", DEFAULT: "0.5", SCAN: "C3"}
     for name, sizes in memory.items():
@@ -317,12 +321,12 @@ def main() -> None:
     print(f"\nplotted in {path.name}")
 
     assert distance < 1e-5, distance
-    # Rounding errors grow in the course of the training.
+    # Rounding errors grow during training.
     assert np.allclose(losses[REVERSIBLE][:10], losses[SCAN][:10], rtol=1e-2), losses
     least = 0.85 if quick else 0.95
     assert accuracy[REVERSIBLE] > max(least, accuracy[SCAN] - 0.02), accuracy
     ours, scanned = memory[REVERSIBLE], memory[SCAN]
-    # Apart from a copy of the weights, nothing grows.
+    # Only a copy of the weights grows with the number of blocks.
     assert ours[-1] - ours[0] < 1.1 * (weights[-1] - weights[0]), (memory, weights)
     assert ours[-1] < scanned[-1] / 50 and scanned[-1] > 40 * scanned[0], memory
     if DEFAULT in memory:
