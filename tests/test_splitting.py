@@ -1,4 +1,4 @@
-"""Splitting methods: orders by trees and by slopes, evaluations, exact inverses, energy."""
+"""Splitting methods: order conditions, convergence, evaluations, exact inverses, energy."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -23,7 +23,7 @@ from .counter import Counter
 from .problems import as_terms, cases, NYSTROM, SPLITTINGS
 
 
-# With the number of stages.
+# Tableaus and their numbers of stages.
 TABLEAUS = (
     (stormer_verlet, 1),
     (blanes_moan4, 6),
@@ -35,8 +35,9 @@ TABLEAUS = (
 
 
 def partitioned(tableau):
-    """As a partitioned Runge–Kutta method, by running it on unit vectors: what `q` is made
-    of where the force is evaluated and at the end, and `p` where the drift is."""
+    """The method as a partitioned Runge–Kutta method, by a step on unit vectors: `q` where
+    the force is evaluated and `p` at the end, then `p` where the drift is evaluated and `q`
+    at the end."""
     m = tableau.stages
     forces, drifts = np.eye(m + 1), np.eye(m)
     q, p = np.zeros(m), tableau.kicks[0] * forces[0]
@@ -57,7 +58,7 @@ def weight(tree, matrix, other):
 
 
 def bushy_drift(tree, is_drift):
-    """Whether it has a vertex of the drift with several branches."""
+    """Whether a vertex that stands for the drift has several branches."""
     if is_drift and len(tree) > 1:
         return True
     return any(bushy_drift(child, not is_drift) for child in tree)
@@ -78,13 +79,13 @@ def test_order_conditions(tableau, stages):
     assert (
         max(r for n in range(1, tableau.order + 1) for r in residuals(tableau, n)) < 1e-12
     )
-    # ... and the next order is not reached by chance.
+    # The method is not of the next order by chance.
     assert max(residuals(tableau, tableau.order + 1)) > 1e-6
 
 
 @pytest.mark.parametrize("tableau", [tableau for tableau, _ in TABLEAUS])
 def test_error_estimate(tableau):
-    """Of the order claimed, and no higher."""
+    """The error estimates have the order claimed, and no higher one."""
     (qs, _), (ps, _) = partitioned(tableau)
     # The drift is evaluated at the start too, before any kick.
     ps = np.concatenate([np.zeros((1, ps.shape[1])), ps])
@@ -133,7 +134,7 @@ def test_refused_coefficients(kicks, drifts, kwargs, message):
         SplittingTableau(kicks, drifts, **dict(embedded_order=1) | kwargs)
 
 
-# Not autonomous, and none the gradient of anything.
+# These fields depend on time, and none is a gradient.
 def nonlinear(t, p, args):
     a, b = p
     return jnp.stack([b + 0.3 * a * b * jnp.cos(t), jnp.sin(a) - 0.2 * b * jnp.sin(2 * t)])
@@ -163,7 +164,7 @@ def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
 
 
 @pytest.mark.parametrize(
-    # More steps where the error is larger.
+    # `more` multiplies the number of steps, where the error is larger.
     "solver, drift, backwards, more",
     cases(
         ((SPLITTINGS[1], nonlinear, False, 2), (NYSTROM[1], affine, True, 1)),
@@ -176,8 +177,8 @@ def solve(solver, drift, dt0, saveat, t0=0.0, t1=3.0):
     ids=lambda x: x.__name__ if callable(x) and hasattr(x, "__name__") else repr(x),
 )
 def test_order(solver, drift, backwards, more):
-    """At the end of a solve, between the steps, and of the derivative there, which is one
-    less."""
+    """The order is reached at the end of a solve and between steps; the derivative of the
+    interpolation has one order less."""
     t0, t1 = (3.0, 0.0) if backwards else (0.0, 3.0)
     ts = TS[::-1] if backwards else TS
 
@@ -227,7 +228,8 @@ def test_order_of_the_class(solver):
 )
 @pytest.mark.parametrize("adaptive", cases((True,), slow=(False,)))
 def test_evaluations(solver, stages, adaptive):
-    """Of the force, and of the drift, of which an error estimate takes one more."""
+    """The force is evaluated once per stage and once at the start. So is the drift, without
+    the start; an error estimate takes one evaluation more per step."""
     drift, force = Counter(), Counter()
 
     def final(y0, scale):
@@ -253,7 +255,7 @@ def test_evaluations(solver, stages, adaptive):
     assert drifts == (stages + adaptive) * steps
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = force.during(gradient, y0, scale)
-    # The walk back makes as many, and one at the start of each step.
+    # The backward pass takes as many, and one at the start of each step.
     assert forces < both <= forces + (stages + 1) * steps + 1
 
 
@@ -262,7 +264,7 @@ def test_evaluations(solver, stages, adaptive):
     "solver", cases(SPLITTINGS[1:2], slow=(SPLITTINGS[0], *SPLITTINGS[2:])), ids=repr
 )
 def test_bitwise(solver):
-    """Every state comes back to the last bit, at steps that are those of a controller."""
+    """Every state is reconstructed to the last bit, with adaptive steps."""
     solver = type(solver)(bitwise=True)
 
     @jax.jit
@@ -283,7 +285,7 @@ def test_bitwise(solver):
 
         return jax.grad(final, argnums=(0, 1))(y0, w)
 
-    # Any deviation is an error.
+    # With `drift_tol=0.0` any deviation is an error.
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient((Q0, P0), 0.9)))
 
 
@@ -302,7 +304,7 @@ def henon_heiles(q):
     ),
 )
 def test_energy(solver, dt, size):
-    """Over a hundred thousand steps its error does not grow."""
+    """The error of the energy does not grow over a hundred thousand steps."""
     steps = 100_000
 
     @jax.jit
@@ -339,7 +341,7 @@ def refused(y0, terms, solver=None):
 
 @pytest.mark.parametrize("solver", NYSTROM, ids=repr)
 def test_only_affine_drifts(solver):
-    """Which are those that are seen to be."""
+    """`nystrom=True` refuses drifts that cannot be seen to be affine."""
     force = lambda t, q, _: -q
     for exponent in (2.0, 3):
         drift = lambda t, p, _, n=exponent: jax.grad(lambda p: jnp.sum(p**n) / n)(p)
@@ -352,7 +354,8 @@ def test_only_affine_drifts(solver):
 
 @pytest.mark.parametrize("solver", NYSTROM, ids=repr)
 def test_errors_are_smaller(solver):
-    """Than by the coefficients for any drift, for as many evaluations of the force."""
+    """For affine drifts, the special coefficients at least halve the error of those for any
+    drift, with as many evaluations of the force."""
     n = 60 if solver.order(None) == 4 else 20
     ends = [
         solve(solver, affine, jnp.array(3.0 / steps), dfx.SaveAt(t1=True)).ys
@@ -372,11 +375,11 @@ def test_errors_are_smaller(solver):
     ids=repr,
 )
 def test_how_the_drift_is_written(solver):
-    """It does not change the method."""
+    """The way a drift is written does not change the method."""
     force = lambda t, q, _: -q
     squares = [lambda p: p * p, lambda p: p**2, lambda p: p**2.0]
     drifts = [lambda t, p, _: p]
-    # Before JAX 0.7, the derivative of a power of 2 is not seen to be constant.
+    # Before JAX 0.7, the derivative of `p**2` cannot be seen to be affine.
     for square in squares[:1] if solver in NYSTROM else squares:
         drifts.append(lambda t, p, _, f=square: jax.grad(lambda p: jnp.sum(f(p)) / 2)(p))
     first, *others = (
@@ -396,15 +399,14 @@ def test_refusals():
     assert "`ControlTerm`" in refused((Q0, P0), (pair[0], noise))
 
 
-# At least a quarter. Steps of `KahanLi8` are stable up to 3.1, and at 3.98 its estimate is
-# blind in one direction.
+# Steps of `KahanLi8` are stable up to 3.1. At 3.98 its estimate vanishes in one direction.
 @pytest.mark.parametrize(
     "solver, limit",
     ((SPLITTINGS[0], 15), (NYSTROM[0], 15), (NYSTROM[1], 15), (SPLITTINGS[3], 3.9)),
 )
 def test_error_estimate_of_an_oscillator(solver, limit):
-    """Beside the error of a step, wherever that exceeds 1e-3 and a hundredth of that in the
-    worst direction: a matrix each, of `q' = p` and `p' = -q`."""
+    """On `q' = p`, `p' = -q`, the estimate is at least a quarter of the error of a step
+    wherever that exceeds 1e-3 and a hundredth of the error in the worst direction."""
     terms = (dfx.ODETerm(lambda t, p, args: p), dfx.ODETerm(lambda t, q, args: -q))
 
     @jax.jit

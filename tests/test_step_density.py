@@ -1,4 +1,4 @@
-"""Steps that reverse themselves: where they are, what they keep, and gradients by them."""
+"""`StepDensityController`: its steps, their reversal, energies and gradients."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -42,18 +42,18 @@ def perihelion(e):
 
 
 def wish(t, y, args):
-    """Proportional to the period of a circular orbit there."""
+    """A step size proportional to the period of a circular orbit at that distance."""
     return 0.04 * jnp.sum(y[:2] ** 2) ** 0.75
 
 
 def wished_rate(y):
-    """`-d/dt log` of it."""
+    """`-d/dt log(wish)`, by hand."""
     return -1.5 * np.dot(y[:2], y[2:]) / np.sum(y[:2] ** 2)
 
 
 def solve(adjoint, field, y0, args=None, *, solver=None, t0=0.0, t1=3.0, **kwargs):
     kwargs = dict(stepsize_controller=dr.StepDensityController(), dt0=None) | kwargs
-    # None for ours alone, as the default adjoint needs a number.
+    # Diffrax's default adjoint needs a bound.
     max_steps = None if isinstance(adjoint, dr.ReversibleAdjoint) else 512
     kwargs = dict(max_steps=max_steps) | kwargs
     solver = dr.ALF4() if solver is None else solver
@@ -89,7 +89,8 @@ def assert_same_gradient(loss, *args, tol=1e-10):
     ),
 )
 def test_gradients(solver, dt0, t0, t1):
-    """With any number of steps, those of the default adjoint with the same steps."""
+    """Without a bound on the number of steps, gradients equal those of the default adjoint
+    with the same steps."""
 
     def loss(adjoint, y0, field, args):
         saveat = dfx.SaveAt(t0=True, t1=True, ts=jnp.linspace(t0, t1, 9))
@@ -102,7 +103,7 @@ def test_gradients(solver, dt0, t0, t1):
 @families
 def test_families(family):
     solver, field, y0, _, _ = FAMILIES[family]
-    # Where the steps before began is recorded for this one.
+    # This solver records the start of the previous step, for every step.
     kwargs = dict(max_steps=200) if family == "LeapfrogMidpoint" else {}
 
     def loss(adjoint, y0, field, args):
@@ -115,7 +116,7 @@ def test_families(family):
 
 @pytest.mark.slow
 def test_gradients_of_everything_saved():
-    """An event, ends of steps, dense output, a batch, and the end of the solve."""
+    """Gradients are right for an event, ends of steps, dense output, a batch, and `t1`."""
 
     def loss(adjoint, y0, t1):
         saveat = dfx.SaveAt(steps=True, t1=True, dense=True)
@@ -136,8 +137,8 @@ def test_gradients_of_everything_saved():
 
 @pytest.mark.slow
 def test_continued():
-    """From where another solve has ended, with its controller state: the first step of the
-    second begins with a step size of its own."""
+    """Gradients are right where a solve continues another with its controller state, and
+    has a first step size of its own."""
 
     def loss(adjoint, y0):
         saveat = dfx.SaveAt(t1=True, controller_state=True, solver_state=True)
@@ -161,7 +162,7 @@ def test_continued():
 @pytest.mark.optimised
 @pytest.mark.slow
 def test_memory_is_flat():
-    """To the byte: in the length of the solve, and in the number of steps allowed."""
+    """Memory is the same to the byte for any length of the solve and any `max_steps`."""
 
     def temporary_bytes(t1, max_steps):
         def loss(y0):
@@ -173,12 +174,12 @@ def test_memory_is_flat():
 
     few = temporary_bytes(1.0, 1_000_000)
     assert few == temporary_bytes(1e4, 10_000_000)
-    # One without a bound is another program, of a few bytes less.
+    # Without a bound the program differs, and takes a few bytes less.
     assert few - 256 <= temporary_bytes(1e4, None) <= few
 
 
 def test_steps_are_those_of_the_recurrence():
-    """`ρ += G(y_n)`, from `1/s + G/2`, with the derivative by hand."""
+    """The density follows `ρ += G(y_n)` from `1/s + G/2`, with `G` by hand."""
     y0 = perihelion(0.6)
     saveat = dfx.SaveAt(t0=True, steps=True)
     controller = dr.StepDensityController(wish)
@@ -197,14 +198,15 @@ def test_steps_are_those_of_the_recurrence():
     ts, ys = np.asarray(sol.ts[: count + 1]), np.asarray(sol.ys[: count + 1])
     rates = np.array([wished_rate(y) for y in ys])
     density = 1 / wish(0.0, y0, None) + rates[0] / 2 + np.cumsum([0.0, *rates[1:]])
-    # But for the last step, that ends at `t1`.
+    # Except for the last step, which ends at `t1`.
     np.testing.assert_allclose(np.diff(ts)[:-1], 1 / density[: count - 1], rtol=1e-12)
     wished = np.array([wish(0.0, y, None) for y in ys])
     assert np.max(np.abs(np.log(np.diff(ts)[:-1] / wished[: count - 1]))) < 0.3
 
 
 def test_time_scale():
-    """In closed form, whatever the units and the origin."""
+    """The time scale equals closed forms, is proportional to the unit of time, and does not
+    depend on the unit or the origin of the state."""
 
     def at(field, t, y, start, longest=1e3):
         squared = squared_time_scale(field, jnp.array(0.0), start, longest)
@@ -217,14 +219,14 @@ def test_time_scale():
     np.testing.assert_allclose(at(decay, 1.0, y / 9, y), 1 / 3, rtol=1e-6)
     constant = lambda t, y: jnp.ones_like(y)
     np.testing.assert_allclose(at(constant, 0.0, y, y, 7.0), 7)
-    # One over the largest derivative of the same power of `t`: zeros do no harm.
+    # Neither zero nor infinite where a derivative vanishes.
     wave = lambda t, y: jnp.cos(t) * jnp.ones_like(y)
     scales = [at(wave, t, y, y) for t in np.linspace(0, PERIOD, 50)]
     assert 0.7 < np.min(scales) <= np.max(scales) < 1.5
 
     @jax.jit
     def of_kepler(length, time, origin):
-        """`T`, of Kepler's problem in other units."""
+        """`T²` of Kepler's problem in other units."""
 
         def field(t, z):
             return kepler(t, (z - origin) / length, 1.0) * length / time
@@ -242,8 +244,9 @@ def test_time_scale():
 
 @pytest.mark.parametrize("bound, wished", ((3.0, 0.0), (300.0, 0.0), (3.0, 60.0)))
 def test_density_comes_back(bound, wished):
-    """To the last bit along any path, even where steps change by more than is allowed, and
-    to rounding where they are shortened for being too long."""
+    """`cross_back` restores the density to the last bit, even where the ratio of successive
+    steps reaches its limit. Where steps are shortened because they are much longer than
+    desired, it does so to rounding."""
     start = jnp.array(30.0)
     low = LowPart.start(start, start)
     rates = np.random.default_rng(0).uniform(-bound, bound, 100)
@@ -273,7 +276,7 @@ def test_density_comes_back(bound, wished):
 
 @pytest.mark.more
 def test_walk_back_is_exact():
-    """Over many steps and periods, with a solver of which the states come back too."""
+    """With a bitwise solver the backward pass is exact over many steps and periods."""
 
     def loss(y0):
         kwargs = dict(solver=BITWISE, t1=200 * PERIOD)
@@ -309,7 +312,7 @@ def test_wrong_inverse_is_noticed():
 
 
 def energies(solver, controller, periods, adjoint):
-    """Errors of the energy at many times in the first and in the last tenth of a solve."""
+    """The largest errors of the energy in the first and in the last tenth of a solve."""
 
     @jax.jit
     def run(y0):
@@ -337,7 +340,8 @@ def energies(solver, controller, periods, adjoint):
 
 
 def test_energy_does_not_drift():
-    """Over 1,000 periods: not with steps that are reversible, but with others."""
+    """Over 1,000 periods the energy does not drift with reversible steps, but it does under
+    `PIDController`."""
     ours = (dr.ReversibleAdjoint(), 1000)
     first, last = energies(dr.ALF4(), dr.StepDensityController(wish), *ours[::-1])
     assert last < 1.2 * first < 1e-4
@@ -358,7 +362,7 @@ def test_energy_does_not_drift():
         (lambda t, y, args: jnp.ones_like(y), 0.0, 3.0),
         (lambda t, y, args: jnp.zeros_like(y), 1.0, 3.0),
         (lambda t, y, args: y * (1 - y), 1e-3, 20.0),
-        # Relaxation oscillations, which the steps cannot follow by themselves.
+        # Relaxation oscillations, which the recurrence cannot follow by itself.
         (
             lambda t, y, args: jnp.array([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]]),
             [2.0, 0.0],
@@ -368,7 +372,7 @@ def test_energy_does_not_drift():
     ids=("relaxation", "constant", "rest", "logistic", "van der Pol"),
 )
 def test_any_solver_and_field(solver, field, y0, t1):
-    """Also where derivatives vanish."""
+    """Solves are accurate with any solver, even where derivatives vanish."""
 
     def end(controller, solver, max_steps):
         sol = dfx.diffeqsolve(
@@ -417,7 +421,7 @@ def _spring(t, y, args):
 
 
 def test_a_continued_solve_uses_its_own_args():
-    """Not those that the controller state was made with."""
+    """Step sizes follow the `args` of the second solve, not those of the first."""
     controller = dr.StepDensityController(lambda t, y, args: 0.1 / jnp.sqrt(args["k"]))
 
     def solve(k, y0, t0, t1, **kwargs):
@@ -437,14 +441,15 @@ def test_a_continued_solve_uses_its_own_args():
         solve(k, y1, 10.0, 30.0, controller_state=first.controller_state).stats["num_steps"]
         for k in jnp.array([0.01, 1.0])
     )
-    # Steps of one, which are ten times as long as is wished now, and are shortened to no
-    # more than four times.
+    # Steps of length one are ten times longer than now desired. They are shortened to at
+    # most four times the desired length.
     assert old == 20
     assert new > 40
 
 
 def test_weights_in_args_are_not_carried():
-    """Under `vmap` there would be so many for every member of the batch."""
+    """The controller state has no copy of `args`, which `vmap` would repeat for every
+    member of the batch."""
     weights = jnp.ones((50, 50)) / 50
     field = lambda t, y, w: -jnp.tanh(w @ y)
 
@@ -462,7 +467,8 @@ def test_weights_in_args_are_not_carried():
 @pytest.mark.more
 @pytest.mark.optimised
 def test_weights_in_terms_are_not_held():
-    """Nor is what else of its state a controller hands on as it is."""
+    """Checkpoints copy neither weights that the terms close over nor other constant parts
+    of the controller state."""
     size = 200
 
     def memory(checkpoints):

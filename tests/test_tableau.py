@@ -1,4 +1,4 @@
-"""Orders by rooted-tree conditions, and what is refused as coefficients."""
+"""Order conditions of ALF tableaus, by rooted trees, and refused coefficients."""
 
 import itertools as it
 import math
@@ -23,7 +23,7 @@ TABLEAUS = {2: alf2, 4: alf4, 6: alf6, 8: alf8}
 
 
 def runge_kutta(sub_steps):
-    """The method as a Runge–Kutta tableau, by running it on the unit vectors."""
+    """The method as a Runge–Kutta tableau, by a step on unit vectors."""
     s = len(sub_steps)
     unit = np.eye(s + 1)
     z, v, rows = np.zeros(s + 1), unit[0], [np.zeros(s + 1)]
@@ -72,7 +72,7 @@ def test_order_conditions(order, stages):
     assert tableau.velocity_order == order
     satisfied = it.chain.from_iterable(residuals(tableau, n) for n in range(1, order + 1))
     assert max(it.chain.from_iterable(satisfied)) < 1e-13
-    # ... and the next order is not reached by chance.
+    # The method is not of the next order by chance.
     assert max(z for z, _ in residuals(tableau, order + 1)) > 1e-6
 
 
@@ -85,10 +85,10 @@ def test_error_estimate(order):
     assert q == order - 1
     for tree in trees_up_to(q):
         assert abs(e @ weight(tree, matrix)) < 1e-11
-    # The parasitic deviation of `v` from the vector field is not seen.
+    # The estimate ignores the parasitic deviation of `v` from the vector field.
     assert e[0] == 0
     assert abs(e @ matrix[:, 0]) < 1e-13
-    # The leading term is that of `error_scale * h^(q+1) y^(q+1) / (q+1)!` on average.
+    # On average the leading term is `error_scale * h^(q+1) y^(q+1) / (q+1)!`.
     leading = np.array([e @ weight(tree, matrix) for tree in rooted_trees(q + 1)])
     taylor = np.array([1 / density(tree) for tree in rooted_trees(q + 1)])
     size = leading @ taylor / (taylor @ taylor)
@@ -97,15 +97,15 @@ def test_error_estimate(order):
 
 @pytest.mark.parametrize("order, between", ((4, 4), (6, 6), (8, 7)))
 def test_continuous_extension(order, between):
-    """The conditions at fractions of the step, with what is evaluated after it as
-    stages."""
+    """The extension satisfies the order conditions at fractions of the step, with the
+    evaluations after the step as further stages."""
     tableau = TABLEAUS[order]
     extension = tableau.continuous_extension
     assert extension.order == between
     assert extension.evaluates_midpoint == (order == 6)
     matrix, z, _ = runge_kutta(tableau.sub_steps)
     s = len(matrix)
-    # Of the derivatives at the start, at the end, and at the mid-point.
+    # The stages of the derivatives at the start, the end and the mid-point.
     rows = [np.zeros(s), z]
     if order == 6:
         rows.append(extension.weights[1])
@@ -120,7 +120,7 @@ def test_continuous_extension(order, between):
         for tree in trees_up_to(between - 1):
             exact = theta ** order_of(tree) / density(tree)
             assert abs(weights @ weight(tree, extended) - exact) < 1e-11
-        # Of the deviation of `v` nothing is seen, but for what it makes of stages.
+        # The deviation of `v` enters neither directly nor, to first order, by the stages.
         assert weights[0] == 0
         assert abs(weights[:s] @ matrix[:, 0]) < 1e-13
 
@@ -131,8 +131,8 @@ def left_half_plane(radius, step, angles):
 
 
 def estimate(tableau, z):
-    """The error estimate and the error of a step of `y' = λ y` from `y = 1` and `v = λ`, as
-    functions of `z = h λ`."""
+    """The error estimate, the error, and the fine estimate of a step of `y' = λ y` from
+    `y = 1` and `v = λ`, as functions of `z = h λ`."""
     y, v, u = np.ones_like(z), z, [z]
     for c in tableau.sub_steps:
         k = y + c / 2 * v
@@ -151,8 +151,8 @@ def estimate(tableau, z):
 
 @pytest.mark.parametrize("order", (2, 4, 6, 8))
 def test_error_estimate_is_not_blind(order):
-    """It is at least a quarter of the error of a step wherever that exceeds 1e-3, on the
-    left half-plane; and far from there it is the fine one alone."""
+    """On the left half-plane, the estimate is at least a quarter of the error of a step
+    wherever that exceeds 1e-3. For short steps it is the fine estimate alone."""
     tableau = TABLEAUS[order]
     size, error, fine = estimate(tableau, left_half_plane(15, 0.0173, 173))
     large = error > 1e-3
@@ -161,7 +161,7 @@ def test_error_estimate_is_not_blind(order):
     size, _, fine = estimate(tableau, small)
     assert np.all(size < 1.001 * fine)
     if order == 4:
-        # Without the others it would be blind.
+        # The fine estimate alone would be blind.
         z = -np.linspace(3, 6, 100)
         _, error, fine = estimate(tableau, z)
         assert np.all(fine < error / 16)
@@ -169,7 +169,7 @@ def test_error_estimate_is_not_blind(order):
 
 @pytest.mark.parametrize("order", (2, 4, 6, 8))
 def test_error_estimate_of_a_step(order):
-    """Of the solver, by these functions."""
+    """The estimate and the error of the solver's step equal those of `estimate`."""
     solver = {2: dr.ALF2(), 4: dr.ALF4(), 6: dr.ALF6(), 8: dr.ALF8()}[order]
     term = dfx.ODETerm(lambda t, y, args: -y)
 
@@ -189,7 +189,7 @@ def test_error_estimate_of_a_step(order):
 
 
 def test_own_coefficients():
-    # Yoshida's triple jump, on pairs.
+    # Yoshida's triple jump, on pairs of sub-steps.
     outer = 1 / (2 - 2 ** (1 / 3))
     gamma = (outer, 1 - 2 * outer, outer)
     tableau = dr.ALFTableau([g / 2 for g in gamma for _ in range(2)], order=4)
@@ -199,7 +199,7 @@ def test_own_coefficients():
 
 @pytest.mark.parametrize("order", (4, 6, 8))
 def test_single_steps_lose_their_order(order):
-    """Coefficients for symmetric methods do not reach their order on single ALF steps."""
+    """Coefficients for symmetric methods lose their order on single ALF sub-steps."""
     gamma = np.array(alf8.sub_steps).reshape(-1, 2).sum(axis=1)
     dr.ALFTableau(gamma, order=2)
     with pytest.raises(ValueError, match="violates an order condition of order 4, by"):

@@ -1,4 +1,4 @@
-"""Terms of every kind, and functions that close over what is differentiated."""
+"""Terms of every kind, and functions that close over differentiated values."""
 
 import functools
 
@@ -21,7 +21,7 @@ DATA = jnp.stack([jnp.sin(TS), TS**2 / 4, TS], axis=1)
 
 
 class Field(eqx.Module):
-    """A module one of whose fields is a function."""
+    """A module with a function as a field."""
 
     activation: object
 
@@ -30,7 +30,7 @@ class Field(eqx.Module):
 
 
 class Decay(dfx.AbstractTerm):
-    """A term of someone else's."""
+    """A custom term."""
 
     rate: object
 
@@ -57,8 +57,7 @@ def increments(w, b):
     return lambda t0, t1: (t1 - t0) * jnp.array([1.0, 0.2, 0.1]) * w
 
 
-# The terms, made of traced values, and whether only a solver that takes any term can
-# solve them.
+# Terms made from traced values, and whether they need a solver that takes any term.
 TERMS = {
     "ODETerm": (lambda w, b: dfx.ODETerm(lambda t, y, _: jnp.sin(w * y) - b * t), False),
     "a function in a module": (
@@ -126,7 +125,8 @@ MORE = "ODETerm", "a term of one's own"
     "name", cases(QUICK, more=MORE, slow=[n for n in TERMS if n not in QUICK + MORE])
 )
 def test_closures(name):
-    """Under `jit`, backwards in time, with a `SaveAt(fn=...)` that closes over as well."""
+    """Gradients with respect to closed-over values are right, backwards in time, also where
+    `SaveAt(fn=...)` closes over them."""
     make, any_term = TERMS[name]
 
     def loss(adjoint, y0, w, b):
@@ -152,7 +152,7 @@ def test_closures(name):
     "name", cases((), slow=("MultiTerm with ControlTerm", "MultiTerm"))
 )
 def test_closures_vmap(name):
-    """Over a batch of closed-over values."""
+    """Gradients are right under `vmap` over closed-over values."""
     make, any_term = TERMS[name]
     batch = jnp.array([0.5, 1.3, 2.0])
 
@@ -180,7 +180,7 @@ def test_functions_in_args():
 
 
 def test_multi_term_is_the_sum():
-    """And the equation is solved to the order of the solver, from any initial step."""
+    """`MultiTerm` solves the same equation as the sum of its terms, and solves it right."""
     split = dfx.MultiTerm(
         dfx.ODETerm(lambda t, y, args: -y), dfx.ODETerm(lambda t, y, args: jnp.cos(t) * y)
     )
@@ -197,8 +197,8 @@ def test_multi_term_is_the_sum():
 
 @functools.cache
 def gradient_of_controlled(adjoint, direct):
-    """Of an equation driven by an interpolation of irregular data, also with respect to
-    these: as an ODE, or directly by a solver that can."""
+    """The gradient for an equation driven by an interpolation of irregular data, with
+    respect to weights and data. It is solved as an ODE, or directly by `ReversibleHeun`."""
     ts = jnp.array([0.0, 0.1, 0.45, 0.5, 1.2, 1.3, 2.0])
     data = jnp.stack([ts, jnp.sin(3 * ts)], axis=1)
     weights = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
@@ -239,7 +239,7 @@ def test_controlled_equation(direct):
 
 @pytest.mark.more
 def test_controlled_equation_either_way():
-    """To the accuracy of either."""
+    """Both ways give the same gradient, to their accuracy."""
     as_ode, directly = (
         gradient_of_controlled(dr.ReversibleAdjoint(), direct) for direct in (False, True)
     )
@@ -247,7 +247,8 @@ def test_controlled_equation_either_way():
 
 
 def test_stochastic_equation():
-    """By `ReversibleHeun`, along a path that is the same backwards."""
+    """Gradients are right for `ReversibleHeun` along a Brownian path, which the backward
+    pass repeats."""
     path = dfx.VirtualBrownianTree(0.0, 2.0, tol=1e-3, shape=(2,), key=jax.random.key(1))
 
     def loss(adjoint, y0, w, b):

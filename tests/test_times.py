@@ -1,4 +1,4 @@
-"""Gradients with respect to the times of a solve, and of its outputs."""
+"""Gradients with respect to the ends and the output times of a solve."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -25,7 +25,7 @@ from .problems import (
 
 NETWORK = Network()
 T0, T1 = jnp.array(0.2), jnp.array(3.0)
-# One of them is the end of the solve, which has a gradient of its own.
+# The last is the end of the solve, which has a gradient of its own.
 TS = jnp.array([0.3, 1.1, 1.15, 2.7, 3.0])
 FIXED = dfx.ConstantStepSize()
 PID = dfx.PIDController(rtol=1e-7, atol=1e-7)
@@ -66,7 +66,7 @@ def loss(adjoint, controller, saveat, solver, t0, t1, ts, y0=Y0, field=NETWORK):
     times = [jnp.sin(t) for t in jax.tree.leaves(sol.ts)]
     total = sum_of_squares(sol.ys) + sum_of_squares(times)
     if saveat == "dense":
-        # The first and the last step among them.
+        # Times in the first and in the last step are among them.
         at = jnp.array([0.21, 0.5, 1.1, 2.3, 2.99])
         total += sum_of_squares((jax.vmap(sol.evaluate)(at), jax.vmap(sol.derivative)(at)))
         total += sum_of_squares(sol.solver_state.v)
@@ -92,23 +92,23 @@ CASES = cases(
 
 @pytest.mark.parametrize("controller, saveat", CASES)
 def test_against_default(controller, saveat):
-    """Equal where step locations do not depend on times, and else to the accuracy of the
-    solve."""
+    """Gradients equal those of the default adjoint where step locations do not depend on
+    the times, and otherwise agree to the accuracy of the solve."""
     ours, default = gradients(controller, saveat, dr.ALF4(), (0, 1, 2))
     scale = max(float(jnp.max(jnp.abs(g))) for g in default)
     moving = {"t0": controller is not STEP_TO, "t1": controller is FIXED, "ts": False}
     for g, e, name in zip(ours, default, moving, strict=True):
-        # By so much the default itself is off in this solve, see below.
+        # The default adjoint itself has such errors in this solve, see below.
         tol = 5e-4 if moving[name] else 1e-10
         assert np.max(np.abs(g - e)) < tol * scale, name
-    # They are none of them zero where they are not.
+    # No gradient is zero where the default one is not.
     assert all(jnp.any(g != 0) for g, e in zip(ours, default, strict=True) if jnp.any(e))
 
 
 @pytest.mark.parametrize("controller", cases((), slow=(PID, FIXED)))
 def test_against_true_solution(controller):
-    """To hold step locations fixed does not make the gradient worse than that of the
-    default adjoint, which moves them."""
+    """Gradients with fixed step locations are as accurate as those of the default adjoint,
+    which moves the steps."""
 
     def gradient(adjoint, solver, controller):
         @jax.jit
@@ -162,7 +162,7 @@ def test_ends_of_steps_that_do_not_move(controller, argnums):
 
 @pytest.mark.more
 def test_closed_form():
-    """`y' = cos(t) y` from `t0` to `t1`."""
+    """For `y' = cos(t) y`, gradients equal the closed form, in both directions of time."""
 
     @jax.jit
     def run(t0, t1):
@@ -189,7 +189,7 @@ def test_closed_form():
 
 @pytest.mark.more
 def test_batch():
-    """Of solves of different lengths, which are learned."""
+    """A batch of solves of different, differentiated lengths has the gradients of each."""
 
     @jax.jit
     def run(t1s):
@@ -205,7 +205,7 @@ def test_batch():
 
 @pytest.mark.slow
 def test_no_steps():
-    """If `t0 == t1`, then only what is saved depends on times."""
+    """If `t0 == t1`, gradients equal those of the default adjoint."""
 
     def gradient(adjoint):
         def of(t0, t1, ts):

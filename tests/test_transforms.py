@@ -1,5 +1,4 @@
-"""`jit`, `vmap`, both orders of `vmap` and `grad`, Hessians, and the other adjoints of
-Diffrax."""
+"""`jit`, `vmap`, both orders of `vmap` and `grad`, Hessians, and Diffrax's adjoints."""
 
 import functools
 
@@ -97,7 +96,7 @@ def test_grad_of_vmap(jit):
 
 @pytest.mark.slow
 def test_vmap_over_times():
-    """Save times and ends that differ from element to element."""
+    """Save times may differ between the elements of a batch."""
 
     def final(y0, ts):
         return jnp.sum(solve(y0, W, saveat=dfx.SaveAt(ts=ts)).ys ** 2)
@@ -120,7 +119,7 @@ def test_vmap_over_times():
     ),
 )
 def test_other_adjoints(solver, controller):
-    """The solvers work under every adjoint that Diffrax has."""
+    """Under Diffrax's other adjoints the solvers have the same gradients."""
 
     def final(y0, w, adjoint):
         kwargs = dict(saveat=dfx.SaveAt(t1=True), max_steps=512)
@@ -138,7 +137,8 @@ def test_other_adjoints(solver, controller):
 
 @pytest.mark.parametrize("solver", cases((), more=SOLVERS[1:2], slow=SOLVERS[2:]), ids=repr)
 def test_backsolve(solver):
-    """The continuous adjoint solves another equation, backwards, and is approximate."""
+    """`BacksolveAdjoint`, which solves the continuous adjoint equation backwards, agrees
+    approximately."""
 
     def gradient(adjoint):
         def final(y0, w):
@@ -154,7 +154,7 @@ def test_backsolve(solver):
 
 
 def test_implicit():
-    """At a steady state."""
+    """`ImplicitAdjoint` is right at a steady state."""
 
     def final(a):
         sol = dfx.diffeqsolve(
@@ -224,7 +224,7 @@ HESSIANS = {
     "name", cases(("event",), slow=("save times", "jump", "compensated", "inverse only"))
 )
 def test_forward_over_reverse(name):
-    """Hessian-vector products, against those of the adjoint that stores everything."""
+    """Hessian-vector products equal those of `DirectAdjoint`, which stores everything."""
 
     def product(adjoint):
         def final(y0, w):
@@ -244,7 +244,7 @@ def test_forward_over_reverse(name):
     "outer, inner", cases((), more=((0, 1),), slow=((1, 2), (0, 0), (0, 2), (1, 0), (1, 1)))
 )
 def test_forward_over_reverse_of_something_else(outer, inner):
-    """The gradient with respect to one input, along another."""
+    """The gradient with respect to one input may be differentiated along another."""
 
     def product(adjoint):
         def final(*inputs):
@@ -267,7 +267,7 @@ def test_forward_over_reverse_of_something_else(outer, inner):
 
 @families
 def test_families(family):
-    """`jvp` of `vmap` of `grad`, against those of the adjoint that stores everything."""
+    """`jvp` of `vmap` of `grad` equals that of `DirectAdjoint`."""
     solver, field, y0, controller, dt0 = FAMILIES[family]
     batch = jax.tree.map(lambda y: jnp.stack([y, y**2, -y / 2]), y0)
 
@@ -295,10 +295,11 @@ def test_families(family):
 
 @pytest.mark.slow
 def test_hessian():
-    """It is symmetric, which forward over reverse mode does not make it by itself."""
+    """The Hessian is symmetric, which forward over reverse mode does not ensure by itself,
+    and equals differences of the gradient."""
 
     def final(y0):
-        # With steps that are in the same place for the differences too.
+        # Fixed steps, so that the differences have them too.
         return jnp.sum(solve(y0, W, controller=dfx.ConstantStepSize()).ys ** 2)
 
     hessian = jax.jit(jax.hessian(final))(BATCH[0])
@@ -309,7 +310,7 @@ def test_hessian():
 
 
 def in_scan(y0, w, adjoint):
-    """A chain of solves in checkpointed steps of a scan."""
+    """A chain of solves in the checkpointed iterations of a scan."""
 
     @jax.checkpoint
     def body(y, _):

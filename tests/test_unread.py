@@ -1,5 +1,5 @@
-"""Leaves of `terms` and `args` that nothing reads take no memory, and what only one part of
-a solve reads has its gradient."""
+"""Leaves of `terms` and `args` that nothing reads take no memory. Leaves that only one part
+of a solve reads have their gradients."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -16,7 +16,7 @@ ROOT_FINDER = optx.Newton(1e-10, 1e-10, optx.rms_norm)
 
 
 class StartedBy(dr.ALF4):
-    """Reads an argument in `init` that no step reads."""
+    """A solver whose `init` reads an argument that no step reads."""
 
     def init(self, terms, t0, t1, y0, args):
         state = super().init(terms, t0, t1, y0, args)

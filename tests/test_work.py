@@ -11,7 +11,7 @@ from .counter import Counter
 from .problems import cases, PID
 
 
-# And how many to interpolate in a step takes.
+# `extra`: the evaluations to interpolate in one step.
 @pytest.mark.parametrize(
     "solver, stages, extra",
     cases(
@@ -43,18 +43,19 @@ def test_evaluations(solver, stages, extra, controller, ts):
 
     y0, scale = jnp.array([1.0, 2.0]), jnp.array(0.3)
     forward, (_, steps) = field.during(jax.jit(final), y0, scale)
-    # Here every step is interpolated in.
+    # Every step has an output time.
     extra = 0 if ts is None else extra
     assert forward == (stages + extra) * steps + 1
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = field.during(gradient, y0, scale)
-    # For the mid-point another walk back over the step, and its two ends once more.
+    # For the mid-point, `ALF6` takes another backward step and evaluates both ends again.
     assert forward < both <= (3 if extra == 3 else 2) * forward
 
 
 @pytest.mark.parametrize("batched", (False, True))
 def test_evaluations_of_steps_that_are_not_interpolated_in(batched):
-    """Three in each step that is, if in any element of a batch."""
+    """Only steps with an output time, in any element of a batch, take the three evaluations
+    for dense output."""
     field = Counter()
 
     def solve(y0, ts):

@@ -1,26 +1,27 @@
 """Search for compositions of asynchronous leapfrog with a small error per evaluation.
 
-A composition is a palindrome of `s` sub-step lengths. The search asks for the order
-conditions of all rooted trees up to the order wanted, in both halves of the state `(z, v)`,
-and minimises what is left in the trees of the next order:
+A composition is a palindrome of `s` sub-step lengths. The search imposes the order
+conditions of all rooted trees up to the order, on both halves of the state `(z, v)`, and
+minimises the residuals of the trees of the next order:
 
     E = s |tau_z|^(1/p),    |tau|^2 = sum over trees ((weight - exact weight) / symmetry)^2,
 
-with `p` the order: the error of `n` evaluations is about `(E / n)^p`, so that a smaller `E`
-is as many evaluations fewer. It starts at random half-palindromes, lowers both together by
-Levenberg-Marquardt steps in which the conditions weigh more and more, and ends with Newton
-steps onto the conditions. The same seed gives the same result.
+with `p` the order. The error of `n` evaluations is about `(E / n)^p`, so the evaluations
+for an error are proportional to `E`. The search starts from random half-palindromes.
+Levenberg-Marquardt steps lower conditions and residuals together, with growing weights on
+the conditions. Newton steps then satisfy the conditions. The same seed gives the same
+result.
 
-- `E(v)`: the same of `v`, which decides where the flow contracts. It vanishes at the next
-    order if the number of sub-steps is even, by symmetry.
-- `imaginary`: how far steps are stable along the imaginary axis, per evaluation: a step of
-    `y' = i w y` is if `w h <= s * imaginary`. Those with less than `--stability` are left
-    out.
+- `E(v)`: the same for `v`, which decides where the flow contracts. By symmetry, it vanishes
+    at the next order if the number of sub-steps is even.
+- `imaginary`: the limit of stability along the imaginary axis, per evaluation. A step of
+    `y' = i w y` is stable if `w h <= s * imaginary`. Compositions with less than
+    `--stability` are left out.
 - `|c|`: the sum of the absolute lengths, which tells how a step magnifies where the flow
     contracts.
-- `trials`: errors of fixed steps, with the same number of evaluations for all of an order,
-    over that of the solver of this package of the order: on a tanh network, Kepler's
-    problem, and a problem that contracts.
+- `trials`: errors of fixed steps, relative to those of this package's solver of the same
+    order with as many evaluations: on a tanh network, Kepler's problem, and a problem that
+    contracts.
 
     python coefficients.py                       # orders 4, 6 and 8; 15 minutes
     python coefficients.py --order 4 --sub-steps 10 --starts 400
@@ -54,25 +55,25 @@ from diffrax_reversible._coefficients.rooted_trees import (
 jax.config.update("jax_enable_x64", True)
 
 TODAY = {4: dr.ALF4(), 6: dr.ALF6(), 8: dr.ALF8()}
-# The order, and numbers of sub-steps; of order 8 they are pairs.
+# Numbers of sub-steps for each order. For order 8, sub-steps come in pairs.
 SEARCHES = {4: (5, 7, 8, 9, 10, 11), 6: (14, 15, 16, 18, 20), 8: (30, 34, 38)}
 STARTS = {4: 400, 6: 400, 8: 60}
-# Evaluations of the trials.
+# Evaluations of each trial.
 EVALUATIONS = {4: (180, 6000, 360), 6: (360, 6000, 360), 8: (720, 6000, 720)}
 
 
 @functools.cache
 def symmetry(tree: RootedTree) -> int:
-    """In how many ways the vertices of a tree can be exchanged."""
+    """The number of permutations of its vertices that leave a tree unchanged."""
     repeated = (len(list(group)) for _, group in it.groupby(tree))
     return math.prod(map(math.factorial, repeated)) * math.prod(map(symmetry, tree))
 
 
 class Conditions(NamedTuple):
-    """What a composition violates by how much.
+    """The residuals of the order conditions, divided by the symmetry of each tree.
 
-    - `up_to_order`: of `z` and `v`, of every tree up to the order.
-    - `z`, `v`: of every tree of the next, over its symmetry.
+    - `up_to_order`: those of `z` and `v`, for every tree up to the order.
+    - `z`, `v`: those for every tree of the next order.
     """
 
     up_to_order: Float[Array, " conditions"]
@@ -81,7 +82,7 @@ class Conditions(NamedTuple):
 
 
 def conditions(sub_steps: Float[Array, " s"], order: int) -> Conditions:
-    """As `ALFTableau` derives them, but in JAX, to be differentiated."""
+    """The conditions of `ALFTableau`, in JAX so that they can be differentiated."""
     s = len(sub_steps)
     unit = jnp.eye(s + 1)
     z, v, rows = jnp.zeros(s + 1), unit[0], [jnp.zeros(s + 1)]
@@ -107,7 +108,7 @@ def conditions(sub_steps: Float[Array, " s"], order: int) -> Conditions:
 
 
 def palindrome(free: Float[Array, " n"], s: int, pairs: bool) -> Float[Array, " s"]:
-    """Of which the sum is one. Its middle follows from the rest."""
+    """A palindrome that sums to one. Its middle follows from the rest."""
     if pairs:
         return jnp.repeat(palindrome(free, s // 2, False) / 2, 2)
     middle = [1 - 2 * jnp.sum(free)] if s % 2 == 1 else 2 * [0.5 - jnp.sum(free)]
@@ -115,11 +116,11 @@ def palindrome(free: Float[Array, " n"], s: int, pairs: bool) -> Float[Array, " 
 
 
 def stable_along_imaginary_axis(sub_steps: np.ndarray) -> float:
-    """The largest `w h` of which all smaller ones are stable, over the evaluations."""
+    """The limit of `w h` up to which all steps are stable, per evaluation."""
     omegas = np.linspace(0, len(sub_steps), 4001)[1:]
     step = np.broadcast_to(np.eye(2, dtype=complex), (len(omegas), 2, 2))
     for c in sub_steps:
-        # Of `(z, h v)`.
+        # The map of `(z, h v)`.
         rows = [1 + 1j * omegas * c, c * c * 1j * omegas / 2, 2j * omegas]
         rows.append(1j * omegas * c - 1)
         step = np.stack(rows, axis=-1).reshape(-1, 2, 2) @ step
@@ -146,7 +147,7 @@ class Found(NamedTuple):
 
 
 def search(order: int, s: int, starts: int, stability: float, seed: int = 0) -> list[Found]:
-    """The best first."""
+    """The compositions found, best first."""
     pairs = order == 8
     size = ((s // 2 if pairs else s) - 1) // 2
 
@@ -213,7 +214,7 @@ def trials(solver: Any, order: int) -> list[float]:
         steps = max(1, round(evaluations / solver.tableau.stages))
         exact = final(dfx.Dopri8(), t1 / 4096)
         error = float(jnp.linalg.norm(final(solver, t1 / steps) - exact))
-        # Of exactly as many evaluations.
+        # The error scaled to exactly `evaluations`.
         errors.append(error * (steps * solver.tableau.stages / evaluations) ** order)
     return errors
 

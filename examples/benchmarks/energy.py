@@ -1,10 +1,10 @@
-"""What becomes of the energy of a planet over a thousand periods: reversible steps or not.
+"""The energy of a planet over a thousand periods, with and without reversible steps.
 
-Kepler's problem with an eccentricity of 0.8, by `ALF4` and by `Tsit5`, each with steps from
-`StepDensityController` and from `PIDController`, with tolerances that take about as many
-steps. `ALF4` is symmetric, and keeps the energy if the choice of steps is symmetric too.
-Printed, for the first and the last tenth of the time, is the largest error of the energy,
-relative to the energy itself, and the number of steps.
+`ALF4` and `Tsit5` solve Kepler's problem with an eccentricity of 0.8. Each takes its steps
+from `StepDensityController` and from `PIDController`, with tolerances that give about as
+many steps. `ALF4` is symmetric, and keeps the energy if the choice of steps is symmetric
+too. The table gives the largest relative error of the energy in the first and in the last
+tenth of the time, and the number of steps.
 
     python energy.py  # a quarter of a minute on two cores; writes energy.png
 """
@@ -28,7 +28,7 @@ jax.config.update("jax_enable_x64", True)
 
 PERIODS = 1000
 ECCENTRICITY = 0.8
-# The wished step size as a multiple of that, the root of the cube of the distance.
+# The desired step size, as a multiple of the distance to the power of 3/2.
 FRACTION = 0.06
 
 
@@ -58,7 +58,7 @@ RUNS = {
 
 
 def errors(solver, controller, ts):
-    """Of the energy at `ts`, and the number of steps."""
+    """Relative errors of the energy at `ts`, and the number of steps."""
     speed = np.sqrt((1 + ECCENTRICITY) / (1 - ECCENTRICITY))
     y0 = jnp.array([1 - ECCENTRICITY, 0.0, 0.0, speed])
     sol = dfx.diffeqsolve(
@@ -73,7 +73,7 @@ def errors(solver, controller, ts):
 
 
 if __name__ == "__main__":
-    # Ten times a period, at none of its phases in particular.
+    # About ten times per period, at changing phases.
     ts = jnp.linspace(0, PERIODS * 2 * np.pi, 10 * PERIODS + 8)
     tenth = len(ts) // 10
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -84,7 +84,7 @@ if __name__ == "__main__":
         first, last = error[:tenth].max(), error[-tenth:].max()
         drift[name] = last / first
         print(f"{name:32}{first:13.2e}{last:13.2e}{steps:12}")
-        # The largest error of each ten periods.
+        # The largest error in every ten periods.
         windows = error[:-8].reshape(-1, 100).max(axis=1)
         periods = 10 * (1 + np.arange(len(windows)))
         ax.loglog(periods, windows, "-" if "ALF4" in name else "--", label=name)

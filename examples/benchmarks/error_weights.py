@@ -1,32 +1,36 @@
 """Search for error estimates of compositions of kicks and drifts that are nowhere blind.
 
 An error estimate of order `q` is a linear functional of the evaluations of a step that
-annihilates all rooted trees up to order `q`. The one of least norm is all that small steps
-ask for. But on the oscillator `q' = p`, `p' = -q` both the error and its estimate are
-matrices times the state, and where steps are about as large as is stable the estimate may
-vanish where the error does not. (No other linear problem need be looked at: where an
-eigenvalue is not imaginary, its negative is one too, and solutions grow.)
+annihilates all rooted trees up to order `q`. For small steps, the one of least norm
+suffices. But on the oscillator `q' = p`, `p' = -q` both the error and its estimate are
+matrices times the state, and for steps close to the limit of stability the estimate may
+vanish where the error does not. (No other linear problem matters: where an eigenvalue is
+not imaginary, its negative is an eigenvalue too, and solutions grow.)
 
-Whatever annihilates the trees of order `q + 1` too can be added to the estimate without a
-change of its leading term. Of these, the search takes the one for which the smallest of the
-ratios
+A functional that annihilates the trees of order `q + 1` too can be added to the estimate
+without changing its leading term. Among these functionals, the search maximises the
+smallest of the ratios
 
     |estimate| / |error|,    wherever |error| > 1e-3
 
-is the largest, up to `ENOUGH`, over steps of up to 15 and all directions of the state in
-which the error is at least a hundredth of what it is in the worst. Two things it must not
-cost, or else tolerances would cost more evaluations: where errors are less than 1e-3, the
-estimate is not much more than `over` times that of least norm, or the error if that is
-larger; and on the trees of order `q + 2`, what is added is no more than `TREES` times that
-of least norm. It is the maximum of a smooth approximation to the minimum, found by BFGS
-from random starts. The same seed gives the same result.
+up to `ENOUGH`. It covers steps of up to 15 and all directions of the state in which the
+error is at least a hundredth of that in the worst direction. Two bounds ensure that
+tolerances do not cost more evaluations:
 
-For `KahanLi8` it finds none with which the estimate vanishes nowhere up to 15. That one is
-made for steps of up to 3.9, of which those of up to 3.1 are stable, and vanishes in one
-direction of the state at 3.98.
+- where errors are less than 1e-3, the estimate is not much larger than `over` times the
+    estimate of least norm, or than `over` times the error if that is larger;
+- on the trees of order `q + 2`, the functional added is at most `TREES` times the estimate
+    of least norm.
 
-Of the compositions that have one set of coefficients for drifts that are affine in the
-momentum and one for others, no linear problem is solved with the latter.
+BFGS maximises a smooth approximation to the minimum, from random starts. The same seed
+gives the same result.
+
+For `KahanLi8` the search finds no estimate that vanishes nowhere up to 15. Its estimate is
+made for steps of up to 3.9, and vanishes in one direction of the state at 3.98. Its steps
+are stable up to 3.1.
+
+Some methods have one set of coefficients for drifts that are affine in the momentum and
+another for general drifts. No linear problem is solved with the latter.
 
     python error_weights.py             # the three of the package; 1 minute
     python error_weights.py --quick
@@ -49,7 +53,7 @@ from diffrax_reversible._coefficients.splitting import SplittingTableau
 
 class Case(NamedTuple):
     tableau: SplittingTableau
-    # By how much the estimate may be larger where errors are small.
+    # The factor by which the estimate may be larger where errors are small.
     over: float
     # The longest step.
     limit: float = 15.0
@@ -62,15 +66,15 @@ CASES = {
 }
 ENOUGH, TREES = 0.6, 3.0
 LEAST_ERROR, LEAST_FRACTION = 1e-3, 1e-2
-# Exponents of the smooth minimum, one after the other: from random starts, and then from
-# the best of what was found, on a finer grid.
+# Exponents of the smooth minimum, used one after the other: from random starts, and then
+# from the best result, on a finer grid.
 EXPONENTS = 2, 8, 30, 60
 LAST_EXPONENTS = 60, 120
 STARTS = 0, 0.01, 0.03, 0.1, 0.3, 1.0
 
 
 class Grid(NamedTuple):
-    """How many lengths of a step, and directions of the state."""
+    """Numbers of step lengths and of directions of the state."""
 
     lengths: int
     directions: int
@@ -80,12 +84,12 @@ COARSE, FINE, CHECK = Grid(200, 180), Grid(600, 720), Grid(4000, 1000)
 
 
 class Response(NamedTuple):
-    """Of steps of `q' = p`, `p' = -q`, for many lengths and starts of size one."""
+    """Steps of `q' = p`, `p' = -q`, of many lengths and from many starts of size one."""
 
-    # One for every stage, times the length of the step.
+    # The stage derivatives times the length of the step.
     drifts: Float[np.ndarray, "stages 2 lengths"]
     kicks: Float[np.ndarray, "stages 2 lengths"]
-    # Of a matrix, the columns are what becomes of `(1, 0)` and `(0, 1)`.
+    # The columns of each matrix are the results for the starts `(1, 0)` and `(0, 1)`.
     error: Float[np.ndarray, "2 2 lengths"]
     starts: Float[np.ndarray, "2 directions"]
 
@@ -93,7 +97,7 @@ class Response(NamedTuple):
         return self._size(self.error)
 
     def size(self, drift_weights: np.ndarray, kick_weights: np.ndarray) -> np.ndarray:
-        """Of a functional of the stages."""
+        """The size of a functional of the stages."""
         q = np.tensordot(drift_weights, self.drifts, 1)
         return self._size(np.stack([q, np.tensordot(kick_weights, self.kicks, 1)]))
 
@@ -124,25 +128,25 @@ def response(tableau: SplittingTableau, limit: float, grid: Grid) -> Response:
 
 
 def counts(error: np.ndarray) -> np.ndarray:
-    """Where the estimate has to be of that size."""
+    """Where the estimate is compared with the error."""
     largest = np.max(error, axis=1, keepdims=True)
     return (error > LEAST_ERROR) & (error > LEAST_FRACTION * largest)
 
 
 def _largest(x: np.ndarray, exponent: int) -> float:
-    """A smooth approximation, from below."""
+    """A smooth approximation to the maximum, from below."""
     return (logsumexp(exponent * x) - np.log(x.size)) / exponent
 
 
 class Search:
-    """Of one case, on a grid."""
+    """The search for one case, on one grid."""
 
     def __init__(self, case: Case, grid: Grid):
         tableau = dataclasses.replace(case.tableau, error_weights=None)
         q = tableau.embedded_order
         self.case = case
         self.least = tableau.drift_error_weights, tableau.kick_error_weights
-        # What can be added, and what it does on the trees of order `q + 2`.
+        # Bases of the functionals to add, and the weights of the trees of order `q + 2`.
         self.bases, self.rests = [], []
         for phi in reversed(tableau.elementary_weights(q + 2)):
             matrix = [phi[tree] for tree in trees_up_to(q + 1) if tree in phi]
@@ -188,7 +192,7 @@ class Search:
 
 
 def search(case: Case, quick: bool) -> list[np.ndarray]:
-    """Weights of the drifts and of the kicks."""
+    """The weights of the drifts and of the kicks."""
     coarse, rng = Search(case, COARSE), np.random.default_rng(0)
     starts = [size * rng.normal(size=coarse.freedom) for size in STARTS]
     if quick:
@@ -200,7 +204,7 @@ def search(case: Case, quick: bool) -> list[np.ndarray]:
 
 
 def check(case: Case, *weights: np.ndarray) -> float:
-    """The smallest ratio, on a grid that nothing was fitted on."""
+    """The smallest ratio, on a grid that no search uses."""
     step = response(case.tableau, case.limit, CHECK)
     error = step.error_size()
     large = counts(error)

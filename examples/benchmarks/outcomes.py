@@ -1,30 +1,31 @@
-"""What becomes of a gradient: right, or refused, but never wrong.
+"""The outcome of a gradient: right, or refused, but never wrong.
 
-Problems that are conservative, contracting, chaotic or unstable, with steps from far too
-long to very short, in single and double precision, are differentiated by solvers of all
-families under `ReversibleAdjoint` as it is by default. A gradient that is returned has to
-agree with that of the same solver with the same steps under `RecursiveCheckpointAdjoint`,
-made to store the trajectory:
+Solvers of all families differentiate problems that are conservative, contracting, chaotic
+or unstable under the default `ReversibleAdjoint()`, in single and double precision, with
+steps from far too long to very short. A gradient that is returned has to agree with the
+stored gradient: that of the same solver with the same steps under
+`RecursiveCheckpointAdjoint`, made to store the trajectory. The two agree
 
-- either within 400 times the drift that `ReversibleAdjoint` allows by default: within 4e-4
-  in float64, and 0.14 in float32;
-- or within three times of what rounding does to the stored one, that is of its distance
-  from the stored one in double precision, and in double precision of its distance from
-  those of initial states that differ by one or two units in the last place. A solver that
-  cannot restart may grow to 1e80 where the solution is of the order of one, with sines in
-  its vector field, and two digits of its gradient are all that there is.
+- within 400 times the drift that `ReversibleAdjoint` allows by default: within 4e-4 in
+    float64, and 0.14 in float32;
+- or within three times the effect of rounding. This compares the distance of the returned
+    gradient from the stored one in double precision with that of the stored gradient, and
+    with those, in double precision, for initial states that differ by one or two units in
+    the last place. A solver that cannot restart may grow to 1e80 where the solution is of
+    order one; with sines in its vector field, only two digits of its gradient are
+    determined.
 
-The table has the smaller of the distances from the two, relative to the Euclidean norm, or
-why there is none:
+The table has the smaller of the distances from the stored gradient and from that in double
+precision, relative to the Euclidean norm, or the reason why there is none:
 
-- `refused`: the walk back missed the initial state or one that was held, or met infinite
-  values, or the gradient grew where the solution contracts;
-- `false alarm`: the same, of a gradient that is within 1e-3 of the stored one, which
-  itself is within 0.1 of the gradient of the exact solution. Steps that are too large to be
-  stable have gradients that are right for these steps and useless;
-- `other`: the two forward passes, which are compiled apart and round differently, did not
-  come to the same end, within ten times the square root of the machine epsilon, so that
-  their gradients cannot be compared. That is what chaos does, above all in float32.
+- `refused`: the backward pass missed the initial state or a known state, or met infinite
+    values, or the gradient grew where the solution contracts;
+- `false alarm`: a gradient was refused that is within 1e-3 of the stored one, which itself
+    is within 0.1 of the gradient of the exact solution. Steps that are too large to be
+    stable have gradients that are right for these steps and useless;
+- `other`: the two forward passes, which are compiled separately and round differently, end
+    further apart than ten times the square root of the machine epsilon, so that their
+    gradients cannot be compared. Chaos causes this, above all in float32.
 
     python outcomes.py          # more than an hour on two cores
     python outcomes.py --quick  # a part of it
@@ -47,8 +48,8 @@ import diffrax_reversible as dr
 
 jax.config.update("jax_enable_x64", True)
 
-# Gradients that are refused must not be as accurate as this, if steps are so accurate that
-# the gradient is of any use.
+# A refused gradient that is closer than `FALSE_ALARM` to the stored one is a false alarm,
+# if the stored one is closer than `USEFUL` to the exact one.
 FALSE_ALARM, USEFUL = 1e-3, 0.1
 
 
@@ -141,8 +142,8 @@ STEPS = (30, 100, 300, 1000, 3000, 10_000)
 DTYPES = (jnp.float64, jnp.float32)
 
 MAX_STEPS = STEPS[-1] + 100
-# With every step stored. By default it makes steps again, which round in another way, and
-# where the problem is chaotic it returns gradients that are wrong by themselves.
+# Every step is stored. With fewer checkpoints this adjoint recomputes steps, which round
+# differently, and on chaotic problems its own gradients are wrong.
 STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS)
 WALK_BACK = dr.ReversibleAdjoint()
 ANYWAY = dr.ReversibleAdjoint(drift_tol=float("inf"))
@@ -170,7 +171,7 @@ def gradient(
     dtype,
     controller: dfx.AbstractStepSizeController = FIXED,
 ) -> Callable[[int], Gradient]:
-    """As a function of the number of steps; compiled once."""
+    """The gradient as a function of the number of steps, compiled once."""
     y0 = jnp.asarray(problem.y0, dtype)
     params, static = eqx.partition(cast(problem.parameter, dtype), eqx.is_inexact_array)
 
@@ -204,7 +205,7 @@ def gradient(
 
 
 class Outcome(NamedTuple):
-    """Of one gradient."""
+    """The outcome of one gradient."""
 
     text: str
     returned: bool
@@ -226,12 +227,12 @@ def outcome(
     exact: Gradient,
     dtype,
 ) -> Outcome:
-    """`anyway` is what would be returned if nothing were refused, `reference` is the stored
-    one in double precision, `nudged` are those of other initial states, up to rounding, and
-    `exact` that of the exact solution."""
+    """Judge a gradient. `anyway` returns it without refusals, `reference` is the stored
+    gradient in double precision, `nudged` returns those for initial states that differ by
+    rounding, and `exact` is the gradient of the exact solution."""
     precision = float(jnp.finfo(dtype).eps) ** 0.5
     allowed = max(precision, 1e-6)
-    # Distances from what is not finite are NaN, and nothing is within them.
+    # Distances from non-finite values are NaN, and fail every comparison.
     with np.errstate(invalid="ignore"):
         if np.any(np.isnan(ours.grad)):
             refused = anyway()
@@ -255,7 +256,7 @@ def outcome(
 
 
 def nudge(problem: Problem, solver, steps: int) -> list[Gradient]:
-    """With initial states that differ in the last bits."""
+    """Stored gradients for initial states that differ in the last bits."""
     y0 = np.asarray(problem.y0, np.float64)
     states = (y0 + ulps * np.spacing(y0) for ulps in (-2, -1, 1, 2))
     return [

@@ -1,18 +1,19 @@
-"""Solutions as accurate as their tolerances: errors beside those of `Dopri5`.
+"""Are solutions as accurate as their tolerances? Errors relative to those of `Dopri5`.
 
-Problems of all kinds, see `solutions_problems.py`, are solved under
-`PIDController(rtol=tol, atol=tol)`, in double and single precision, where entries have
-sizes of their own with `atol` in proportion. The error is the largest of any entry at any
-time, in units of what the tolerance allows this entry; at the ends of steps, and at 200
-times between them, each as a multiple of that of `Dopri5`, but of no less than rounding
-errors are. The exact solution is that of `Dopri8` with a tolerance of 1e-13.
+Problems of all kinds (`solutions_problems.py`) are solved under
+`PIDController(rtol=tol, atol=tol)`, in double and single precision. Where entries have
+different sizes, `atol` is in proportion to them. The error is the largest of any entry at
+any time, in units of what the tolerance allows this entry. It is measured at the ends of
+steps and at 200 times between them. Each error is given as a multiple of that of `Dopri5`,
+which counts as no smaller than rounding errors. The exact solution is that of `Dopri8` with
+a tolerance of 1e-13.
 
-Printed are, for every family and every group of problems, the largest of these multiples at
-steps and between, and how many are beyond 10; then each that is. A solve that fails counts
-as beyond, unless that of `Dopri5` fails as well.
+For every family and every group of problems, the script prints the largest of these
+multiples at steps and between them, and the number beyond 10. It then lists each solve
+beyond 10. A solve that fails counts as beyond, unless that of `Dopri5` fails as well.
 
     python solutions.py          # twelve minutes on two cores
-    python solutions.py --quick  # a part of it, of which none may be beyond
+    python solutions.py --quick  # a part of it; none may be beyond
 """
 
 import argparse
@@ -50,7 +51,7 @@ SPLITTINGS = {
     "BlanesMoan6": dr.BlanesMoan6(nystrom=True),
     "KahanLi8": dr.KahanLi8(),
 }
-# What rounding errors may be multiplied by in the course of a solve.
+# The factor by which rounding errors may grow in the course of a solve.
 ROUNDING = 100
 QUICK = {
     "left half-plane": {"linear": left_half_plane((3, 100), (90, 135, 180))},
@@ -76,14 +77,14 @@ def terms_of(problem: Problem, splits: bool):
 
 
 class Errors(NamedTuple):
-    """In units of the tolerance."""
+    """Errors in units of the tolerance."""
 
     at_steps: float
     between: float
 
 
 def exact(problem: Problem) -> Callable[[Any, Any], Any]:
-    """The solution of a case, to be evaluated at any time; compiled once."""
+    """The interpolated solution as a function of the case, compiled once."""
 
     @eqx.filter_jit
     def solve(y0, args):
@@ -112,7 +113,8 @@ def evaluate(interpolation, ts):
 
 
 def errors_of(problem: Problem, solver, dtype) -> Callable[..., Errors]:
-    """As a function of the case, its exact solution and the tolerance; compiled once."""
+    """Errors as a function of the case, its exact solution and the tolerance, compiled
+    once."""
     times = jnp.linspace(0, problem.t1, OUTPUTS + 2)[1:-1].astype(dtype)
 
     @eqx.filter_jit
@@ -151,7 +153,7 @@ def errors_of(problem: Problem, solver, dtype) -> Callable[..., Errors]:
         ]
         found = []
         for t, y in zip(ts, ys, strict=True):
-            # Those that were not written are infinite.
+            # Unwritten times are infinite.
             known = np.isfinite(t)
             clipped = jnp.where(known, t, 0).astype(jnp.float64)
             true = jax.tree.leaves(evaluate(solution, clipped))
@@ -164,7 +166,7 @@ def errors_of(problem: Problem, solver, dtype) -> Callable[..., Errors]:
 
 
 class Row(NamedTuple):
-    """Of one solve: errors as multiples of those of `Dopri5`."""
+    """One solve, with its errors as multiples of those of `Dopri5`."""
 
     family: str
     group: str

@@ -1,4 +1,4 @@
-"""Problems of `solutions.py`, with their entries, tolerances and exact solutions."""
+"""The problems of `solutions.py`, with their initial states and tolerances."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import numpy as np
 class Problem:
     """`y' = field(t, y, args)` from 0 to `t1`.
 
-    - `cases`: of `(y0, args)`, of the same shapes, which are solved one after another.
-    - `sizes`: what the absolute tolerance is multiplied by, for each entry of an array, or
-        one number for a state of several arrays.
+    - `cases`: pairs `(y0, args)` of the same shapes, which are solved one after another.
+    - `sizes`: factors of the absolute tolerance, for each entry of an array, or one number
+        for a state of several arrays.
     - `separate`: the two fields of a separable Hamiltonian system, for a state of two
         arrays.
     """
@@ -32,8 +32,8 @@ def _one(y0, args=None):
     return {"": (np.asarray(y0, float), args)}
 
 
-# Linear problems of two dimensions, with eigenvalues all over the left half-plane, about a
-# solution that is known: `z' = λ (z - g(t)) + g'(t)`.
+# Linear problems in two dimensions, with eigenvalues all over the left half-plane, about a
+# known solution: `z' = λ (z - g(t)) + g'(t)`.
 
 
 def _rotation(t, y, matrix):
@@ -87,7 +87,7 @@ _X0 = np.array([1.0, 0.0, 1.0, 0.2, 0.0, -0.5, 1.0, 0.0])
 
 
 def heterogeneous(small, rates, split=False):
-    """Of the sizes 1 and `small`."""
+    """Entries of the sizes 1 and `small`."""
     sizes = np.where(np.arange(8) < 2, 1.0, small)
 
     def one(t, y, args):
@@ -107,7 +107,7 @@ def heterogeneous(small, rates, split=False):
     return Problem(several if split else one, cases, 4.0, small if split else sizes)
 
 
-# Kinetics: a chain of reactions, and an epidemic in persons.
+# Kinetics: a chain of reactions, and an epidemic counted in persons.
 
 
 def _reactions(t, y, args):

@@ -1,27 +1,27 @@
-"""Time, memory and compile time of gradients, for the same error of the gradient.
+"""Time, memory and compile time of gradients, at equal errors of the gradient.
 
-Six problems (`speed_problems.py`) are differentiated by the solvers of this package, and by
-the methods that there are in Diffrax (`speed_methods.py`), in one process, in float64.
+The solvers of this package and the methods available in Diffrax (`speed_methods.py`)
+differentiate six problems (`speed_problems.py`), in one process, in float64.
 
 - Points: a dry run of every solver, with 4, 8, ... fixed steps and with tolerances of
-  1e-2, 1e-3, ..., finds those of which gradients have errors around 1e-3, 1e-5 and 1e-7.
-  Each of these is compiled by itself, with room for the next power of two of the steps
-  that it takes, and of the restarts if they are more than eight, and timed. Errors between
-  them are interpolated, others never extrapolated.
+  1e-2, 1e-3, ..., finds the settings whose gradients have errors around 1e-3, 1e-5 and
+  1e-7. Each of these is compiled separately and timed. It has room for its number of steps,
+  rounded up to a power of two, and for its restarts in the same way, at least eight. Values
+  are interpolated between measured errors, and never extrapolated.
 - Errors: Euclidean, of the gradient with respect to the initial state and all parameters,
   relative to that of `Dopri8` with a tolerance of 1e-13.
-- Times: medians of `--repeats` runs of everything that is compiled for a problem, in turns,
-  each round beginning with another. Each time the last of as many runs as fill 0.1 seconds
-  counts, as in training, where one follows the other: the first ones also wake threads,
-  which takes as long as some of these.
+- Times: medians of `--repeats` rounds. A round runs everything that is compiled for a
+  problem in turn, and each round begins elsewhere. The time is that of the last of as many
+  runs as fill 0.1 seconds, as in training, where runs follow each other: the first ones
+  also wake threads, which can take as long as the run itself.
 - Memory: temporary memory of the compiled gradient, by XLA. Compile times include tracing.
-- Evaluations: accepted and rejected steps, times the evaluations of a step, in the forward
-  pass, and in the mean over an ensemble.
+- Evaluations: accepted and rejected steps, times the evaluations per step, in the forward
+  pass; for an ensemble, the mean.
 
 "Memory-lean" rivals do not store every stage of every step. gradsolve does, and finds its
-steps before it is timed; it is shown apart, as is `DirectAdjoint`. Where there are two of
-a kind, steps fixed or adaptive, checkpoints by default or one for every step, the fastest
-counts. `speed.md` has the tables, `speed.json` all of it.
+steps before it is timed. It is listed separately, as is `DirectAdjoint`. Where a method has
+two variants (steps fixed or adaptive, checkpoints by default or one for every step), the
+fastest counts. `speed.md` has the tables, `speed.json` all results.
 
 `--device gpu` measures larger problems on an accelerator, in float32 and in float64
 (`speed_accelerator.py`), and writes `speed_gpu.md` and `speed_gpu.json`. With `--quick` it
@@ -29,8 +29,8 @@ needs no accelerator: the same code runs on any device, at tiny sizes, and check
 gradients are right.
 
     python speed.py                         # 50 minutes on two cores
-    python speed.py --problem Kepler        # and others, one of them each
-    python speed.py --quick                 # checks, but no times to speak of; a minute
+    python speed.py --problem Kepler        # can be repeated for several problems
+    python speed.py --quick                 # checks without meaningful times; a minute
     python speed.py --repeats 30 --output folder
     python speed.py --device gpu            # --problem, --repeats and --output as well
     python speed.py --device gpu --quick    # under 90 seconds on two cores
@@ -56,7 +56,7 @@ jax.config.update("jax_enable_x64", True)
 
 
 def quick() -> None:
-    """Gradients agree with the reference, and memory does not grow with steps."""
+    """Check that gradients agree with the reference and memory does not grow with steps."""
     problems = {
         "small network": small_network(),
         "wave equation": wave((40, 24)),
@@ -79,13 +79,13 @@ def quick() -> None:
         for name, n in pairs
     ]
     print(f"memory [kB], 64 and 4096 steps: {np.divide(memory, 1000)}, ALF4 and Tsit5")
-    # Two times for every step.
+    # At most two times are recorded per step.
     assert memory[1] - memory[0] <= 16 * (4096 - 64) + 4096
     assert memory[3] > 2 * memory[2]
 
 
 def choose_device(platform: str, quick: bool) -> Any:
-    """The first of the platform, from here on the default; for `quick` any."""
+    """Make the first device of the platform, or for `quick` any, the default."""
     try:
         device = jax.devices(platform)[0]
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def choose_device(platform: str, quick: bool) -> Any:
 
 
 def run(names: list[str], device: Any, repeats: int, output: pathlib.Path) -> None:
-    """And, of all problems, measure growth as well."""
+    """Measure the problems, and growth too if they are all, and write the results."""
     everything = len(names) == len(PROBLEMS)
     packages = dict(gradsolve=gradsolve())
     methods = [m for m in METHODS if m.solver is not None or packages["gradsolve"]]
@@ -113,7 +113,7 @@ def run(names: list[str], device: Any, repeats: int, output: pathlib.Path) -> No
         points = measure(problem, reference(problem), repeats, methods)
         results["problems"][name] = [row for row, _ in points]
         jax.clear_caches()
-        # Not to be lost if what follows is cut off.
+        # Save now, in case a later measurement is cut off.
         (output / "speed.json").write_text(json.dumps(results, indent=1))
     if everything:
         results["memories"] = speed_growth.memories()

@@ -3,7 +3,7 @@
 Two networks are measured in float32, as in training, and three simulations in float32 and
 in float64: an ensemble whose members take their own adaptive steps, a large state with a
 cheap vector field, and all pairs of many atoms. Initial values and parameters are rounded
-to float32. So both precisions solve the same problem, and share a reference in float64.
+to float32, so that both precisions solve the same problem and share a reference in float64.
 
 Points are found, compiled and timed as on the CPU. The results add
 
@@ -11,7 +11,7 @@ Points are found, compiled and timed as on the CPU. The results add
     so it is given only where the first run of a point raised it. CPUs do not report it.
 - `kernels` and `synchronisations` of one gradient, by `speed_launches.py`, on GPUs only.
 
-Matrices in float32 are multiplied with JAX's default precision for the device, which
+Products of float32 matrices have JAX's default precision for the device, which
 `JAX_DEFAULT_MATMUL_PRECISION=highest` raises.
 """
 
@@ -45,7 +45,7 @@ METHODS = (
 SIMULATION = "float64", "float32"
 TRAINING = ("float32",)
 ERRORS_IN = {"float32": (1e-2, 1e-3, 1e-4), "float64": ERRORS}
-# Of `quick`: to choose tolerances by, and of gradients with fixed steps.
+# For `quick`: the errors that tolerances aim at, and bounds on errors with fixed steps.
 QUICK_ERRORS = {"float32": (2e-2,), "float64": (2e-2,)}
 BOUNDS = {"float32": 3e-4, "float64": 1e-5}
 
@@ -57,12 +57,12 @@ class Case(NamedTuple):
 
 
 def _lorenz(members: int) -> Problem:
-    """With adaptive steps only."""
+    """The ensemble with adaptive steps only."""
     return lorenz(members)._replace(fixed=False)
 
 
 def _wave() -> Problem:
-    """Of 1e7 unknowns."""
+    """The wave equation with 1e7 unknowns."""
     problem = wave((2500, 2000))
     assert problem.steps is not None
     steps = dict(problem.steps, Tsit5=(8, 16, 48), Dopri8=(4, 8, 12))
@@ -74,13 +74,13 @@ CASES = {
     "wide network": Case(lambda: batched_network(1024, (64, 512, 512, 512, 64)), TRAINING),
     "Lorenz ensemble": Case(lambda: _lorenz(100_000), SIMULATION),
     "wave equation": Case(_wave, SIMULATION),
-    # Of 2,048 atoms.
+    # 2,048 atoms.
     "Lennard-Jones": Case(lambda: lennard_jones(8, periodic=True), SIMULATION),
 }
 
 
 def _few(problem: Problem, steps: int, *methods: str) -> Problem:
-    """With so many fixed steps only, and half of them by `Dopri8` for the reference."""
+    """The problem with `steps` fixed steps only, which the reference takes as well."""
     counts = {name: (steps,) for name in methods}
     return problem._replace(steps={"Dopri8, all checkpoints": (steps // 2,), **counts})
 
@@ -91,7 +91,7 @@ def _tiny(
     return Case(lambda: _few(make(), steps, *methods), precisions, methods)
 
 
-# Every problem. Each kind of method and each precision is in one of them.
+# Every problem at a tiny size. Together they cover each kind of method and each precision.
 TINY = {
     "batched network": _tiny(
         lambda: batched_network(4, (4, 8, 8, 4)), 64, TRAINING, "Tsit5, all checkpoints"
@@ -115,12 +115,12 @@ def cast(problem: Problem, dtype: str) -> Problem:
 
 
 def _double(on: bool) -> None:
-    """In float32, times and integers have 32 bits as well."""
+    """Switch 64 bits on or off. In float32, times and integers have 32 bits as well."""
     jax.config.update("jax_enable_x64", on)
 
 
 def measure_case(case: Case, repeats: int, errors) -> dict[str, list[dict[str, Any]]]:
-    """The rows by precision."""
+    """The rows of a problem, by precision."""
     _double(True)
     problem = cast(cast(case.make(), "float32"), "float64")
     exact = reference(problem)
@@ -156,7 +156,7 @@ COLUMNS = {
 
 
 def report(results: dict[str, Any], by_precision) -> str:
-    """At the errors of each precision."""
+    """Tables at the errors of each precision."""
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     precision_of_products = results["matmul_precision"] or "default"
     parts = [
@@ -192,11 +192,11 @@ def start(device: Any, repeats: int) -> dict[str, Any]:
 
 
 def run(names: list[str], device: Any, repeats: int, output: pathlib.Path) -> None:
-    """And write `speed_gpu.md` and `speed_gpu.json`."""
+    """Measure the problems and write `speed_gpu.md` and `speed_gpu.json`."""
     results = start(device, repeats)
     for name in tqdm.tqdm(names, desc="problems"):
         results["problems"][name] = measure_case(CASES[name], repeats, ERRORS_IN)
-        # Not to be lost if what follows is cut off.
+        # Save now, in case a later measurement is cut off.
         (output / "speed_gpu.json").write_text(json.dumps(results, indent=1))
     text = report(results, ERRORS_IN)
     print(text)
@@ -204,9 +204,9 @@ def run(names: list[str], device: Any, repeats: int, output: pathlib.Path) -> No
 
 
 def quick(names: list[str], device: Any) -> None:
-    """The same, of tiny sizes and few methods: gradients are right."""
+    """Run the suite at tiny sizes with few methods, and check that gradients are right."""
     speed_launches.check()
-    # Both take longer than what they save here.
+    # Both take more time than they save here.
     jax.config.update("jax_disable_most_optimizations", True)
     gc.disable()
     results = start(device, 1)

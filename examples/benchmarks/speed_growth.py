@@ -1,6 +1,6 @@
-"""How time and memory of `speed.py` grow, and what eight devices make of a gradient.
+"""How time and memory of gradients grow, and times of a gradient on eight devices.
 
-By itself this prints the times on eight devices, of which its process has to see as many.
+Run as a script, this prints the times on eight devices. Its process has to see eight.
 """
 
 import json
@@ -56,7 +56,7 @@ def _network(batch: int, width: int) -> Problem:
 
 
 def deep_network() -> Problem:
-    """Of sixteen layers."""
+    """A network of sixteen layers."""
     params = mlp_params(16, *15 * [64], 16)
     return _problem(mlp, jnp.zeros((4096, 16)), params, 1.0)
 
@@ -71,7 +71,7 @@ def _pendulums(size: int) -> Problem:
 
 
 def cases() -> list[tuple[str, int, Problem, int]]:
-    """What grows, to what, the problem, and the number of steps."""
+    """What grows, its value, the problem, and the number of steps."""
     steps = [("steps", n, _oscillation(n), n) for n in (10**k for k in range(2, 7))]
     sizes = [("state", n, _pendulums(n), 64) for n in (10**k for k in range(2, 7))]
     batches = [("batch", n, _network(n, 64), 64) for n in (1, 10, 100, 1000)]
@@ -85,7 +85,7 @@ def cases() -> list[tuple[str, int, Problem, int]]:
 
 
 def median_time(run: Callable[[], Any], repeats: int) -> float:
-    """Of a third of the runs if they take more than a second."""
+    """The median of `repeats` runs, or of fewer if the first exceeds a second."""
     seconds = []
     run()
     while len(seconds) < repeats:
@@ -102,7 +102,7 @@ def growth(repeats: int) -> list[dict[str, Any]]:
     for what, value, problem, steps in tqdm.tqdm(cases(), desc="growth", leave=False):
         row: dict[str, Any] = dict(what=what, value=value, steps=steps)
         for name in PAIR:
-            # Of the other, the longest takes minutes.
+            # The longest solve takes minutes with `Tsit5`.
             if name != PAIR[0] and steps > 100_000:
                 continue
             setting, bounds = Setting(True, steps), Bounds(steps)
@@ -115,7 +115,7 @@ def growth(repeats: int) -> list[dict[str, Any]]:
 
 
 def checkpoints(repeats: int, steps: int = 128) -> list[dict[str, Any]]:
-    """Times and memory of `Tsit5` for several numbers of them, on the batched network."""
+    """Time and memory of `Tsit5` on the batched network, by number of checkpoints."""
     problem, setting = batched_network(), Setting(True, steps)
     choices = (4, 8, None, 32, 64, steps)
     gradients = []
@@ -130,7 +130,7 @@ def checkpoints(repeats: int, steps: int = 128) -> list[dict[str, Any]]:
 
 
 def memory(problem: Problem, names: tuple[str, ...], steps) -> list[dict[str, Any]]:
-    """Compiled, but not run."""
+    """The memory of gradients that are compiled but not run."""
     rows = []
     pairs = [(name, n) for name in names for n in steps]
     for name, n in tqdm.tqdm(pairs, desc="memory", leave=False):
@@ -151,7 +151,7 @@ def memories() -> dict[str, list[dict[str, Any]]]:
 
 
 def devices() -> dict[str, dict[str, float]]:
-    """As `measure_devices`, in a process that sees eight."""
+    """`measure_devices` in a process that sees eight devices."""
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
@@ -162,7 +162,7 @@ def devices() -> dict[str, dict[str, float]]:
 
 
 def _runge_kutta(problem: Problem, steps: int) -> Callable:
-    """The classical method, in a `lax.scan`."""
+    """The loss by the classical Runge–Kutta method in a `lax.scan`."""
     h = problem.t1 / steps
 
     def loss(y0, args):
@@ -185,8 +185,8 @@ def _reversible(problem: Problem, method: Method, steps: int) -> Callable:
 
 
 def measure_devices(repeats: int = 10) -> dict[str, dict[str, float]]:
-    """Seconds for a batch on one device, and split between eight: by what its sharding
-    says, and by `pmap`."""
+    """Seconds for a batch on one device, and split between eight: by its sharding, and by
+    `pmap`."""
     problem = _network(4096, 64)
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))

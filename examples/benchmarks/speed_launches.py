@@ -1,8 +1,8 @@
-"""Kernels that a GPU runs, and how often the host waits for it, by JAX's profiler.
+"""Numbers of kernels that a GPU runs and of waits of the host, by JAX's profiler.
 
-The names in a trace are those of XLA (`cupti_collector.cc`). Each device has a plane, with
-a line for each stream, which holds kernels and copies. Calls of the driver are in the
-planes of the host.
+The names in a trace are those of XLA (`cupti_collector.cc`). Each device has a plane with
+one line per stream, which holds kernels and copies. Calls of the driver are in the planes
+of the host.
 """
 
 import pathlib
@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import jax
 
 
-# Of events of a stream, without those of kernels.
+# Prefixes of the names of stream events that are not kernels.
 _NO_KERNEL = "Memcpy", "Memset", "Memory", "Unified", "Overhead", "Synchronization"
 
 
 class Launches(NamedTuple):
-    """Of one run; `None` if the trace has no stream of a GPU."""
+    """Counts of one run, `None` if the trace has no stream of a GPU."""
 
     kernels: int | None = None
     synchronisations: int | None = None
 
 
 def count(data: Any) -> Launches:
-    """Of a `ProfileData`."""
+    """The launches in a `ProfileData`."""
     streams, host = [], []
     for plane in data.planes:
         for line in plane.lines:
@@ -40,7 +40,8 @@ def count(data: Any) -> Launches:
 
 
 def launches(run: Callable[[], Any]) -> Launches:
-    """Of one `run`, which waits for its result. Old versions of JAX cannot read traces."""
+    """The launches of one `run`, which has to wait for its result; `None` with old versions
+    of JAX, which cannot read traces."""
     data_type = getattr(jax.profiler, "ProfileData", None)
     if data_type is None:
         return Launches()
@@ -72,7 +73,7 @@ planes {
 
 
 def check() -> None:
-    """Of a trace written by hand, as there may be no GPU to trace."""
+    """Check `count` on a trace written by hand, as there may be no GPU to trace."""
     data_type = getattr(jax.profiler, "ProfileData", None)
     if data_type is not None:
         serialized = data_type.text_proto_to_serialized_xspace(_EXAMPLE)

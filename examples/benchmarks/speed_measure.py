@@ -25,19 +25,19 @@ from speed_methods import (
 from speed_problems import Problem
 
 
-# Of dry runs. Longer ones are not tried.
+# The room of a dry run, and the seconds after which no longer ones are tried.
 ROOM = Bounds(max_steps=2**13, restarts=64)
 PATIENCE = 2.0
-# In seconds.
+# The seconds for which runs are repeated, see `time_last`.
 BUSY = 0.1
-# From there on an error is worth a measurement.
+# Only errors below this are worth a measurement.
 USEFUL = 0.1
 FIXED = tuple(2**k for k in range(2, 14))
 TOLERANCES = tuple(10.0**-k for k in range(2, 13))
 
 
 class Candidate(NamedTuple):
-    """Of a dry run."""
+    """A setting, with the error and the bounds found by its dry run."""
 
     setting: Setting
     error: float
@@ -60,8 +60,9 @@ def reference(problem: Problem) -> np.ndarray:
 def dry_run(
     problem: Problem, method: Method, fixed: bool, exact: np.ndarray, errors=ERRORS
 ) -> list[Candidate]:
-    """Compiled once for all settings, from the least work to that which is enough."""
-    # Of smaller ones, steps would only be rejected.
+    """One candidate per setting, from the least work until errors are small enough. All
+    settings share one compilation."""
+    # With a smaller tolerance, steps would only be rejected.
     least = 4 * float(jnp.finfo(jnp.result_type(float)).eps)
     settings = FIXED if fixed else [tol for tol in TOLERANCES if tol > least]
 
@@ -88,8 +89,8 @@ def dry_run(
 
 
 def choose(candidates: list[Candidate], errors=ERRORS) -> list[Candidate]:
-    """At the most three, in order: the last with more than the largest error of interest,
-    the first with less than the smallest, and one between."""
+    """At most three candidates, in order: the last above the largest error of interest, the
+    first below the smallest, and one between."""
     useful = [c for c in candidates if c.error < USEFUL]
     above = [c for c in useful if c.error > max(errors)][-1:]
     below = [c for c in useful if c.error <= min(errors)][:1] or useful[-1:]
@@ -113,7 +114,7 @@ def point(method: Method, setting: Setting, **kwargs) -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """Bytes that the process has held at most on its device, where that can tell."""
+    """The most bytes that the process has held on its device, if the device reports it."""
     (device,) = jnp.zeros(()).devices()
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
@@ -121,7 +122,7 @@ def peak_memory() -> int | None:
 def compile_point(
     problem: Problem, method: Method, candidate: Candidate, exact: np.ndarray
 ) -> tuple[dict[str, Any], Gradient | None]:
-    """And run it once. Whatever it raises is its result."""
+    """Compile a point and run it once. An error becomes its status."""
     setting, bounds = candidate.setting, candidate.bounds
     before = peak_memory()
     row = point(method, setting, **bounds._asdict())
@@ -145,7 +146,7 @@ def compile_point(
 
 
 def candidates_of(problem: Problem, exact: np.ndarray, methods, errors=ERRORS) -> list:
-    """What to measure, as pairs of a method and a candidate."""
+    """The points to measure, as pairs of a method and a candidate."""
     dry, pairs = {}, []
     kinds = [(m, fixed) for m in methods for fixed in (True, False)]
     for method, fixed in tqdm.tqdm(kinds, desc="dry runs", leave=False):
@@ -164,7 +165,7 @@ def candidates_of(problem: Problem, exact: np.ndarray, methods, errors=ERRORS) -
 
 
 def time_last(run: Callable[[], Any]) -> float:
-    """Seconds of the last of the runs that it takes to keep the machine busy."""
+    """The seconds of the last of as many runs as fill `BUSY` seconds."""
     begin = time.perf_counter()
     while True:
         start = time.perf_counter()
@@ -177,7 +178,7 @@ def time_last(run: Callable[[], Any]) -> float:
 def measure(
     problem: Problem, exact: np.ndarray, repeats: int, methods, errors=ERRORS
 ) -> list[tuple[dict[str, Any], Gradient | None]]:
-    """Of every point its row, and its gradient unless that failed."""
+    """The row of every point, and its gradient unless that failed."""
     points = []
     pairs = candidates_of(problem, exact, methods, errors)
     for method, candidate in tqdm.tqdm(pairs, desc="compiling", leave=False):
@@ -191,7 +192,7 @@ def measure(
 
 
 def environment(device: Any, **packages: Any) -> dict[str, Any]:
-    """Of other packages than JAX and Diffrax as well."""
+    """The versions of JAX, Diffrax and `packages`, and the devices."""
     packages = dict(jax=jax, diffrax=dfx, **packages)
     versions = {n: m.__version__ for n, m in packages.items() if m is not None}
     versions["Python"] = platform.python_version()

@@ -18,7 +18,7 @@ import diffrax_reversible as dr
 
 
 OURS, LEAN, APART = "ours", "memory-lean", "apart"
-# Of gradients in float64, at which methods are compared.
+# Errors of gradients in float64 at which methods are compared.
 ERRORS = (1e-3, 1e-5, 1e-7)
 
 
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What a user looks up in the statistics of a solve, and leaves room for."""
+    """The room for a solve, which a user finds in the statistics of an earlier one."""
 
     max_steps: int
     restarts: int = 8
@@ -42,10 +42,10 @@ class Bounds(NamedTuple):
 class Method(NamedTuple):
     """How a gradient is computed.
 
-    - `stages`: evaluations a step, without the last of a step if that is the first of the
-        next.
-    - `dry`: the name of the method, of the same solver, whose dry run serves for this one.
-    - `direct`: for problems only of which all steps may be stored several times over.
+    - `stages`: evaluations per step. The last does not count if it is the first of the
+        next step.
+    - `dry`: the name of a method with the same solver, whose dry run serves for this one.
+    - `direct`: whether the method is only for problems with `Problem.direct`.
     """
 
     name: str
@@ -68,13 +68,13 @@ class Method(NamedTuple):
 
 
 def _reversible(setting, bounds):
-    """With room for all restarts."""
+    """`ReversibleAdjoint` with room for all restarts."""
     del setting
     return dr.ReversibleAdjoint(checkpoints=bounds.restarts)
 
 
 def _symplectic(setting, bounds):
-    """Without restarts."""
+    """`ReversibleAdjoint` for solvers without restarts."""
     del setting, bounds
     return dr.ReversibleAdjoint()
 
@@ -95,8 +95,8 @@ def _direct(setting, bounds):
 
 
 def _backsolve(setting, bounds):
-    """Backwards, steps go by the errors of the state and of its cotangent, and may be four
-    times as many."""
+    """The backward solve controls the errors of the state and of its cotangent, and may
+    take four times as many steps."""
     if setting.fixed:
         return dfx.BacksolveAdjoint()
     norm = dfx.adjoint_rms_seminorm
@@ -131,7 +131,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 class Stats(NamedTuple):
-    """Of the members of an ensemble that took most, and evaluations in the mean."""
+    """The most steps and restarts of any ensemble member, and the mean evaluations."""
 
     steps: Any
     restarts: Any
@@ -141,7 +141,7 @@ class Stats(NamedTuple):
 def make_loss(
     problem: Problem, method: Method, setting: Setting, bounds: Bounds, throw: bool = True
 ) -> Callable[..., tuple[Any, Stats]]:
-    """A function of `y0` and `args`."""
+    """The loss and its `Stats`, as a function of `y0` and `args`."""
     if setting.fixed:
         controller, dt0 = dfx.ConstantStepSize(), problem.t1 / setting.value
     else:
@@ -186,7 +186,7 @@ def make_loss(
 
 @functools.cache
 def gradsolve() -> Any:
-    """`None` if it is not installed."""
+    """The package, or `None` if it is not installed."""
     try:
         return importlib.import_module("gradsolve")
     except ImportError as e:
@@ -197,7 +197,7 @@ def gradsolve() -> Any:
 def make_gradsolve_loss(problem: Problem, stages: int, setting: Setting) -> Callable:
     """As `make_loss`, by gradsolve, which takes arrays of states and of parameters.
 
-    Adaptive steps are chosen here, and are no part of what is timed.
+    Adaptive steps are chosen here, outside the timed function.
     """
     lead = (lambda fn: jax.vmap(fn)) if problem.ensemble else (lambda fn: fn)
     inputs = problem.y0, problem.args
@@ -250,7 +250,7 @@ def make_gradsolve_loss(problem: Problem, stages: int, setting: Setting) -> Call
 
 
 class Gradient(NamedTuple):
-    """Compiled, and what that took in seconds and takes in bytes."""
+    """A compiled gradient, its compile time in seconds and temporary memory in bytes."""
 
     run: Callable[[], tuple[Any, Stats]]
     compile_time: float

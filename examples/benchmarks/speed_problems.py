@@ -13,13 +13,13 @@ class Problem(NamedTuple):
     """`y' = field(t, y, args)` from 0 to `t1`, and a loss to differentiate.
 
     - `overhead`: whether the loop takes more time than the vector field.
-    - `loss`: of the solution at `ts`, or at `t1` if that is `None`.
-    - `ensemble`: whether the first axes of `y0` and `args` are those of an ensemble, of
-        which every member takes its own steps.
-    - `force`: for `y = (q, p)`, `q' = p` and `p' = force(t, q, args)`, what splitting
-        methods take, and `split` and `merge` convert to and from `y`.
-    - `steps`: the numbers of steps by solver, where a dry run would take too long. There
-        are no adaptive steps then.
+    - `loss`: a function of the solution at `ts`, or at `t1` if `ts` is `None`.
+    - `ensemble`: whether the first axes of `y0` and `args` are those of an ensemble whose
+        members take their own steps.
+    - `force`: for splitting methods, if `y = (q, p)`, `q' = p` and
+        `p' = force(t, q, args)`. `split` and `merge` convert from and to `y`.
+    - `steps`: the numbers of steps by method, where a dry run would take too long. Steps
+        are then fixed.
     - `direct`: whether all steps may be stored several times over, by `DirectAdjoint`.
     - `fixed`: whether fixed steps are measured as well as adaptive ones.
     """
@@ -115,7 +115,7 @@ def lorenz(members: int = 1000) -> Problem:
 
 
 def wave_force(t, u, squared_speed):
-    """Of a wave that disperses on a grid with periodic boundaries, of spacing 1."""
+    """The force of a dispersive wave on a grid of spacing 1 with periodic boundaries."""
     del t
     neighbours = sum(jnp.roll(u, shift, axis) for axis in (0, 1) for shift in (-1, 1))
     return squared_speed * (neighbours - 4 * u) - u**3
@@ -127,7 +127,7 @@ def wave_field(t, y, squared_speed):
 
 
 def wave(shape: tuple[int, int] = (1000, 500)) -> Problem:
-    """Every point of the grid has a speed of its own, to be differentiated."""
+    """A wave whose speed at each grid point is a differentiated parameter."""
     x, y = (2 * np.pi * np.arange(n) / n for n in shape)
     x, y = x[:, None], y[None, :]
     waves = ((shape[0] // 10, 3), (7, shape[1] // 12), (shape[0] // 25, shape[1] // 20))
@@ -157,9 +157,9 @@ def wave(shape: tuple[int, int] = (1000, 500)) -> Problem:
 
 
 def lennard_jones_force(t, q, params, length=None):
-    """In a periodic box if its `length` is given: there each pair counts once, by its
-    nearest images, and its force is taken to zero between 3/8 and half of the length, with
-    two continuous derivatives, as a jump would spoil the order of the solver."""
+    """The forces between all pairs. In a periodic box of the given `length`, each pair
+    counts once, by its nearest images. Its force goes to zero between 3/8 and half of the
+    length, with two continuous derivatives: a jump would spoil the order of the solver."""
     del t
     epsilon, sigma = params
     distance = q[:, None] - q[None]
@@ -177,7 +177,7 @@ def lennard_jones_force(t, q, params, length=None):
 
 
 def lennard_jones(cells: int = 3, periodic: bool = False) -> Problem:
-    """A cluster, cut from the crystal, that melts, or a crystal that fills a box."""
+    """A melting cluster cut from a crystal, or a crystal that fills a periodic box."""
     length = 1.6 * cells if periodic else None
     force = functools.partial(lennard_jones_force, length=length)
 

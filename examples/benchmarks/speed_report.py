@@ -1,4 +1,4 @@
-"""Tables and plots of what `speed.py` has measured."""
+"""Tables and plots of the measurements of `speed.py`."""
 
 import pathlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 class Sweep:
-    """The points of one method, with steps fixed or adaptive."""
+    """The points of one method, either with fixed or with adaptive steps."""
 
     def __init__(self, rows: list[Row]):
         self.method = rows[0]["method"]
@@ -31,10 +31,10 @@ class Sweep:
         return f"{self.method}, {self.kind}"
 
     def at(self, quantity: str, error: float) -> float:
-        """Interpolated, and NaN outside what was measured."""
+        """The quantity interpolated at an error, NaN outside the measured errors."""
         if not self.rows:
             return np.nan
-        # Of errors that are not in order, the smaller has what was spent on it as well.
+        # Where more work gives a larger error, the smaller error before it counts.
         errors = np.minimum.accumulate([row["error"] for row in self.rows])
         of_row = median if quantity == "seconds" else lambda row: row[quantity]
         values = [of_row(row) for row in self.rows]
@@ -76,7 +76,7 @@ def number(x: float, digits: int = 3) -> str:
 
 
 def _big(x: float) -> str:
-    """Without an exponent."""
+    """A number without an exponent."""
     return f"{x:,.0f}" if x >= 100 else number(x)
 
 
@@ -91,7 +91,7 @@ def _met(met: bool) -> str:
 
 
 def _versus(what, case: str, quantity: str, sweeps, error: float, bound) -> list[str]:
-    """Of a sweep of ours and one of a rival, either of which may be `None`."""
+    """Compare a sweep of ours with that of a rival; either may be `None`."""
     ratio = np.nan
     if None not in sweeps:
         ours, rival = (
@@ -104,7 +104,7 @@ def _versus(what, case: str, quantity: str, sweeps, error: float, bound) -> list
 
 
 def compare(rows: list[Row], name: str, error: float) -> list[list[str]]:
-    """The targets of a problem for an error."""
+    """The rows of a problem in the table of targets, at one error."""
     ours, lean = fastest(rows, OURS, error), fastest(rows, LEAN, error)
     stored = fastest(rows, APART, error, "gradsolve")
     case = f"{name}, {error:.0e}"
@@ -138,7 +138,7 @@ def overview(problems: dict[str, list[Row]], errors=ERRORS) -> str:
 
 
 def memory_targets(memories: dict[str, list[Row]]) -> list[list[str]]:
-    """Of problems that were compiled only."""
+    """The rows of problems that were only compiled."""
     bounds = (
         ("batched network", 1024, "ALF4", "Tsit5", 0.4),
         ("deep network", 100, "ALF4", "Tsit5", 0.25),
@@ -181,7 +181,7 @@ def equal_errors(rows: list[Row], errors=ERRORS) -> str:
 
 
 def points(rows: list[Row], others: dict[str, Callable[[Row], float]] | None = None) -> str:
-    """With columns of `others`."""
+    """One row per point, with additional columns `others`."""
     others = others or {}
     header = ["method", "setting", "error", "time [ms]", "evaluations", "memory [kB]"]
     lines = []
@@ -264,7 +264,7 @@ def summary(results: Row) -> str:
 
 
 def details(results: Row) -> str:
-    """Every point."""
+    """Tables of every point."""
     parts = []
     for name, rows in results["problems"].items():
         parts += [f"## {name}, every point\n", points(rows)]
@@ -297,7 +297,7 @@ def plot(results: Row, folder: pathlib.Path) -> None:
 
 
 def _plot_times(ax, rows: list[Row]) -> None:
-    """A colour for every method; dotted for fixed steps."""
+    """Times against errors: one colour per method, dotted lines for fixed steps."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = dict(zip(methods, matplotlib.color_sequences["tab20"], strict=False))
     markers = {OURS: "o", LEAN: "s", APART: "x"}
@@ -315,7 +315,7 @@ def _plot_times(ax, rows: list[Row]) -> None:
         )
     ax.invert_xaxis()
     ax.grid(alpha=0.3)
-    # One entry for fixed and adaptive steps.
+    # One entry for both fixed and adaptive steps.
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     ax.legend(unique.values(), unique.keys(), fontsize=6)

@@ -1,9 +1,9 @@
 """When implicit steps pay: a pendulum on a spring, as the spring gets stiffer.
 
-The spring oscillates at the given frequency, the pendulum at about one. It starts with the
-spring at rest, so that nothing of the fast oscillation is in the solution. For
-every frequency the steps and the time, without compilation, of a gradient of the final
-position with respect to the frequency and the initial state, at a tolerance at which
+The spring oscillates at the given frequency, the pendulum at about one. The spring starts
+at rest, so that the solution does not contain the fast oscillation. For every frequency,
+the table gives the steps and the time, without compilation, of a gradient of the final
+position with respect to the frequency and the initial state. At the tolerances chosen,
 errors of the solution are below 1e-4.
 """
 
@@ -22,7 +22,7 @@ jax.config.update("jax_enable_x64", True)
 QUICK = "--quick" in sys.argv
 FREQUENCIES = (10.0, 100.0) if QUICK else (10.0, 100.0, 1e3, 1e4)
 DURATION = 5.0
-# A solver, its adjoint, and the tolerance.
+# The solver, its adjoint, and the tolerance.
 METHODS = {
     "Tsit5": (dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint(), 1e-6),
     "Kvaerno5": (dfx.Kvaerno5(), dfx.RecursiveCheckpointAdjoint(), 1e-4),

@@ -1,21 +1,25 @@
-"""What `PIDController(rtol=tol, atol=tol)` makes of a tolerance: error and evaluations.
+"""Errors and evaluations under `PIDController(rtol=tol, atol=tol)`.
 
-Six problems are solved with tolerances from 1e-3 to 1e-10 by the solvers of this package,
-and by `Dopri5`, `Tsit5` and `Dopri8` of Diffrax. The error is the largest of the final
-state, relative to the largest entry of the final state of a reference (`Dopri8` with a
-tolerance of 1e-14). Evaluations are those of accepted and of rejected steps, of restarts,
-and of the start.
+The solvers of this package, and `Dopri5`, `Tsit5` and `Dopri8` of Diffrax, solve six
+problems with tolerances from 1e-3 to 1e-10. The error is the largest of the final state,
+relative to the largest entry of the final state of a reference (`Dopri8` with a tolerance
+of 1e-14). Evaluations are those of accepted and rejected steps, of restarts, and of the
+start.
 
-Printed are, for every solver and tolerance, the ratio of its error to that of `Dopri5` at
-the same tolerance, the worst of all problems, which for the solvers of this package has to
-be below 30; the share of steps that were rejected; and the evaluations that an error takes,
-interpolated between tolerances, as a multiple of the fewest, in the geometric mean over the
-problems. The plot has the evaluations and errors themselves.
+For every solver and tolerance, the script prints
 
-Of the default controller up to a third of the steps is rejected, whatever the solver: it
-goes by the last error alone, and on some of the problems steps have to shrink a lot. With
-`--pi` it goes by the last two, and in place of the errors it is checked that less than 15 %
-of the steps of the solvers of this package are rejected.
+- the ratio of its error to that of `Dopri5` at the same tolerance, the largest over all
+    problems, which has to be below 30 for the solvers of this package;
+- the share of steps that were rejected;
+- the evaluations for an error, interpolated between tolerances, as a multiple of the
+    fewest, in the geometric mean over the problems.
+
+The plot shows evaluations against errors.
+
+The default controller looks only at the last error. Where the step size has to shrink
+sharply, it rejects up to a third of the steps, whatever the solver. With `--pi` it looks at
+the last two errors. The check is then that less than 15 % of the steps of the solvers of
+this package are rejected, instead of the bound on errors.
 
     python work_precision.py          # a minute on two cores; writes work_precision.png
     python work_precision.py --pi     # with `pcoeff=0.4, icoeff=0.2`
@@ -46,8 +50,8 @@ jax.config.update("jax_enable_x64", True)
 
 TOLERANCES = 10.0 ** -np.arange(3, 11)
 MAX_STEPS = 100_000
-# Evaluations a step; of those of Diffrax that have it, without the last of a step, which
-# is the first of the next.
+# Evaluations per step. For Diffrax's solvers the last does not count if it is the first of
+# the next step.
 SOLVERS: dict[str, tuple[Any, int]] = {
     "ALF4": (dr.ALF4(), 5),
     "ALF6": (dr.ALF6(), 20),
@@ -78,8 +82,8 @@ def lotka_volterra(t, y, args):
 
 
 def arenstorf(t, y, args):
-    """Three bodies, of which one has no mass, in a rotating frame: Hairer, Nørsett & Wanner
-    (1993), *Solving Ordinary Differential Equations I*, section II.0."""
+    """Three bodies, one without mass, in a rotating frame: Hairer, Nørsett & Wanner (1993),
+    *Solving Ordinary Differential Equations I*, section II.0."""
     del t, args
     mu = 0.012277471
     q, p = y[:2], y[2:]
@@ -128,7 +132,7 @@ class Outcome(NamedTuple):
 
 
 def make_solve(problem: Problem, solver: Any, coeffs: dict) -> Callable[[float], Outcome]:
-    """Compiled once for all tolerances."""
+    """The solve as a function of the tolerance, compiled once."""
     reversible = isinstance(solver, dr.AbstractReversibleSolver)
     adjoint = dr.ReversibleAdjoint() if reversible else dfx.RecursiveCheckpointAdjoint()
 
@@ -156,8 +160,8 @@ def make_solve(problem: Problem, solver: Any, coeffs: dict) -> Callable[[float],
 def measure(
     problems: dict[str, Problem], tolerances, coeffs: dict
 ) -> dict[tuple[str, str], np.ndarray]:
-    """For each problem and solver rows of error, evaluations, steps and rejected steps, one
-    for each tolerance."""
+    """For each problem and solver, one row per tolerance: error, evaluations, steps and
+    rejected steps."""
     results = {}
     for name, problem in tqdm.tqdm(problems.items(), desc="problems", leave=False):
         exact = make_solve(problem, dfx.Dopri8(), {})(1e-14).y1
@@ -190,9 +194,9 @@ def print_ratios(results, problems, tolerances):
 
 
 def evaluations_for(rows, error):
-    """How many evaluations it takes, `nan` outside what was measured."""
+    """The evaluations interpolated at an error, NaN outside the measured errors."""
     log_error, log_evaluations = np.log(rows[:, 0]), np.log(rows[:, 1])
-    # Of errors that are not in order, the smaller has what was spent on it as well.
+    # Where more work gives a larger error, the smaller error before it counts.
     log_error = np.minimum.accumulate(log_error)
     args = -np.log(error), -log_error, log_evaluations
     return np.exp(np.interp(*args, left=np.nan, right=np.nan))
@@ -207,7 +211,7 @@ def print_evaluations(results, problems, errors):
             for s in SOLVERS
         ]
     )
-    # Problems in which every solver came to that error.
+    # Problems on which every solver reached that error.
     covered = np.all(np.isfinite(table), axis=0)
     with np.errstate(invalid="ignore"):
         logs = np.where(covered, np.log(table), 0).sum(axis=1) / covered.sum(axis=0)
