@@ -85,15 +85,14 @@ def cases() -> list[tuple[str, int, Problem, int]]:
 
 
 def median_time(run: Callable[[], Any], repeats: int) -> float:
-    """The median of `repeats` runs, or of fewer if the first exceeds a second."""
-    seconds = []
+    """The median of `repeats` runs, or of a third if the first exceeds a second."""
+    seconds, count = [], repeats
     run()
-    while len(seconds) < repeats:
+    while len(seconds) < count:
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-        if seconds[0] > 1:
-            repeats = min(repeats, max(1, repeats // 3))
+        count = repeats if seconds[0] <= 1 else max(1, repeats // 3)
     return float(np.median(seconds))
 
 
