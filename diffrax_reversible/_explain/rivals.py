@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from diffrax import AbstractSolver, AbstractStepSizeController
@@ -77,7 +76,8 @@ def _other_precision(solve: Solve) -> str | None:
     precisions = {float(jnp.finfo(name).eps): name for name in ("float64", "float32")}
     own = precisions.pop(coarsest_eps(solve.y0), None)
     (other,) = precisions.values() if own is not None else (None,)
-    return None if other == "float64" and not jax.config.jax_enable_x64 else other
+    can_double = jnp.result_type(float) == jnp.float64
+    return None if other == "float64" and not can_double else other
 
 
 def _measure(solve: Solve, reference: np.ndarray, dtype: str | None = None) -> Rival:
