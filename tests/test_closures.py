@@ -150,6 +150,7 @@ def gradients(make, saveat=None, **kwargs):
     return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "make",
     cases(IDIOMS[2:3], more=IDIOMS[:2], slow=IDIOMS[3:]),
@@ -184,6 +185,7 @@ def test_terms_in_events():
     assert relative_error(ours, theirs) < 1e-8
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "detach", cases((False,), more=(True,)), ids=("argument", "stop_gradient")
 )

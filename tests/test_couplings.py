@@ -24,6 +24,7 @@ def final(solver, y0, fields, adjoint, args=None, **kwargs):
     )
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("solver", cases((TwoStreams(),), slow=(Ruth(),)), ids=repr)
 def test_gradient(solver):
     """Gradients equal the default adjoint's, in a batch with outputs between the steps."""

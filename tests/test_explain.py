@@ -68,6 +68,7 @@ def test_known_states_and_checkpoints(tmp_path):
     assert (tmp_path / "explained.png").stat().st_size > 10_000
 
 
+@pytest.mark.more
 def test_refused():
     adjoint = dr.ReversibleAdjoint(0, drift_tol=1e-18)
     explanation = contracting(dr.explain, dr.ALF4(), adjoint=adjoint, rivals=())

@@ -181,6 +181,7 @@ def test_against_differences():
     assert abs(jax.grad(loss)(Y0) @ direction / difference - 1) < 1e-8
 
 
+@pytest.mark.more
 def test_backwards_in_time():
     def loss(adjoint, y0, field, args):
         sol = solve(
@@ -199,6 +200,7 @@ def test_backwards_in_time():
     assert_same_gradient(loss, Y0, Network(), network_args())
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "of", cases(("every leaf",), more=("the leaf in double precision",))
 )

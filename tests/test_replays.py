@@ -78,6 +78,7 @@ def test_any_number_of_checkpoints(solver):
         assert np.max(np.abs(as_vector(grad[0]) - as_vector(expected[0]))) < 1e-12
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "checkpoints, most", cases(((8, 2.0),), slow=((32, 1.4), (4, 3.0)))
 )

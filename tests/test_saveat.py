@@ -116,6 +116,7 @@ def test_fn(case):
     assert_same(saveat, case, weighted)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("case", SOME)
 def test_subs(case):
     saveat = dfx.SaveAt(
@@ -144,6 +145,7 @@ def test_dense(case):
     assert_same(dfx.SaveAt(dense=True, ts=TS, solver_state=True), case, read)
 
 
+@pytest.mark.more
 def test_solver_state():
     def read(sol):
         return sum_of_squares(sol.ys) + jnp.sum(sol.solver_state.v**3)

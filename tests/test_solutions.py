@@ -176,6 +176,7 @@ def test_walk_back_is_measured_entry_by_entry(solver):
         gradient(sizes, dr.ReversibleAdjoint(checkpoints=0))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "solver",
     cases(

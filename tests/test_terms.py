@@ -121,6 +121,7 @@ QUICK = ("ControlTerm.to_ode",)
 MORE = "ODETerm", "a term of one's own"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "name", cases(QUICK, more=MORE, slow=[n for n in TERMS if n not in QUICK + MORE])
 )

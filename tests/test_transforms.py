@@ -333,6 +333,7 @@ def nested(y0, w, adjoint):
     return jnp.sum(sol.ys**2)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("function", cases((in_scan,), slow=(nested,)))
 def test_within_other_transforms(function):
     gradient = jax.jit(jax.grad(function, argnums=(0, 1)), static_argnums=2)
