@@ -235,7 +235,7 @@ class Scaled(dfx.AbstractStepSizeController):
         )
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_static_field_of_a_controller():
     def loss(w, scale, adjoint):
         controller = Scaled(PID, lambda x: x * jax.lax.stop_gradient(scale))
@@ -297,7 +297,7 @@ class MassMatrix(dfx.AbstractTerm):
 
 @pytest.mark.parametrize("t1", cases((-1.0,), slow=(1.0,)))
 @pytest.mark.parametrize(
-    "solver", cases((dr.ALF4(),), more=(dr.McCallumFoster(dfx.Tsit5()),))
+    "solver", cases((dr.ALF4(),), slow=(dr.McCallumFoster(dfx.Tsit5()),))
 )
 def test_product_of_a_term(solver, t1):
     """Solvers use a term's own `prod`."""

@@ -85,7 +85,7 @@ def test_evaluations(solver, parts, at_start):
     assert both - forward == parts * 24 + at_start
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_memory():
     """Memory does not grow with the depth, except for the times of some steps."""
@@ -132,7 +132,7 @@ def test_steps_that_reverse_themselves():
     assert relative_error(*map(gradient, adjoints)) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_reversible_network():
     """A network of twelve layers with separate weights, one step each, learns to tell
     points inside a circle from those outside."""

@@ -141,7 +141,7 @@ def test_against_default(name):
     assert occurred == (name != "never") == bool(ts[0] < 6.0)
 
 
-@pytest.mark.parametrize("name", cases((), more=("real, root finder",), slow=("boolean",)))
+@pytest.mark.parametrize("name", cases((), slow=("real, root finder", "boolean")))
 def test_everything_saved(name):
     """Outputs that were saved after the event are removed."""
     both(lambda a: lambda y, w: loss(y, w, a, EVENTS[name], EVERYTHING), Y0, W)

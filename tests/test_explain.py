@@ -47,7 +47,7 @@ def test_steps(t1):
     assert f"{np.sum(accepted)} accepted, {np.sum(~accepted)} rejected" in str(explanation)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_known_states_and_checkpoints(tmp_path):
     """Every restart is reported, and the advised number of checkpoints suffices."""
 
@@ -78,7 +78,7 @@ def test_refused():
     assert explanation.advice[0].startswith("The gradient is refused")
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_failed():
     explanation = contracting(dr.explain, dr.ALF4(), max_steps=10, rivals=())
     assert "max_steps" in explanation.failed
@@ -92,7 +92,7 @@ def kepler(t, y, args):
     return v, -q / jnp.sum(q**2) ** 1.5
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_errors_of_rivals():
     y0 = jnp.array([0.4, 0.0]), jnp.array([0.0, 2.0])
     fine = dfx.PIDController(rtol=1e-8, atol=1e-8)

@@ -90,7 +90,7 @@ def test_steps_that_are_forgotten(miss, monkeypatch):
         assert relative_error(ours, expected) < 1e-11
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_times(miss):
     """Gradients with respect to times are right as well."""
     settings, argnums = (dr.ALF4(), dr.ReversibleAdjoint()), (0, 1, 2)

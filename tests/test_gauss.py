@@ -241,7 +241,7 @@ def test_dissipation():
         assert relative_error(ours, default) < 1e-6
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_memory():
     """Memory is less than the default adjoint's, and does not grow with the steps."""
@@ -335,7 +335,7 @@ def test_linear_solves(linear):
         assert stats["num_root_find_steps"] == steps
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_matrix_free():
     """With GMRES, the gradient is right on a wave that crosses many cells per step."""
     n = 256

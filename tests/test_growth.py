@@ -79,7 +79,7 @@ SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])))
 @pytest.mark.parametrize(
     "saveat",
-    cases((dfx.SaveAt(t1=True),), more=(dfx.SaveAt(ts=jnp.linspace(0, 1, 9)),)),
+    cases((dfx.SaveAt(t1=True),), slow=(dfx.SaveAt(ts=jnp.linspace(0, 1, 9)),)),
     ids=("t1", "ts"),
 )
 def test_dead_modes(solver, saveat):
@@ -94,7 +94,7 @@ def test_never_garbage(solver, tol):
     assert is_refused(got) or relative_error(got, want) < 0.02
 
 
-@pytest.mark.parametrize("tol", cases((), more=(1e-6,), slow=(1e-3, 1e-10)))
+@pytest.mark.parametrize("tol", cases((), slow=(1e-6, 1e-3, 1e-10)))
 def test_the_default_adjoint_is_off(tol):
     """It is wrong even with `Tsit5`, which carries no second approximation."""
     adjoint = dfx.RecursiveCheckpointAdjoint()

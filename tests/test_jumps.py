@@ -145,7 +145,7 @@ def test_order(solver, longest):
     assert slope > solver.order(None) - 0.4, errors
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_many_jumps():
     """A field that is switched on and off a hundred times causes no restarts."""
     jumps = jnp.linspace(-0.99, 2.99, 100)

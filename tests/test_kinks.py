@@ -156,7 +156,7 @@ def test_couplings_at_rest():
     assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_evaluations():
     """A kink costs one more evaluation for each of a step, and one to detect growth, in the
     two steps in which an entry is set off."""

@@ -80,7 +80,7 @@ def test_growth_of_families(family):
     assert states < (40 if family == "coupling" else 20)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_growth_with_jumps():
     """Jumps take one more time for each step on record."""
     jumps = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.3]))
@@ -110,7 +110,7 @@ def test_states(solver, controller):
     jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
 )
 @pytest.mark.parametrize(
-    "controller, states", cases((), more=((PID, 7),), slow=((dfx.ConstantStepSize(), 5),))
+    "controller, states", cases((), slow=((PID, 7), (dfx.ConstantStepSize(), 5)))
 )
 def test_compensated(controller, states):
     """Compensation takes so many more states."""
@@ -135,7 +135,7 @@ def test_checkpoints():
 
 
 @pytest.mark.parametrize("size, batch", cases(((64, 128),), slow=((4096, 1),)))
-@pytest.mark.parametrize("max_steps", cases((256,), more=(4096,), slow=(1_000_000,)))
+@pytest.mark.parametrize("max_steps", cases((256,), slow=(4096, 1_000_000)))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     """Both adjoints have their default number of checkpoints."""
 
@@ -172,7 +172,7 @@ def test_saved_outputs():
     assert states(40) - states(10) < 2.1 * 30
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.parametrize("t1", cases((True,), slow=(False,)))
 def test_saved_outputs_of_a_batch(t1):
     """In a batch of gradients, each output takes no more memory than with the default
@@ -199,7 +199,7 @@ def test_saved_outputs_of_a_batch(t1):
     assert ours < 2.1 * 8 * size * batch
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_default_adjoint_needs_more():
     """The measurement would show a stored trajectory."""
     ours, default = (
@@ -227,7 +227,7 @@ def test_dense_output(solver, states):
 
 
 @pytest.mark.parametrize(
-    "splits, solver", cases(((True, dr.BlanesMoan6()),), more=((False, dr.ALF4()),))
+    "splits, solver", cases(((True, dr.BlanesMoan6()),), slow=((False, dr.ALF4()),))
 )
 def test_room_for_restarts(splits, solver):
     """By default there is room for eight restarts of two states each; with a symplectic

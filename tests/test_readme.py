@@ -51,7 +51,7 @@ def command(marker):
     return block
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_quick_example(tmp_path):
     """The example runs as printed, and prints the gradient of the default adjoint."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]

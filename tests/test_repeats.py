@@ -170,7 +170,7 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
     assert_same(loss, Y0, Network(), network_args())
 
 
-@pytest.mark.parametrize("noisy", cases((False,), more=(True,)))
+@pytest.mark.parametrize("noisy", cases((False,), slow=(True,)))
 def test_misses_below_the_tolerance(noisy, monkeypatch):
     """They repeat steps, but not along a Brownian path, where a replay may differ from the
     solve by as much."""
@@ -205,7 +205,7 @@ def test_misses_below_the_tolerance(noisy, monkeypatch):
     assert (run(dr.ReversibleAdjoint()) == once) == noisy
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_orbits_that_are_forgotten(monkeypatch):
     """Gradients are right in single precision. They could be off by some per cent if no
     miss repeated steps."""
@@ -282,7 +282,7 @@ def test_vector_field_that_cancels():
     assert relative_error(grad, expected) < 1e-5
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, count", ((dr.McCallumFoster(dfx.Tsit5()), 300), (dr.ALF6(), 150)), ids=str
 )

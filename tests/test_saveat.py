@@ -109,7 +109,7 @@ def test_steps():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
-@pytest.mark.parametrize("case", cases((), more=(ALF6,), slow=(ALF4,)))
+@pytest.mark.parametrize("case", cases((), slow=(ALF6, ALF4)))
 def test_fn(case):
     """Gradients are right with a saved function that returns integers too, even at `ts`."""
     saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, steps=2, fn=scaled)

@@ -464,7 +464,7 @@ def test_weights_in_args_are_not_carried():
     assert size(state(None, lambda t, y, _: field(t, y, weights))) > 2500
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_weights_in_terms_are_not_held():
     """Checkpoints copy neither weights that the terms close over nor other constant parts

@@ -153,7 +153,7 @@ def test_one_at_a_time(argnums):
 
 
 @pytest.mark.parametrize(
-    "controller, argnums", cases((), more=((STEP_TO, (0, 1, 2)),), slow=((PID, (1, 2)),))
+    "controller, argnums", cases((), slow=((STEP_TO, (0, 1, 2)), (PID, (1, 2))))
 )
 def test_ends_of_steps_that_do_not_move(controller, argnums):
     ours, default = gradients(controller, "steps", dr.ALF4(), argnums)
