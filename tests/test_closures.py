@@ -162,7 +162,7 @@ def test_idioms(make):
     assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_functions_in_args_of_outputs():
     """Outputs and events may call functions in `args` differently than the field does."""
     saveat = dfx.SaveAt(ts=[0.3, 1.0], fn=lambda t, y, args: args(y[0]) * t)
@@ -171,7 +171,7 @@ def test_functions_in_args_of_outputs():
     assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_terms_in_events():
     """A condition may call the terms with its own `args`."""
 

@@ -92,7 +92,6 @@ def loss(name, saveat, adjoint, precision=jnp.complex128):
     return of
 
 
-MORE = ("Gauss4",)
 SAVEATS = {
     "t1": dfx.SaveAt(t1=True),
     "ts": dfx.SaveAt(t0=True, ts=jnp.linspace(0.1, 1.9, 7)),
@@ -104,8 +103,7 @@ SAVEATS = {
     "name, saveat",
     cases(
         (("BlanesMoan4", "fn"),),
-        more=[(name, "ts") for name in MORE],
-        slow=[("ALF4", "t1"), *((name, "ts") for name in CASES if name not in MORE)],
+        slow=[("ALF4", "t1"), *((name, "ts") for name in CASES)],
     ),
 )
 def test_against_default(name, saveat):

@@ -268,8 +268,8 @@ def steady_state(solver):
 
 TRAININGS = cases(
     (neural_cde, normalising_flow),
-    more=(neural_ode, neural_sde, kalman_filter),
-    slow=(latent_ode, forcing, steady_state),
+    more=(neural_sde, kalman_filter),
+    slow=(neural_ode, latent_ode, forcing, steady_state),
 )
 
 
@@ -290,7 +290,7 @@ def test_training(training):
         params = jax.tree.map(lambda p, g, r=rate: p - single(r) * g, params, grad)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_hessian():
     """Hessians of coupled species, as in a fit by Newton's method."""
     ts = single(np.linspace(0, 4, 9))

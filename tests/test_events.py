@@ -168,7 +168,7 @@ def test_families(family):
     both(lambda a: lambda y, w: loss(y, w, a, event, **kwargs), y0, W)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_backwards_in_time():
     event = EVENTS["real, root finder"]
     (ts, *_), _ = both(lambda a: lambda y, w: loss(y, w, a, event, t0=6.0, t1=0.0), Y0, W)

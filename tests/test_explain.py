@@ -28,7 +28,7 @@ def contracting(call, solver, t0=0.0, t1=3.0, **settings):
     return call(CONTRACTING, solver, t0, t1, None, np.array([1.0]), rate, **settings)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.parametrize("t1", cases((-3.0,), slow=(3.0,)))
 def test_steps(t1):
     explanation = contracting(dr.explain, dr.ALF4(), t1=t1, rivals=())

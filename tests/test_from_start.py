@@ -66,8 +66,11 @@ def gradients(*settings, argnums=(0, 1)):
     "solver, controller",
     cases(
         ((dr.ALF4(), JUMPING),),
-        more=((dr.McCallumFoster(dfx.Tsit5()), PID),),
-        slow=((dr.ALF4(compensated=True), PID), (dr.ALF6(), PID)),
+        slow=(
+            (dr.McCallumFoster(dfx.Tsit5()), PID),
+            (dr.ALF4(compensated=True), PID),
+            (dr.ALF6(), PID),
+        ),
     ),
 )
 @pytest.mark.parametrize("checkpoints", cases((8,), slow=(1,)))

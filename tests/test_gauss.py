@@ -169,7 +169,7 @@ def loss(parameters, solver, adjoint, max_steps=64):
 
 @pytest.mark.parametrize(
     "solver",
-    cases((dr.ImplicitMidpoint(),), more=(dr.Gauss4(),), slow=(dr.Gauss6(),)),
+    cases((dr.ImplicitMidpoint(),), slow=(dr.Gauss4(), dr.Gauss6())),
     ids=str,
 )
 @pytest.mark.parametrize("with_times", cases((False,), slow=(True,)))
@@ -194,7 +194,7 @@ def test_gradient(solver, with_times):
     assert np.all(stats["num_root_find_steps"] >= 2 * stats["num_accepted_steps"])
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_gradient_of_a_stiff_spring():
     """Gradients equal the default adjoint's in steps that do not resolve oscillations."""
 

@@ -364,7 +364,7 @@ def test_max_steps_reached():
     assert np.sum(np.isfinite(sol.ys[:, 0])) == 4 + 1
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_own_coefficients():
     outer = 1 / (2 - 2 ** (1 / 3))
     gamma = (outer, 1 - 2 * outer, outer)

@@ -159,7 +159,7 @@ def test_gradients_may_grow_as_the_flow_demands(solver, tol):
         assert not is_refused(gradient(chaotic, y0, 8.0, solver, tol))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_what_sums_over_the_steps_do_not_see():
     """The gradient with respect to the field is right where that of `y0` is refused."""
     y0, adjoint = jnp.array([1.0, 1 / 500]), dr.ReversibleAdjoint(1024, 0.0099)

@@ -105,8 +105,8 @@ def infusion(t, y, k):
     "name, steps",
     cases(
         (("ALF4", "constant"),),
-        more=(("McCallumFoster", "adaptive"),),
         slow=[
+            ("McCallumFoster", "adaptive"),
             *((name, "constant") for name in SOLVERS if name != "ALF4"),
             *((name, "adaptive") for name in ("ALF4", "ALF6", "ReversibleHeun")),
             ("ALF4", "jump"),

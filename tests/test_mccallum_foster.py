@@ -120,7 +120,7 @@ def test_evaluations(solver, stages, needed, adaptive):
     assert both - forward == 2 * needed * accepted + 1
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_adjoints():
     """Gradients equal those of Diffrax's adjoints."""
 

@@ -426,7 +426,7 @@ def test_refused(call, exception, parts):
         assert "RecursiveCheckpointAdjoint" in message
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_steps_that_are_detached():
     """A controller of your own may detach them by `stop_gradient`."""
     ours = grad_at_steps(Following(detach=True))

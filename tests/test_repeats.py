@@ -85,8 +85,13 @@ EVERYTHING = dfx.SaveAt(
     "family",
     cases(
         (),
-        more=("coupling",),
-        slow=("splitting", "LeapfrogMidpoint", "ReversibleHeun", "SemiImplicitEuler"),
+        slow=(
+            "coupling",
+            "splitting",
+            "LeapfrogMidpoint",
+            "ReversibleHeun",
+            "SemiImplicitEuler",
+        ),
     ),
 )
 def test_families(family, misses):

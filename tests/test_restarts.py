@@ -157,7 +157,7 @@ def test_batch():
     assert relative_error(batched, jnp.stack(alone)) < 1e-9
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_large_state_is_watched_on_a_sample():
     """The sample detects a contraction in a sixteenth of the entries."""
     rates = jnp.where(jnp.arange(20_000) % 16 == 3, 15.0, 0.1)

@@ -30,8 +30,7 @@ ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
 SOME = cases(
     (ALF4,),
-    more=(FAMILIES["coupling"],),
-    slow=[case for name, case in FAMILIES.items() if name != "coupling"],
+    slow=FAMILIES.values(),
 )
 
 

@@ -128,7 +128,7 @@ def test_entry_of_another_size(solver, size):
 
 @pytest.mark.parametrize(
     "solver",
-    cases((), more=(dr.ALF4(),), slow=(COUPLED, dr.ALF6(), dr.ALF8())),
+    cases((), slow=(dr.ALF4(), COUPLED, dr.ALF6(), dr.ALF8())),
     ids=repr,
 )
 def test_gradient_of_small_entry(solver):
