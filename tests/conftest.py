@@ -63,7 +63,7 @@ def quick_options():
         try:
             jax.jit(lambda: 0.0, compiler_options={name: value}).lower().compile()
             known[name] = value
-        except jax.errors.JaxRuntimeError:
+        except RuntimeError:
             pass
     return known
 
