@@ -12,7 +12,8 @@ import pytest
 import diffrax_reversible as dr
 from diffrax_reversible._explain.advice import advise
 from diffrax_reversible._explain.attempts import Attempts
-from diffrax_reversible._explain.rivals import Rival
+from diffrax_reversible._explain.gradient import Solve, sum_of_squares
+from diffrax_reversible._explain.rivals import _other_precision, Rival
 
 from .problems import cases
 
@@ -148,6 +149,34 @@ def test_advised_solver(own, others, advised):
     (sentence,) = advise(explanation, own.solver, tolerance=1e-4, single=False)
     assert ("`solver=" in sentence) == (advised is not None)
     assert advised is None or advised in sentence
+
+
+@pytest.mark.parametrize(
+    "given, other",
+    (
+        ("float64", ("float32", "float32")),
+        ("complex128", ("float32", "complex64")),
+        ("float32", ("float64", "float64")),
+        ("float16", (None, None)),
+    ),
+)
+def test_other_precision(given, other):
+    """Every number is cast, those of the settings too, and integers are not."""
+    precision, dtype = other
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, 1.0, 3))
+    args = dict(count=jnp.arange(2), rate=np.float64(1.0))
+    y0 = jnp.ones(2, given)
+    solve = Solve(
+        *(CONTRACTING, dr.ALF4(), 0.0, 1.0, 0.1, y0, args, dict(saveat=saveat)),
+        sum_of_squares,
+    )
+    assert _other_precision(solve) == precision
+    if precision is not None:
+        cast = solve.in_precision(precision)
+        assert cast.y0.dtype == dtype
+        assert cast.args["count"].dtype == args["count"].dtype
+        times = cast.args["rate"], cast.settings["saveat"].subs.ts
+        assert all(x.dtype == precision for x in times)
 
 
 def test_traced():

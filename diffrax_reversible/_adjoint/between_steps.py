@@ -9,11 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import (
-    BoolScalarLike,
-    IntScalarLike,
-    SolverState,
-)
+from .._custom_types import BoolScalarLike, IntScalarLike, SolverState
 from .._solver.capabilities import CanRestart, interrupt
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like

@@ -42,16 +42,20 @@ def detach_unread(
             # A copy for each call, as some objects can be used only once.
             return eqx.combine(jtu.tree_unflatten(structure, leaves), nondiff)
 
+        def event(fn):
+            terms, args = inputs()
+            return fn(t0, y, args, terms)
+
         terms, args = inputs()
         first = solver.init(terms, t0, t0, y, args)
         terms, args = inputs()
         step = terms, t0, t0, y, args
         *made, result = solver.step(*step, solver_state, jnp.array(False))
-        saved = [fn(t0, y, inputs()[1]) for fn in save_fns if fn is not None]
-        events = [fn(t0, y, *reversed(inputs())) for fn in event_fns]
-        end = t0, t0, y, y, inputs()[1], y, solver.error_order(terms)
-        *adapted, _ = controller.adapt_step_size(*end, init_state.controller_state)
         result = None if result is RESULTS.successful else result
+        saved = [fn(t0, y, inputs()[1]) for fn in save_fns if fn is not None]
+        events = [event(fn) for fn in event_fns]
+        step = t0, t0, y, y, inputs()[1], y, solver.error_order(terms)
+        *adapted, _ = controller.adapt_step_size(*step, init_state.controller_state)
         everything = first, made, result, saved, events, adapted
         return eqx.filter(everything, eqx.is_array)
 
