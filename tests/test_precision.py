@@ -108,6 +108,7 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
     assert np.array_equal(as_vector(y), as_vector(y0))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "name", cases(("network",), slow=[name for name in FIELDS if name != "network"])
 )
