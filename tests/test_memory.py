@@ -99,9 +99,9 @@ def test_states(solver, controller):
     size = 1_000_000
     used = temporary_bytes(solver, controller, size, 100) / (8 * size)
     # `y`, `v` and their cotangents, the start, the end, and the update by a step. With
-    # restarts, some of these twice, for two positions of the backward pass; a known state;
-    # and the growth, in a quarter of the memory.
-    most = 9 if isinstance(solver, dr.ALF2) else 14.5
+    # restarts, some of these three times, for three positions of the backward pass, which
+    # may begin once more; a known state; and the growth, in a quarter of the memory.
+    most = 9 if isinstance(solver, dr.ALF2) else 18.5
     recent = jax.__version_info__ >= (0, 10)
     assert used < most + (0.2 if recent else 2.2)
 
@@ -110,7 +110,7 @@ def test_states(solver, controller):
     jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
 )
 @pytest.mark.parametrize(
-    "controller, states", cases((), slow=((PID, 7), (dfx.ConstantStepSize(), 5)))
+    "controller, states", cases((), slow=((PID, 8), (dfx.ConstantStepSize(), 8)))
 )
 def test_compensated(controller, states):
     """Compensation takes so many more states."""

@@ -14,12 +14,14 @@ from jaxtyping import Array, Float
 
 from .._custom_types import IntScalarLike
 from .._diffrax import State
+from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_like
 from .between_steps import go_on
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
+from .kept import Kept
 from .outputs import Cursor, materialise
 from .problem import Inputs, Problem, save_states
 from .pull_outputs import (
@@ -62,41 +64,86 @@ _stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
 _at_once = 16
 
 
-def _undo_all(walk: Walk, position: Position) -> Position:
-    """The whole walk. Restarts and known states are handled outside the loop over steps."""
+def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
+    """Undo steps up to the next known state or restart."""
+    record = kept.record
+    assert record is not None
 
-    def undo_steps(position, kept):
-        def undoes(carry):
-            position, count = carry
-            if not walk.stops:
-                # Only the start ends the loop; elements that are done wait for the rest.
-                return position.undoes_next
-            waits = jnp.logical_not(position.undoes_next | position.done)
-            waits = eqxi.unvmap_any(waits) & (count >= _at_once)
-            return position.undoes_next & jnp.logical_not(waits)
+    def undoes(carry):
+        position, count = carry
+        if not walk.stops:
+            # Only the start ends the loop; elements that are done wait for the rest.
+            return position.undoes_next
+        waits = jnp.logical_not(position.undoes_next | position.done)
+        waits = eqxi.unvmap_any(waits) & (count >= _at_once)
+        return position.undoes_next & jnp.logical_not(waits)
 
-        def undo(carry):
-            position, count = carry
-            return undo_step(walk, position, kept.record), count + 1
+    def undo(carry):
+        position, count = carry
+        return undo_step(walk, position, record), count + 1
 
-        moves = dataclasses.replace(position, **{name: None for name in _stays})
-        moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))
-        stays = {name: getattr(position, name) for name in _stays}
-        return dataclasses.replace(moved, **stays)
+    moves = dataclasses.replace(position, **{name: None for name in _stays})
+    moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))
+    stays = {name: getattr(position, name) for name in _stays}
+    return dataclasses.replace(moved, **stays)
 
-    def segment(carry):
-        position, kept = carry
-        return go_on(walk, undo_steps(position, kept), kept)
 
+def _walk(walk: Walk, end: Position) -> Position:
+    """The whole walk, from the `end` to the start.
+
+    Restarts and known states are handled outside the loop over steps. If the gradient grows
+    where the solution contracts, the walk begins once more, see `Growth.spoils`.
+    """
+    position = walk.start(end, jnp.array(False))
+    meter = walk.problem.progress_meter.init()
+    position = dataclasses.replace(position, meter=meter)
+    cures = position.growth is not None and isinstance(walk.problem.solver, CanRestart)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
+
+    def segment(position, kept):
+        return go_on(walk, _undo_steps(walk, position, kept), kept)
+
+    def finish(position):
+        return _pull_init(walk, pull_start(walk, position))
+
     if not walk.stops:
         # Without an outer loop, fewer states are in memory.
-        return go_on(walk, undo_steps(position, kept), kept)[0]
+        return finish(segment(position, kept)[0])
+
+    def once_more(position, kept, first):
+        """The start of the walk, or its end if some element has to begin once more."""
+        position = finish(position)
+        if not cures:
+            return position, jnp.array(2)
+        grown = walk.has_grown(position)
+        again = first & eqxi.unvmap_any(grown)
+        # Some of what was held and recorded is lost.
+        there = kept.record.reaches(end.step, walk.residuals.count - 1)
+        begin = dataclasses.replace(
+            walk.start(end, grown),
+            stop=jnp.where(there, end.stop, end.step),
+            undone=position.undone,
+            replayed=position.replayed,
+            meter=position.meter,
+        )
+        position = jtu.tree_map(lambda x, y: jnp.where(again, x, y), begin, position)
+        return position, jnp.where(again, 1, 2)
 
     def on_the_way(carry):
-        return eqxi.unvmap_any(jnp.logical_not(carry[0].done))
+        return carry[2] < 2
 
-    return lax.while_loop(on_the_way, segment, (position, kept))[0]
+    def go(carry):
+        position, kept, walks = carry
+        position, kept = segment(position, kept)
+        on_the_way = eqxi.unvmap_any(jnp.logical_not(position.done))
+        position, walks = lax.cond(
+            jnp.logical_not(on_the_way),
+            lambda: once_more(position, kept, walks == 0),
+            lambda: (position, walks),
+        )
+        return position, kept, walks
+
+    return lax.while_loop(on_the_way, go, (position, kept, jnp.array(0)))[0]
 
 
 class Walked(NamedTuple):
@@ -106,6 +153,7 @@ class Walked(NamedTuple):
     - `drifts`: the largest errors of the reconstruction at known states.
     - `shares`: the fractions of the gradient that grew where the solution contracts.
     - `undone`, `replayed`: the numbers of steps undone and replayed.
+    - `restarted`: the number of restarts of the backward pass.
     """
 
     gradient: Inputs
@@ -113,6 +161,7 @@ class Walked(NamedTuple):
     shares: list[Float[Array, ""]]
     undone: IntScalarLike
     replayed: IntScalarLike
+    restarted: IntScalarLike
 
 
 def walk_back(
@@ -153,6 +202,7 @@ def walk_back(
         params,
         nondiff,
         with_times,
+        any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         watch,
@@ -160,14 +210,9 @@ def walk_back(
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)
     position = pull_dense_times(walk, position, cotangent)
-    position = walk.start(position)
-    meter = problem.progress_meter
-    position = dataclasses.replace(position, meter=meter.init())
-    position = _undo_all(walk, position)
-    meter.close(position.meter)
-    position = pull_start(walk, position)
-    position = _pull_init(walk, position)
-    return _walked(position, perturbed)
+    position = _walk(walk, position)
+    problem.progress_meter.close(position.meter)
+    return _walked(walk, position)
 
 
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:
@@ -193,7 +238,7 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
     )
 
 
-def _walked(position: Position, perturbed: Inputs) -> Walked:
+def _walked(walk: Walk, position: Position) -> Walked:
     """The results, from the position at which the walk ended."""
     ct, drifts = position.cotangent, position.drifts
     assert drifts is not None
@@ -205,9 +250,7 @@ def _walked(position: Position, perturbed: Inputs) -> Walked:
         # walk.
         last = jnp.where(position.done, position.clock.drift, jnp.nan)
         drifts = [*drifts, last.astype(drifts[0].dtype)]
-    shares = []
-    if position.growth is not None:
-        differentiates_y = any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state)))
-        shares = position.growth.shares(ct.y, beside_all=not differentiates_y)
+    restarted = jnp.array(0) if position.growth is None else position.growth.restarts
     gradient = Inputs(ct.y, ct.solver_state, ct.params)
-    return Walked(gradient, drifts, shares, position.undone, position.replayed)
+    counts = position.undone, position.replayed, restarted
+    return Walked(gradient, drifts, walk.shares(position), *counts)

@@ -17,6 +17,7 @@ from .drift import Drift
 from .judge import beside_rounding, judge
 from .kept import Kept
 from .known import Known
+from .pull_restart import pull_restart
 from .undo_step import undo_step
 from .walk import Position, Walk
 
@@ -218,22 +219,11 @@ def _undo_restart(
     a batch was `restarted`."""
     solver = walk.problem.solver
     assert isinstance(solver, CanRestart)
-    diff_state, nondiff_state = eqx.partition(known.solver_state, eqx.is_inexact_array)
-
-    def restart(y, diff_state, params):
-        context = walk.context(params)
-        state = eqx.combine(diff_state, nondiff_state)
-        return solver.restart(
-            context.terms, context.times.of(known.t), y, context.args, state
-        )
-
-    _, pull = eqx.filter_vjp(restart, known.y, diff_state, walk.params)
-    y_bar, state_bar, params_bar = pull(ct.solver_state)
-    # The output of `filter_vjp` might round differently from the solve.
-    after = restart(known.y, diff_state, walk.params)
-    before = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    terms, args = walk.combine(walk.params)
+    state = solver.restart(terms, known.t, known.y, args, known.solver_state)
+    before = pull_restart(walk, known.t, known.y, known.solver_state, ct)
     return jtu.tree_map(
         lambda n, o: jnp.where(restarted, n, o),
-        (after, before),
+        (state, before),
         (known.solver_state, ct),
     )

@@ -12,7 +12,7 @@ from .._custom_types import RealScalarLike
 from .._precision import eps
 from .._solver.entry_scales import growth_power, units
 from .._tree import largest
-from .growth import least_share
+from .growth import any_grown
 from .validate import call, torn_steps
 
 
@@ -123,8 +123,7 @@ def refuse_wrong(
         return gradient
     tol = tolerance(drift_tol, drifts)
     within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
-    grown = [s > max(least_share, tol) for s in shares]
-    grown = jnp.stack([jnp.array(False), *grown]).any()
+    grown = any_grown(shares, tol)
     wrong = torn | jnp.invert(within) | grown
     if not throw:
         return _poison(wrong, gradient)

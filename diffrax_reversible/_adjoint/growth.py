@@ -1,13 +1,15 @@
 """Detecting cotangents that grow where the solution contracts."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, BFloat16, Float, PyTree
+from jaxtyping import Array, BFloat16, Bool, Float, PyTree
 
-from .._custom_types import Y
+from .._custom_types import BoolScalarLike, IntScalarLike, Y
 from .._solver.entry_scales import units
-from .._solver.pullback import Probe
+from .._solver.pullback import Departure, Probe
 from .._tree import largest, sum_of_magnitudes
 
 
@@ -38,8 +40,14 @@ _acquitted = 0.25
 # The accepted share of grown entries in an array of the gradient. If the initial
 # state is not differentiated, a share of the largest size that the array has had: grown
 # entries change sign from step to step, and hardly affect sums over the steps.
-least_share = 0.01
+_least_share = 0.01
 _share_of_all = 0.3
+
+# The second approximation spoils an entry if it is about to add more than this share of its
+# size.
+_spoils = 1e-3
+# Steps with larger `|h λ|` are hardly stable, so that the departure is no power of it.
+_stable = 4.0
 
 
 class Growth(eqx.Module):
@@ -62,28 +70,42 @@ class Growth(eqx.Module):
     - `factors`: its growth beyond that in steps where it should not grow.
     - `largest`: the largest entry of each array so far among those that have not grown.
 
+    - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
+        see `spoils`.
+    - `restarts`: the number of these restarts.
+
     The former two are kept to two or three digits, in a quarter of the memory.
     """
 
     sizes: PyTree[BFloat16[Array, "..."]]
     factors: PyTree[BFloat16[Array, "..."]]
     largest: PyTree[Float[Array, ""]]
+    cures: BoolScalarLike
+    restarts: IntScalarLike
 
     @staticmethod
-    def start(y_bar: Y) -> "Growth":
+    def start(y_bar: Y, cures: BoolScalarLike) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
-        return Growth(_few_digits(sizes), _few_digits(ones), largest(sizes))
+        sizes, ones, most = _few_digits(sizes), _few_digits(ones), largest(sizes)
+        return Growth(sizes, ones, most, cures, jnp.array(0))
+
+    def restarted(self) -> "Growth":
+        return dataclasses.replace(self, restarts=self.restarts + 1)
 
     def expect(self, added: Y) -> "Growth":
         """The growth after outputs have `added` to the cotangent."""
         sizes = sum_of_magnitudes(added, [added])
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
-        return Growth(_few_digits(sizes), self.factors, self.largest)
+        return dataclasses.replace(self, sizes=_few_digits(sizes))
 
     def update(self, probe: Probe) -> "Growth":
         """The growth after the pull-back of a step."""
         control = jnp.asarray(probe.control)
+        # The second one is the better estimate, and the first one detects more.
+        y_bar = jtu.tree_map(
+            lambda y, first: jnp.where(self.cures, first, y), probe.y_bar, probe.first
+        )
 
         def grow(size, factor, vf_bar, pulled, y_bar, outputs):
             y_bar = jnp.abs(y_bar)
@@ -118,11 +140,11 @@ class Growth(eqx.Module):
         factors = jtu.tree_map(
             grow,
             *(self.sizes, self.factors),
-            *(probe.vf_bar, probe.pulled, probe.y_bar, probe.outputs),
+            *(probe.vf_bar, probe.pulled, y_bar, probe.outputs),
         )
         sizes = jtu.tree_map(
             lambda s, o, y: jnp.maximum(_remembered * (s.astype(o.dtype) + o), jnp.abs(y)),
-            *(self.sizes, probe.outputs, probe.y_bar),
+            *(self.sizes, probe.outputs, y_bar),
         )
 
         def right(size, factor, so_far):
@@ -130,7 +152,30 @@ class Growth(eqx.Module):
             return jnp.maximum(so_far, largest(size))
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
-        return Growth(_few_digits(sizes), _few_digits(factors), rights)
+        sizes, factors = _few_digits(sizes), _few_digits(factors)
+        return Growth(sizes, factors, rights, self.cures, self.restarts)
+
+    def spoils(self, probe: Probe, departure: Departure) -> BoolScalarLike:
+        """Whether this element `cures`, and the cotangent of the second approximation,
+        which grows where the flow contracts, is about to spoil that of the state.
+
+        The solve restarts where the two approximations depart. In a mode that has died out
+        they do not, although the second one would amplify any perturbation of the first.
+        The gradient is such a perturbation. So the backward pass restarts, too: it takes
+        the gradient of a solve that restarts at that step, which differs from this one by
+        as little as the two approximations do.
+        """
+
+        def spoils(size, vf_bar, pulled, second):
+            rate = jnp.asarray(probe.control).astype(pulled.dtype) * pulled
+            contracts = jnp.real(rate * jnp.conj(vf_bar)) < 0
+            step = jnp.minimum(jnp.abs(rate) / units(jnp.abs(vf_bar)), _stable)
+            added = departure.coefficient * step**departure.power * jnp.abs(second)
+            return jnp.any(contracts & (added > _spoils * units(size.astype(added.dtype))))
+
+        leaves = probe.vf_bar, probe.pulled, probe.second
+        spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
+        return self.cures & jnp.stack([jnp.array(False), *spoilt]).any()
 
     def shares(self, y_bar: Y, beside_all: bool) -> list[Float[Array, ""]]:
         """The largest grown entry of every array, as a fraction of its largest entry, or
@@ -139,11 +184,17 @@ class Growth(eqx.Module):
         def share(y_bar, factor, so_far):
             y_bar = jnp.abs(y_bar)
             grown = largest(jnp.where(factor > _least, y_bar, 0))
-            more = _share_of_all / least_share
+            more = _share_of_all / _least_share
             beside = so_far * more if beside_all else largest(y_bar)
             return grown / jnp.where(beside == 0, 1, beside)
 
         return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors, self.largest))
+
+
+def any_grown(shares: list[Float[Array, ""]], drift_tol: float) -> Bool[Array, ""]:
+    """Whether one of the `Growth.shares` is not accepted."""
+    grown = [share > max(_least_share, drift_tol) for share in shares]
+    return jnp.stack([jnp.array(False), *grown]).any()
 
 
 def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:

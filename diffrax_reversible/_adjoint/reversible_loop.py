@@ -97,7 +97,9 @@ def _solve_bwd(
 
 
 def _report(report: Callable[[dict[str, int]], None], walked: Walked) -> None:
-    def tell(undone, replayed):
-        report(dict(undone_steps=int(undone), replayed_steps=int(replayed)))
+    names = "undone_steps", "replayed_steps", "restarted_steps"
 
-    jax.debug.callback(tell, walked.undone, walked.replayed)
+    def tell(*counts):
+        report(dict(zip(names, map(int, counts), strict=True)))
+
+    jax.debug.callback(tell, walked.undone, walked.replayed, walked.restarted)

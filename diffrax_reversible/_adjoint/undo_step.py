@@ -11,6 +11,7 @@ from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
 from .pull_outputs import pull_step_outputs
+from .pull_restart import restart_cotangent
 from .pull_step import pull_step
 from .steps import Record
 from .walk import Position, Walk
@@ -45,6 +46,9 @@ def undo_step(
         assert pulled.probe is not None
         growth = growth.update(pulled.probe)
     y0, state0 = pulled.y, pulled.solver_state
+    if growth is not None and pulled.probe is not None:
+        here = clock.start, y0, state0
+        ct, growth = restart_cotangent(walk, *here, ct, growth, pulled.probe, restarted)
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),

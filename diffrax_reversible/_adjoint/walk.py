@@ -29,7 +29,7 @@ from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
 from .drift import Drift, drifts
 from .forward import Residuals
-from .growth import Growth
+from .growth import any_grown, Growth
 from .outputs import Cursor, Output
 from .problem import Context, Inputs, Problem
 from .replay import Replayer
@@ -132,6 +132,7 @@ class Walk(eqx.Module):
     params: Params
     nondiff: Context
     differentiates_times: bool = eqx.field(static=True)
+    differentiates_start: bool = eqx.field(static=True)
     # The accepted errors at known states, of the walk and of replays.
     drift_tol: float = eqx.field(static=True)
     replay_tol: float = eqx.field(static=True)
@@ -182,10 +183,13 @@ class Walk(eqx.Module):
         """Whether a known state, or a gap in the record, may interrupt the walk."""
         return self.replays or self.residuals.kept.holds
 
-    def start(self, position: Position) -> Position:
-        """The position at the start of the walk, with all fields."""
+    def start(self, position: Position, cures: BoolScalarLike) -> Position:
+        """The position at the start of the walk, with all fields.
+
+        - `cures`: see `Growth`.
+        """
         if self.tells_growth(position):
-            growth = Growth.start(position.cotangent.y)
+            growth = Growth.start(position.cotangent.y, cures)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -250,6 +254,17 @@ class Walk(eqx.Module):
         step = position.clock.start, position.clock.end, position.y, position.cotangent
         probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
         return probe is not None
+
+    def shares(self, position: Position) -> list[Float[Array, ""]]:
+        """See `Growth.shares`, at the start of the solve."""
+        if position.growth is None:
+            return []
+        beside_all = not self.differentiates_start
+        return position.growth.shares(position.cotangent.y, beside_all)
+
+    def has_grown(self, position: Position) -> BoolScalarLike:
+        """Whether the gradient is refused because of growth."""
+        return any_grown(self.shares(position), self.drift_tol)
 
     def drifts(
         self,

@@ -285,6 +285,15 @@ class ALFTableau:
             self.error_weights,
         )
 
+    @ft.cached_property
+    def departure(self) -> float:
+        """The deviation of `v`, times the step size, after a step of `y' = λ y` with
+        `h λ = -2` from `y = 1` without a deviation."""
+        z = np.array([-2.0])
+        response = self.linear_response(z)
+        _, _, v = self._runge_kutta
+        return float(np.real(v @ response.stages - z * response.solution)[0])
+
     def linear_response(self, z: np.ndarray) -> LinearResponse:
         """The response of a step to `y' = λ y`, as a function of `z = h λ`."""
         return LinearResponse.of(self.runge_kutta_matrix, self._step_weights, z)

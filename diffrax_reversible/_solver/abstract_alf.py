@@ -50,7 +50,7 @@ from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe
+from .pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart, Probe
 
 
 if TYPE_CHECKING:
@@ -407,7 +407,9 @@ class AbstractALF(
             assert passed is not None
             passed = tree_scale(0.5, passed[0])
             y_bar = jtu.tree_map(jnp.subtract, z_bar, passed)
-            probe = Probe(vf_bar, passed, control, y_bar, outputs)
+            first = jtu.tree_map(_at_start, y_bar, z_bar, v_bar, vf_bar, passed)
+            second = _per_unit_of(control, v_bar)
+            probe = Probe(vf_bar, passed, control, y_bar, outputs, first, second)
         state_bar = with_v(cotangent.solver_state, v_bar)
         cotangent = Cotangent(z_bar, state_bar, pulled.params_bar, probe)
         if dense is not None:
@@ -416,6 +418,10 @@ class AbstractALF(
             )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
+
+    @property
+    def departure(self) -> Departure:
+        return Departure.of(self.tableau.departure, self.tableau.order + 1)
 
     def probe(
         self,
@@ -436,12 +442,15 @@ class AbstractALF(
         pull = self._field_pullback(combine, t0, y0, params)
         v_bar = cotangent.solver_state.v
         pulled, _ = pull(v_bar)
+        y_bar = tree_add(cotangent.y, pulled)
         return Probe(
             v_bar,
             pulled,
             control,
-            tree_add(cotangent.y, pulled),
+            y_bar,
             _outputs(cotangent.y, dense_cotangent),
+            y_bar,
+            _per_unit_of(control, v_bar),
         )
 
     def _pull_end(
@@ -616,6 +625,26 @@ def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:
     ends = dict(dense_cotangent or {})
     inner = ends.pop("inner", [])
     return sum_of_magnitudes(y_bar, [*ends.values(), *inner])
+
+
+def _at_start(
+    there: Array, z_bar: Array, v_bar: Array, vf_bar: Array, pulled: Array
+) -> Array:
+    """The cotangent of the state at the start of a step, if `v` is evaluated there, from
+    the one `there`, at the first stage, if `v` is evaluated there.
+
+    They differ little, unless the cotangent of `v` prevails, as it does where the flow
+    contracts. Entries that consist of one mode show its `λ`, and hence the one looked for.
+    """
+    ratio = pulled / jnp.where(vf_bar == 0, 1, vf_bar)
+    here = z_bar + ratio * v_bar
+    contracts = jnp.real(pulled * jnp.conj(vf_bar)) < 0
+    return jnp.where(contracts & (jnp.abs(here) < jnp.abs(there)), here, there)
+
+
+def _per_unit_of(control: RealScalarLike, v_bar: VF) -> VF:
+    """The cotangent of `v` as one of `v` times the length of the step."""
+    return tree_scale(1 / jnp.where(control == 0, jnp.inf, control), v_bar)
 
 
 def _rows(x: VF, functionals: np.ndarray) -> list[VF]:

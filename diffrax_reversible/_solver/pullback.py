@@ -34,6 +34,9 @@ class Probe(eqx.Module):
     - `y_bar`: the cotangent of the state there, for a solve that begins there.
     - `outputs`: the sum of the magnitudes of the cotangents of the interpolation data of
         the step.
+    - `first`: as `y_bar`, but exactly at the start of the step. It may be estimated.
+    - `second`: the cotangent there of the second approximation that the solver carries, in
+        the units of `y_bar`.
     """
 
     vf_bar: VF
@@ -41,6 +44,8 @@ class Probe(eqx.Module):
     control: RealScalarLike
     y_bar: Y
     outputs: Y
+    first: Y
+    second: Y
 
 
 class Cotangent(eqx.Module):
@@ -112,9 +117,28 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
         """See `HasPullback`. The `start` is the state and the solver state at `t0`."""
 
 
+class Departure(NamedTuple):
+    """The distance of the second approximation from the first after a step of `y' = λ y`
+    that began with both equal: about `coefficient * |h λ|**power` times `y`."""
+
+    coefficient: float
+    power: int
+
+    @staticmethod
+    def of(distance: float, power: int) -> "Departure":
+        """From the distance after a step with `h λ = -2`: smaller steps add little, and
+        larger ones are hardly stable."""
+        return Departure(float(abs(distance)) / 2**power, power)
+
+
 class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     """A solver that can pull a cotangent back through the vector field at the start of a
     step."""
+
+    @property
+    @abc.abstractmethod
+    def departure(self) -> Departure:
+        """How far the second approximation departs from the first in a step."""
 
     @abc.abstractmethod
     def probe(
