@@ -69,7 +69,6 @@ class Growth(eqx.Module):
     - `sizes`: the largest size of each entry of the state's cotangent, with decay.
     - `factors`: its growth beyond that in steps where it should not grow.
     - `largest`: the largest entry of each array so far among those that have not grown.
-
     - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
         see `spoils`.
     - `restarts`: the number of these restarts.

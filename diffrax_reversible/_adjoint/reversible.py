@@ -158,7 +158,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     `ALF4` and its like. A replay takes the evaluations of a solve: on
     `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
     checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
-    1 checkpoint 6 times.
+    1 checkpoint 6 times. A backward pass that is done once more, see above, takes at least
+    twice as many evaluations.
 
     **Transformations**
 
