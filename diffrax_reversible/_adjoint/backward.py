@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from .._custom_types import IntScalarLike
 from .._diffrax import State
-from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_like
 from .between_steps import go_on
@@ -97,7 +96,6 @@ def _walk(walk: Walk, end: Position) -> Position:
     position = walk.start(end, jnp.array(False))
     meter = walk.problem.progress_meter.init()
     position = dataclasses.replace(position, meter=meter)
-    cures = position.growth is not None and isinstance(walk.problem.solver, CanRestart)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
 
     def segment(position, kept):
@@ -113,7 +111,7 @@ def _walk(walk: Walk, end: Position) -> Position:
     def once_more(position, kept, first):
         """The start of the walk, or its end if some element has to begin once more."""
         position = finish(position)
-        if not cures:
+        if not walk.cures:
             return position, jnp.array(2)
         grown = walk.has_grown(position)
         again = first & eqxi.unvmap_any(grown)
@@ -135,9 +133,10 @@ def _walk(walk: Walk, end: Position) -> Position:
     def go(carry):
         position, kept, walks = carry
         position, kept = segment(position, kept)
-        on_the_way = eqxi.unvmap_any(jnp.logical_not(position.done))
+        some_wait = eqxi.unvmap_any(jnp.logical_not(position.done))
+        # With the branches in the other order, XLA holds two more copies of the parameters.
         position, walks = lax.cond(
-            jnp.logical_not(on_the_way),
+            jnp.logical_not(some_wait),
             lambda: once_more(position, kept, walks == 0),
             lambda: (position, walks),
         )

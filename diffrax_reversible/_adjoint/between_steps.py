@@ -220,6 +220,7 @@ def _undo_restart(
     solver = walk.problem.solver
     assert isinstance(solver, CanRestart)
     terms, args = walk.combine(walk.params)
+    # Not the output of the linearised restart, which might round differently.
     state = solver.restart(terms, known.t, known.y, args, known.solver_state)
     before = pull_restart(walk, known.t, known.y, known.solver_state, ct)
     return jtu.tree_map(

@@ -101,10 +101,11 @@ class Growth(eqx.Module):
     def update(self, probe: Probe) -> "Growth":
         """The growth after the pull-back of a step."""
         control = jnp.asarray(probe.control)
-        # The second one is the better estimate, and the first one detects more.
-        y_bar = jtu.tree_map(
-            lambda y, first: jnp.where(self.cures, first, y), probe.y_bar, probe.first
-        )
+        y_bar = probe.y_bar
+        if probe.first is not None:
+            # This is the better estimate, and the other one detects more.
+            choose = lambda first, y: jnp.where(self.cures, first, y)
+            y_bar = jtu.tree_map(choose, probe.first, y_bar)
 
         def grow(size, factor, vf_bar, pulled, y_bar, outputs):
             y_bar = jnp.abs(y_bar)

@@ -47,9 +47,9 @@ def restart_cotangent(
     - `restarted`: whether the solve has made one.
     """
     solver = walk.problem.solver
-    assert isinstance(solver, HasProbe)
-    if not isinstance(solver, CanRestart):
+    if not walk.cures:
         return ct, growth
+    assert isinstance(solver, HasProbe) and solver.departure is not None
 
     def pull(carry):
         ct, growth, _ = carry

@@ -109,15 +109,16 @@ class ReversibleAdjoint(AbstractAdjoint):
     **Fast modes that have died out**
 
     Such modes do not affect the solution, but a gradient excites them again. The second
-    approximation of the solvers that restart then amplifies it, under every adjoint: in the
+    approximation of `ALF4` and its like then amplifies it, under every adjoint: in the
     solve both approximations agree there, so that it has no reason to restart. If the
     gradient grows in steps in which the vector field contracts the growing mode, and would
     be useless, the backward pass is done once more, with restarts in place of the solve: by
     an evaluation and a pull-back wherever the second approximation would otherwise add more
     than a thousandth to an entry of the cotangent. This is the gradient of a solve that
-    restarts at these steps, and nearer the exact one than that of the default adjoint: on a
-    slow manifold (`tests/test_growth.py::test_slow_manifold`) it is right to six digits,
-    where that of the default adjoint with the same solver has none.
+    restarts at these steps: on a slow manifold (`tests/test_growth.py::test_slow_manifold`)
+    it is right to six digits, where that of the default adjoint with the same solver has
+    none. What is not found to grow remains the gradient of the solve, even if such a mode
+    spoils it: on the same manifold, at a tolerance of 1e-6, it is off by half.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
@@ -269,7 +270,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     the number of steps before it (`step`), the time (`t`, or `-t` if `t1 < t0`), whether
     the solver was restarted there (`restarted`), the error of the reconstruction, as a
     fraction of `drift_tol` (`miss`), and whether the last segment is undone again because
-    of it (`repeated`). `explain` shows them.
+    of it (`repeated`). `explain` shows them. A backward pass that is done once more calls
+    it again.
 
 **Raises:**
 

@@ -42,11 +42,10 @@ def undo_step(
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
     pulled = pull_step(walk, position, solver_state, step, known)
     ct, growth = pulled.cotangent, position.growth
+    y0, state0 = pulled.y, pulled.solver_state
     if growth is not None:
         assert pulled.probe is not None
         growth = growth.update(pulled.probe)
-    y0, state0 = pulled.y, pulled.solver_state
-    if growth is not None and pulled.probe is not None:
         here = clock.start, y0, state0
         ct, growth = restart_cotangent(walk, *here, ct, growth, pulled.probe, restarted)
     if walk.problem.with_jumps:

@@ -23,7 +23,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
-from .._solver.capabilities import error_scales
+from .._solver.capabilities import CanRestart, error_scales
 from .._solver.pullback import Cotangent, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
@@ -254,6 +254,14 @@ class Walk(eqx.Module):
         step = position.clock.start, position.clock.end, position.y, position.cotangent
         probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
         return probe is not None
+
+    @property
+    def cures(self) -> bool:
+        """Whether the backward pass can restart in place of the solve, see `Growth`."""
+        solver = self.problem.solver
+        if not (isinstance(solver, HasProbe) and isinstance(solver, CanRestart)):
+            return False
+        return solver.departure is not None
 
     def shares(self, position: Position) -> list[Float[Array, ""]]:
         """See `Growth.shares`, at the start of the solve."""

@@ -420,7 +420,9 @@ class AbstractALF(
         return y0, solver_state, cotangent
 
     @property
-    def departure(self) -> Departure:
+    def departure(self) -> Departure | None:
+        if self.tableau.deviation_weights is None:
+            return None
         return Departure.of(self.tableau.departure, self.tableau.order + 1)
 
     def probe(

@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from diffrax import (
     AbstractAdaptiveSolver,
     AbstractERK,
@@ -18,7 +17,6 @@ from diffrax import (
 )
 from jaxtyping import Array, PyTree
 
-from .._coefficients.linear_response import LinearResponse
 from .._custom_types import (
     Args,
     BoolScalarLike,
@@ -42,7 +40,7 @@ from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull, Update
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
-from .pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart, Probe
+from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -369,8 +367,7 @@ class McCallumFoster(
         term = as_ode_term(self, combine(params)[0])
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
-        y_bar = tree_add(y0_bar, z0_bar)
-        probe = Probe(vf_bar, passed, control, y_bar, outputs, y_bar, z0_bar)
+        probe = Probe(vf_bar, passed, control, tree_add(y0_bar, z0_bar), outputs)
         cotangent = Cotangent(
             y0_bar,
             with_copy(cotangent.solver_state, z0_bar),
@@ -378,21 +375,6 @@ class McCallumFoster(
             probe,
         )
         return y0, with_copy(solver_state, z0), cotangent
-
-    @property
-    def departure(self) -> Departure:
-        # A step takes `y` to `R(z) y`, and its inverse divides by `R(-z)`.
-        tableau = self._tableau
-        size = len(tableau.b_sol)
-        a = np.zeros((size, size))
-        for i, row in enumerate(tableau.a_lower, start=1):
-            a[i, :i] = row
-        z = np.array([-2.0, 2.0])
-        solution = LinearResponse.of(a, tableau.b_sol, z).solution
-        forwards, backwards = np.real(solution)
-        order = self.solver.order(None)
-        assert order is not None
-        return Departure.of(forwards * backwards - 1, order + 1)
 
     def probe(
         self,
@@ -412,9 +394,7 @@ class McCallumFoster(
         _, pull = jax.vjp(lambda y: term.vf(t0, y, args), y0)
         (pulled,) = pull(y_bar)
         outputs = _outputs(y_bar, dense_cotangent)
-        second = cotangent.solver_state.copy
-        control = term.contr(t0, t1)
-        return Probe(y_bar, pulled, control, y_bar, outputs, y_bar, second)
+        return Probe(y_bar, pulled, term.contr(t0, t1), y_bar, outputs)
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**

@@ -34,9 +34,9 @@ class Probe(eqx.Module):
     - `y_bar`: the cotangent of the state there, for a solve that begins there.
     - `outputs`: the sum of the magnitudes of the cotangents of the interpolation data of
         the step.
-    - `first`: as `y_bar`, but exactly at the start of the step. It may be estimated.
-    - `second`: the cotangent there of the second approximation that the solver carries, in
-        the units of `y_bar`.
+    - `first`, `second`: the cotangents, exactly at the start of the step, of the state, as
+        in `y_bar`, which may be estimated, and of the second approximation that the solver
+        carries, in the units of `y_bar`. Only if the solver has a `departure`.
     """
 
     vf_bar: VF
@@ -44,8 +44,8 @@ class Probe(eqx.Module):
     control: RealScalarLike
     y_bar: Y
     outputs: Y
-    first: Y
-    second: Y
+    first: Y | None = None
+    second: Y | None = None
 
 
 class Cotangent(eqx.Module):
@@ -136,9 +136,10 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     step."""
 
     @property
-    @abc.abstractmethod
-    def departure(self) -> Departure:
-        """How far the second approximation departs from the first in a step."""
+    def departure(self) -> Departure | None:
+        """How far the second approximation departs from the first in a step. `None` if the
+        backward pass has no use for restarts of its own, as the solver restarts often."""
+        return None
 
     @abc.abstractmethod
     def probe(
