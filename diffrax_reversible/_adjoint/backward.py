@@ -73,8 +73,8 @@ def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
         if not walk.stops:
             # Only the start ends the loop; elements that are done wait for the rest.
             return position.undoes_next
-        waits = jnp.logical_not(position.undoes_next | position.done)
-        waits = eqxi.unvmap_any(waits) & (count >= _at_once)
+        waits = eqxi.unvmap_any(position.needs_known | position.pending)
+        waits &= count >= _at_once
         return position.undoes_next & jnp.logical_not(waits)
 
     def undo(carry):
@@ -111,20 +111,20 @@ def _walk(walk: Walk, end: Position) -> Position:
     def once_more(position, kept, first):
         """The start of the walk, or its end if some element has to begin once more."""
         position = finish(position)
-        if not walk.cures:
+        if walk.departure is None:
             return position, jnp.array(2)
         grown = walk.has_grown(position)
         again = first & eqxi.unvmap_any(grown)
         # Some of what was held and recorded is lost.
         there = kept.record.reaches(end.step, walk.residuals.count - 1)
-        begin = dataclasses.replace(
+        begin = lambda: dataclasses.replace(
             walk.start(end, grown),
             stop=jnp.where(there, end.stop, end.step),
             undone=position.undone,
             replayed=position.replayed,
             meter=position.meter,
         )
-        position = jtu.tree_map(lambda x, y: jnp.where(again, x, y), begin, position)
+        position = lax.cond(again, begin, lambda: position)
         return position, jnp.where(again, 1, 2)
 
     def on_the_way(carry):
@@ -232,6 +232,7 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
         [Cursor(s.save_index, s.saveat_ts_index) for s in saved],
         jnp.logical_not(record.restarted),
         record.restarted,
+        jnp.array(False),
         jnp.maximum(checkpoints.step_before(residuals.count), record.first),
         None,
     )

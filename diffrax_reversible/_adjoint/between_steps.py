@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import BoolScalarLike, IntScalarLike, SolverState
+from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
 from .._solver.capabilities import CanRestart, interrupt
-from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import Drift
 from .judge import beside_rounding, judge
@@ -31,7 +30,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     """
     assert kept.record is not None and kept.checkpoints is not None
     step = position.step
-    here = jnp.logical_not(position.undoes_next | position.done)
+    here = position.needs_known
     # A known position continues from an earlier state.
     held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
     replays = here & jnp.logical_not(held)
@@ -46,20 +45,56 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         )
         count = position.replayed + jnp.where(replays, known.step - before, 0)
         position = dataclasses.replace(position, replayed=count)
-    position = _come_to(walk, position, known, here)
-    assert kept.record is not None and kept.checkpoints is not None
-    replayed, step = replays & (position.step == step), position.step
-    stop = jnp.maximum(kept.checkpoints.step_before(step), kept.record.first)
+    params = position.cotangent.params, position.params_cotangent
+    rest = _with_params(position, (None, None))
+    arrived, missed = _come_to(walk, rest, known, here)
+    arrived = _plan(walk, arrived, kept, step, replays)
+    position = jtu.tree_map(lambda a, r: jnp.where(here, a, r), arrived, rest)
     if walk.repeats:
-        # Otherwise replay the steps first, to hold states in between.
-        goes_on = step - stop <= position.least_reach
-        goes_on &= kept.record.reaches(step, walk.residuals.count - 1)
-        stop = jnp.where(replayed | goes_on, stop, step)
-    stop = jnp.where(here, stop, position.stop)
-    position = eqx.tree_at(lambda p: p.stop, position, stop)
+        params = _add(*params, here, missed)
+    position = pull_restart(walk, _with_params(position, params))
     if walk.pulls_from_start:
         position = _pull_from_start(walk, position, kept, here)
     return position, kept
+
+
+def _with_params(position: Position, params: tuple[Params | None, ...]) -> Position:
+    """The position with other cotangents of the parameters."""
+    where = lambda p: (p.cotangent.params, p.params_cotangent)
+    return tree_replace(where, position, params)
+
+
+def _add(
+    params_bar: Params, total: Params, here: BoolScalarLike, missed: BoolScalarLike
+) -> tuple[Params, Params]:
+    """Add a segment's cotangent of the parameters to the `total`, unless the walk `missed`
+    its known state, and begin the next with zeros, if this element is `here`."""
+    counts = here & jnp.logical_not(missed)
+    added = jtu.tree_map(lambda x: jnp.where(counts, x, 0), params_bar)
+    total = tree_add(total, added)
+    # Plain zeros would not wait for the sum, and XLA would copy the summand.
+    zeros = jtu.tree_map(jnp.subtract, total, total)
+    return jtu.tree_map(lambda z, x: jnp.where(here, z, x), zeros, params_bar), total
+
+
+def _plan(
+    walk: Walk,
+    position: Position,
+    kept: Kept,
+    step: IntScalarLike,
+    replayed: BoolScalarLike,
+) -> Position:
+    """Find the next stop, where the solve was `replayed` up to a `step`, if at all."""
+    record, checkpoints = kept.record, kept.checkpoints
+    assert record is not None and checkpoints is not None
+    stop = jnp.maximum(checkpoints.step_before(position.step), record.first)
+    if walk.repeats:
+        # Otherwise replay the steps first, to hold states in between.
+        goes_on = position.step - stop <= position.least_reach
+        goes_on &= record.reaches(position.step, walk.residuals.count - 1)
+        goes_on |= replayed & (position.step == step)
+        stop = jnp.where(goes_on, stop, position.step)
+    return dataclasses.replace(position, stop=stop)
 
 
 def _pull_from_start(
@@ -109,15 +144,18 @@ def _replay(
 
 def _come_to(
     walk: Walk, position: Position, known: Known, here: BoolScalarLike
-) -> Position:
-    """Replace the reconstruction by the `known` state, if this element is `here`."""
+) -> tuple[Position, BoolScalarLike]:
+    """Replace the reconstruction by the `known` state, see `_go_back`.
+
+    - `here`: whether this element of a batch does so.
+    """
     restarted = position.restarted & here
-    ct, state = position.cotangent, known.solver_state
+    state = known.solver_state
     if walk.residuals.restartable:
-        state, ct = lax.cond(
+        state = lax.cond(
             eqxi.unvmap_any(restarted),
-            lambda: _undo_restart(walk, known, ct, restarted),
-            lambda: (state, ct),
+            lambda: _restart(walk, known, restarted),
+            lambda: state,
         )
     assert position.origin is not None
     single = position.origin.step - position.step <= 1
@@ -135,17 +173,14 @@ def _come_to(
     controller_state = clock.controller_state
     if walk.residuals.record.outermost is not None:
         controller_state = eqx.combine(known.controller_state, controller_state)
-    clock = clock.set(known.t, known.last_end, controller_state, here)
-    new, old = (known.y, known.solver_state), (position.y, position.solver_state)
-    y, state = jtu.tree_map(lambda n, o: jnp.where(here, n, o), new, old)
     arrived = dataclasses.replace(
         position,
-        clock=clock,
-        y=y,
-        solver_state=state,
-        cotangent=ct,
-        known=position.known | here,
-        restarted=position.restarted & jnp.logical_not(here),
+        clock=clock.set(known.t, known.last_end, controller_state),
+        y=known.y,
+        solver_state=known.solver_state,
+        known=jnp.array(True),
+        restarted=jnp.array(False),
+        pending=position.restarted,
     )
     return _go_back(walk, position, arrived, walked, beside, here)
 
@@ -157,10 +192,10 @@ def _go_back(
     walked: list[Float[Array, ""]],
     beside: list[Float[Array, ""]],
     here: BoolScalarLike,
-) -> Position:
-    """The position to continue from, if this element is `here`: the known state at which
-    the walk `arrived` or, if it missed that by too much, the origin of the segment, to
-    undo the steps again with known states in between."""
+) -> tuple[Position, BoolScalarLike]:
+    """The position to continue from: the known state at which the walk `arrived` or, if it
+    `missed` that by too much, the origin of the segment, to undo the steps again with known
+    states in between."""
     origin, drifts = position.origin, position.drifts
     assert origin is not None and drifts is not None
     missed, parted, reach = jnp.array(False), position.parted, position.reach
@@ -176,55 +211,33 @@ def _go_back(
         miss = worst / walk.drift_tol
         walk.tell(here, arrived, position.restarted, miss, missed)
     new = arrived.as_origin(walk.repeats)
-    choose = lambda pred, x, y: jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
-    counts = here & jnp.logical_not(missed)
     if walk.drift_tol < walk.replay_tol:
         share = walk.drift_tol / walk.replay_tol
         walked = [jnp.where(position.known, share * w, w) for w in walked]
-    undone = position.undone + jnp.where(here, origin.step - position.step, 0)
-    params_cotangent = None
+    undone = position.undone + origin.step - position.step
     if walk.repeats:
-        params_bar = arrived.cotangent.params
-        added = choose(counts, params_bar, tree_zeros_like(params_bar))
-        params_cotangent = tree_add(position.params_cotangent, added)
-        # Plain zeros would not wait for the sum, and XLA would copy the summand.
-        zeros = jtu.tree_map(jnp.subtract, params_cotangent, params_cotangent)
-        arrived = eqx.tree_at(
-            lambda p: p.cotangent.params,
-            choose(missed, origin, new),
-            choose(here, zeros, params_bar),
-            is_leaf=lambda x: x is None,
-        )
-    return dataclasses.replace(
+        arrived = new = jtu.tree_map(lambda o, n: jnp.where(missed, o, n), origin, new)
+    arrived = dataclasses.replace(
         arrived,
-        origin=choose(counts, new, origin),
+        origin=new,
         reach=reach,
         parted=parted,
         undone=undone,
         replayed=position.replayed,
         meter=position.meter,
-        hidden=jtu.tree_map(lambda x: jnp.where(here, 0, x), position.hidden),
+        hidden=tree_zeros_like(position.hidden),
         drifts=[
-            jnp.maximum(d, jnp.where(counts, w, 0))
+            jnp.maximum(d, jnp.where(missed, 0, w))
             for d, w in zip(drifts, walked, strict=True)
         ],
-        params_cotangent=params_cotangent,
     )
+    return arrived, missed
 
 
-def _undo_restart(
-    walk: Walk, known: Known, ct: Cotangent, restarted: BoolScalarLike
-) -> tuple[SolverState, Cotangent]:
-    """The solver state after a restart, and the cotangent before it, if this element of
-    a batch was `restarted`."""
+def _restart(walk: Walk, known: Known, restarted: BoolScalarLike) -> SolverState:
+    """The solver state after a restart, if this element of a batch was `restarted`."""
     solver = walk.problem.solver
     assert isinstance(solver, CanRestart)
     terms, args = walk.combine(walk.params)
-    # Not the output of the linearised restart, which might round differently.
     state = solver.restart(terms, known.t, known.y, args, known.solver_state)
-    before = pull_restart(walk, known.t, known.y, known.solver_state, ct)
-    return jtu.tree_map(
-        lambda n, o: jnp.where(restarted, n, o),
-        (state, before),
-        (known.solver_state, ct),
-    )
+    return jtu.tree_map(lambda n, o: jnp.where(restarted, n, o), state, known.solver_state)

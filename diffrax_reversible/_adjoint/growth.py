@@ -89,8 +89,8 @@ class Growth(eqx.Module):
         sizes, ones, most = _few_digits(sizes), _few_digits(ones), largest(sizes)
         return Growth(sizes, ones, most, cures, jnp.array(0))
 
-    def restarted(self) -> "Growth":
-        return dataclasses.replace(self, restarts=self.restarts + 1)
+    def count(self, restart: BoolScalarLike) -> "Growth":
+        return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
 
     def expect(self, added: Y) -> "Growth":
         """The growth after outputs have `added` to the cotangent."""

@@ -11,7 +11,6 @@ from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
 from .pull_outputs import pull_step_outputs
-from .pull_restart import restart_cotangent
 from .pull_step import pull_step
 from .steps import Record
 from .walk import Position, Walk
@@ -43,11 +42,16 @@ def undo_step(
     pulled = pull_step(walk, position, solver_state, step, known)
     ct, growth = pulled.cotangent, position.growth
     y0, state0 = pulled.y, pulled.solver_state
+    departure, no = walk.departure, jnp.array(False)
+    pending = no
     if growth is not None:
         assert pulled.probe is not None
         growth = growth.update(pulled.probe)
-        here = clock.start, y0, state0
-        ct, growth = restart_cotangent(walk, *here, ct, growth, pulled.probe, restarted)
+        if departure is not None:
+            # At the start of the solve, it would change nothing.
+            pending = growth.spoils(pulled.probe, departure) & (step > 0)
+            pending &= jnp.logical_not(restarted | crossed)
+            growth = growth.count(pending)
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),
@@ -59,14 +63,13 @@ def undo_step(
     if hidden is not None:
         hidden = tree_add(hidden, pulled.hidden)
     position = walk.show_progress(position, clock.start)
-    no = jnp.array(False)
     return tree_replace(
         lambda p: (
             *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
-            *(p.growth, p.known, p.restarted, p.hidden),
+            *(p.growth, p.known, p.restarted, p.pending, p.hidden),
         ),
         position,
-        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, hidden),
+        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, pending, hidden),
     )
 
 

@@ -24,7 +24,7 @@ from .._custom_types import (
     Y,
 )
 from .._solver.capabilities import CanRestart, error_scales
-from .._solver.pullback import Cotangent, HasProbe, HasPullbackFromStart
+from .._solver.pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .clock import Clock
 from .drift import Drift, drifts
@@ -44,6 +44,7 @@ class Position(eqx.Module):
 
     - `known`: whether the state and the solver state are known, and not reconstructed.
     - `restarted`: whether a restart here is still to be undone.
+    - `pending`: whether the cotangent is still to be pulled back through a restart here.
     - `stop`: the step of the next known state, or of the oldest step on record.
     - `growth`: the growth of the cotangent, if the solver can detect it.
     - `origin`: the position at the last known state; only its step, state, and
@@ -69,6 +70,7 @@ class Position(eqx.Module):
     cursors: list[Cursor]
     known: BoolScalarLike
     restarted: BoolScalarLike
+    pending: BoolScalarLike
     stop: IntScalarLike
     growth: Growth | None
     origin: "Position | None" = None
@@ -110,7 +112,12 @@ class Position(eqx.Module):
     @property
     def undoes_next(self) -> BoolScalarLike:
         """Whether the step before can be undone."""
-        return (self.step > self.stop) & jnp.logical_not(self.restarted)
+        return (self.step > self.stop) & jnp.logical_not(self.restarted | self.pending)
+
+    @property
+    def needs_known(self) -> BoolScalarLike:
+        """Whether the walk continues from a known state."""
+        return jnp.logical_not(self.undoes_next | self.pending | self.done)
 
     @property
     def done(self) -> BoolScalarLike:
@@ -256,12 +263,13 @@ class Walk(eqx.Module):
         return probe is not None
 
     @property
-    def cures(self) -> bool:
-        """Whether the backward pass can restart in place of the solve, see `Growth`."""
+    def departure(self) -> Departure | None:
+        """The departure of the second approximation, if the backward pass can restart in
+        place of the solve, see `Growth`."""
         solver = self.problem.solver
-        if not (isinstance(solver, HasProbe) and isinstance(solver, CanRestart)):
-            return False
-        return solver.departure is not None
+        if isinstance(solver, HasProbe) and isinstance(solver, CanRestart):
+            return solver.departure
+        return None
 
     def shares(self, position: Position) -> list[Float[Array, ""]]:
         """See `Growth.shares`, at the start of the solve."""
