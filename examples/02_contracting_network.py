@@ -26,8 +26,8 @@ initial state.
 Times are in milliseconds, and voltages in units of the transistors' saturation voltage.
 
 Run `python examples/02_contracting_network.py` after `pip install ".[examples]"`. It takes
-two minutes on two cores, and writes `02_contracting_network.png`. `--quick` leaves out two
-of the coupled schemes.
+two minutes on two cores, and writes `02_contracting_network.png`. `--quick` makes fewer
+updates, and leaves out two of the coupled schemes.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def misfit(network: Network, series: Series, method: Method) -> Float[Array, ""]
 misfit_and_gradient = eqx.filter_jit(eqx.filter_value_and_grad(misfit))
 
 
-def train(network: Network, series: Series, method: Method, steps=350):
+def train(network: Network, series: Series, method: Method, steps: int):
     """Minimise the misfit by Adam. Returns the network and the misfit at every step."""
     rate = optax.warmup_cosine_decay_schedule(2e-3, 2e-2, 20, steps)
     # Solutions change abruptly during training, so Adam must forget gradients soon.
@@ -464,13 +464,14 @@ def compare(
     return rows, walks
 
 
-def check(rms, gradient_errors, depth: float, rows: list[Comparison]) -> None:
+def check(rms, gradient_errors, depth: float, rows: list[Comparison], quick) -> None:
     (before, *ours), (_, *theirs) = rms[REVERSIBLE.name], rms[TSIT5.name]
     for a, b in zip(ours, theirs, strict=True):
         # A model error as large as the noise would give 1.4 times the noise. The rest of
         # the margins is for other processors: rounding and truncation errors make Adam end
         # at networks that are a few per cent apart.
-        assert a < 2 * NOISE < before / 10, (a, before)
+        assert before > 20 * NOISE
+        assert a < (before / 3 if quick else 2 * NOISE), (a, before)
         assert abs(a / b - 1) < 0.1, (a, b)
     # Only rounding, whose size depends on the processor: a margin of a hundred.
     assert max(gradient_errors) < 1e-6, gradient_errors
@@ -494,13 +495,13 @@ def check(rms, gradient_errors, depth: float, rows: list[Comparison]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="leaves two schemes out")
+    parser.add_argument("--quick", action="store_true", help="fewer updates and schemes")
     quick = parser.parse_args().quick
     training, held_out = record(seed=0), record(seed=1)
     initial = Network(jr.key(0))
     networks, rms = {}, {}
     for method in (REVERSIBLE, TSIT5):
-        network, losses = train(initial, training, method)
+        network, losses = train(initial, training, method, 100 if quick else 350)
         networks[method.name] = network
         ends = (misfit_and_gradient(network, s, method)[0] for s in (training, held_out))
         rms[method.name] = [float(loss) ** 0.5 for loss in (losses[0], *ends)]
@@ -529,7 +530,7 @@ def main() -> None:
     path = pathlib.Path(__file__).with_suffix(".png")
     plot(held_out, walks, accurate, path)
     print(f"\nplotted in {path.name}")
-    check(rms, gradient_errors, float(jnp.min(depths)), rows)
+    check(rms, gradient_errors, float(jnp.min(depths)), rows, quick)
     print("OK")
 
 

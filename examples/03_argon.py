@@ -35,8 +35,8 @@ that ε and σ are right to 1e-4 (5e-3 with `--quick`), and that the memory of a
 not grow with the number of steps.
 
 Run `python examples/03_argon.py` after `pip install ".[examples]"`. It takes about three
-minutes on two cores, or half a minute with `--quick`, which simulates for a shorter time
-and learns over a time of 0.5 only. It writes `03_argon.png`.
+minutes on two cores, or one minute with `--quick`, which simulates and learns over shorter
+times, and leaves out an adjoint. It writes `03_argon.png`.
 """
 
 import argparse
@@ -336,7 +336,7 @@ def main() -> None:
     steps = (250, 4000) if quick else (250, 1000, 4000)
     print("\nmemory of one gradient [MB]" + "".join(f"{n:8}" for n in steps) + " steps")
     memory = {}
-    for name, adjoint in ADJOINTS.items():
+    for name, adjoint in list(ADJOINTS.items())[: 2 if quick else 3]:
         gradients = [compiled_gradient(adjoint(n), y0, n) for n in steps]
         memory[name] = [temporary_megabytes(compiled) for compiled in gradients]
         print(f"{name:27}" + "".join(f"{x:8.2f}" for x in memory[name]))
@@ -351,10 +351,10 @@ def main() -> None:
     # trajectories differ between processors.
     assert abs(value - 1) < 0.05, value
     assert max(abs(epsilon - 1), abs(sigma - 1)) < (5e-3 if quick else 1e-4)
-    ours, default, stored = (sizes[-1] for sizes in memory.values())
+    ours, default, *stored = (sizes[-1] for sizes in memory.values())
     # One evaluation of the forces between all pairs of atoms takes most of the memory.
     assert ours < 1.02 * memory["ReversibleAdjoint"][0], memory
-    assert ours < 0.7 * default and ours < 0.2 * stored, memory
+    assert ours < 0.7 * default and all(ours < 0.2 * size for size in stored), memory
     print("OK")
 
 

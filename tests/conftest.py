@@ -68,6 +68,13 @@ def quick_options():
     return known
 
 
+def quick_flags():
+    """These options, as flags for a subprocess."""
+    options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+    options |= quick_options()
+    return " ".join(f"--{name}={value}" for name, value in options.items())
+
+
 @pytest.fixture(autouse=True)
 def compile_quickly(request, monkeypatch):
     """Compiles with few optimisations, as compiling takes most of the time. Only in tests

@@ -17,8 +17,8 @@ from .problems import cases, relative_error, sum_of_squares
     "solver",
     cases(
         (),
-        more=[dr.ALF4()],
         slow=[
+            dr.ALF4(),
             dr.ALF6(),
             dr.ALF4(compensated=True),
             dr.McCallumFoster(dfx.Tsit5()),

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from .conftest import quick_options
+from .conftest import quick_flags
 from .problems import cases
 
 
@@ -19,13 +19,6 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 # Examples that spend most of their time compiling.
 COMPILING = ("06", "07", "08", "10")
-
-
-def quick_flags():
-    """The options of `conftest.py` for quick compilation, as flags for a subprocess."""
-    options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
-    options |= quick_options()
-    return " ".join(f"--{name}={value}" for name, value in options.items())
 
 
 @pytest.mark.long

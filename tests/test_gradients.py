@@ -202,7 +202,7 @@ def test_backwards_in_time():
 
 @pytest.mark.more
 @pytest.mark.parametrize(
-    "of", cases(("every leaf",), more=("the leaf in double precision",))
+    "of", cases(("every leaf",), slow=("the leaf in double precision",))
 )
 def test_pytree_state(of):
     """The state may mix dtypes, and have 0-d and empty arrays and `None`."""

@@ -66,8 +66,7 @@ def gradient(field, solver, y0, adjoint, **kwargs):
     "name",
     cases(
         ("McCallumFoster",),
-        more=("ALF4",),
-        slow=("LeapfrogMidpoint", "ALF2", "ALF6", "ALF8", "ReversibleHeun"),
+        slow=("LeapfrogMidpoint", "ALF2", "ALF4", "ALF6", "ALF8", "ReversibleHeun"),
     ),
 )
 def test_start(name, rest, save_fn):

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import diffrax_reversible as dr
 
+from .conftest import quick_flags
 from .problems import cases
 
 
@@ -85,7 +86,8 @@ def check_sharding(loss):
         donate_argnums=1,
     )
     params, batch = jax.device_put(params, everywhere), jax.device_put(batch, split)
-    text = sharded.lower(params, batch).compile().as_text()
+    compiled = sharded.lower(params, batch).compile()
+    text = compiled.as_text()
     gathers = r"= (\(.*?\)|\S+) (all-gather|all-to-all|all-gather-start)\("
     assert re.findall(gathers, text) == []
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-reduce|collective-permute)", text)
@@ -93,7 +95,7 @@ def check_sharding(loss):
     sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in moved]
     # The size of a shard of the state.
     assert max(sizes) < batch.size / DEVICES, sorted(set(moved))
-    out = sharded(params, batch)
+    out = compiled(params, batch)
     assert batch.is_deleted()
     assert_close(out, alone)
     assert out[1].sharding.is_equivalent_to(split, 2)
@@ -130,7 +132,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", cases((), more=("batch",), slow=("shard_map", "state")))
 def test_eight_devices(name):
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = f"--xla_force_host_platform_device_count={DEVICES} {quick_flags()}"
     root = pathlib.Path(__file__).parent.parent
     run = subprocess.run(
         [sys.executable, "-m", "tests.test_sharding", name],

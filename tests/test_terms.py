@@ -118,7 +118,7 @@ def gradients(loss, *args, transform=lambda f: f):
 
 
 QUICK = ("ControlTerm.to_ode",)
-MORE = "ODETerm", "a term of one's own"
+MORE = ("a term of one's own",)
 
 
 @pytest.mark.more
