@@ -69,6 +69,24 @@ def test_known_states_and_checkpoints(tmp_path):
     assert (tmp_path / "explained.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_second_backward_pass():
+    """It is told where a mode that has died out makes it necessary, and no other advice
+    takes its steps for those of repeated segments."""
+
+    def slow_manifold(t, y, args):
+        return jnp.stack([-y[0] + 0.1 * y[0] ** 2, -500 * y[1] + y[0]])
+
+    problem = dfx.ODETerm(slow_manifold), dr.ALF4(), 0.0, 3.0, None
+    y0 = np.array([1.0, 1 / 500])
+    controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
+    explanation = dr.explain(*problem, y0, stepsize_controller=controller, rivals=())
+    assert 0 < explanation.restarted_steps < explanation.undone_steps / 2
+    assert f"{explanation.restarted_steps} restarted" in str(explanation)
+    assert any("is done twice" in sentence for sentence in explanation.advice)
+    assert not any("rounding errors grow" in sentence for sentence in explanation.advice)
+
+
 @pytest.mark.more
 def test_refused():
     adjoint = dr.ReversibleAdjoint(0, drift_tol=1e-18)
@@ -144,7 +162,7 @@ SINGLE = Rival(dr.ALF4(), 3.0, 1, 5e-6, dtype="float32")
 def test_advised_solver(own, others, advised):
     """Which solver is advised if the tolerance is 1e-4."""
     attempts = Attempts.of([(0.0, 1.0, True)], 1.0)
-    counts = (0, [], 1, 0, None)
+    counts = (0, [], 1, 0, 0, None)
     explanation = dr.Explanation("", None, attempts, *counts, {}, [own, *others], [])
     (sentence,) = advise(explanation, own.solver, tolerance=1e-4, single=False)
     assert ("`solver=" in sentence) == (advised is not None)

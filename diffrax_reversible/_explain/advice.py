@@ -30,6 +30,7 @@ def advise(
         _of_rejected(explanation),
         _of_replays(explanation),
         _of_repeats(explanation, single),
+        _of_dead_modes(explanation),
         _of_memory(explanation),
         _of_solver(explanation.rivals, solver, tolerance),
     ]
@@ -80,12 +81,22 @@ def _of_replays(explanation: Explanation) -> str | None:
 def _of_repeats(explanation: Explanation, single: bool) -> str | None:
     undone = explanation.undone_steps or 0
     count = sum(explanation.attempts.accepted)
-    if undone <= 1.2 * count:
+    if undone <= 1.2 * count or explanation.restarted_steps:
         return None
     remedy = "float64 or " if single else ""
     return (
         f"The backward pass undoes {undone} steps of {count}, as rounding errors grow too "
         f"far between known states. Use {remedy}`compensated=True`, or more `checkpoints`."
+    )
+
+
+def _of_dead_modes(explanation: Explanation) -> str | None:
+    if not explanation.restarted_steps:
+        return None
+    return (
+        "The backward pass is done twice, with restarts the second time: a fast mode that "
+        "has died out in the solution would have spoilt the gradient. This takes time, but "
+        "there is nothing to correct."
     )
 
 

@@ -89,6 +89,7 @@ def explain(
         known,
         report.get("undone_steps"),
         report.get("replayed_steps"),
+        report.get("restarted_steps"),
         refused,
         _memory(solve, adjoint),
         compare(solve, rivals),

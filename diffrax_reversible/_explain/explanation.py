@@ -24,8 +24,8 @@ class Explanation:
     - `num_restarts`: the number of restarts.
     - `known_states`: the known states of the backward pass, as the dictionaries of
         `ReversibleAdjoint(watch=...)`.
-    - `undone_steps`, `replayed_steps`: the numbers of `ReversibleAdjoint(report=...)`, or
-        `None` if no gradient was attempted.
+    - `undone_steps`, `replayed_steps`, `restarted_steps`: the numbers of
+        `ReversibleAdjoint(report=...)`, or `None` if no gradient was attempted.
     - `refused`: the reason why there is no gradient, or `None`.
     - `memory`: compiled temporary memory in bytes, of the solve, of its gradient, and of
         the gradient under `RecursiveCheckpointAdjoint`, where XLA reports it.
@@ -41,6 +41,7 @@ class Explanation:
     known_states: list[dict[str, Any]]
     undone_steps: int | None
     replayed_steps: int | None
+    restarted_steps: int | None
     refused: str | None
     memory: dict[str, int | None]
     rivals: list[Rival]
@@ -75,9 +76,11 @@ class Explanation:
         kept = [known["miss"] for known in self.known_states if not known["repeated"]]
         worst = max(kept, default=0.0)
         again = sum(known["repeated"] for known in self.known_states)
+        steps = f"{self.undone_steps} steps undone, {self.replayed_steps} replayed"
+        if self.restarted_steps:
+            steps += f", {self.restarted_steps} restarted"
         return [
-            f"  backward pass  {self.undone_steps} steps undone, "
-            f"{self.replayed_steps} replayed",
+            f"  backward pass  {steps}",
             f"  known states   {len(self.known_states)}, missed by at most {worst:.1g} of "
             f"`drift_tol`, and {again} segments undone again after a larger miss",
         ]
