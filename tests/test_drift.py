@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 
 import diffrax as dfx
 import jax
@@ -154,3 +159,25 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
         gradient(jnp.array(0.3), drift_tol=drift_tol, field=field)
     grads = gradient(jnp.array(0.3), drift_tol=drift_tol, throw=False, field=field)
     assert all(jnp.all(jnp.isnan(g)) for g in grads)
+
+
+@pytest.mark.more
+def test_errors_as_nan():
+    """If Equinox turns errors into NaN, as programs must that JAX is to cache, a refused
+    gradient is NaN in every entry."""
+    script = """
+        import jax.numpy as jnp
+        from tests.test_drift import gradient
+        (y_bar, rate_bar) = gradient(jnp.array(4.0))
+        assert jnp.isnan(y_bar).all() and jnp.isnan(rate_bar), (y_bar, rate_bar)
+        (y_bar, rate_bar) = gradient(jnp.array(1.0), t1=1.0)
+        assert jnp.isfinite(y_bar).all() and jnp.isfinite(rate_bar), (y_bar, rate_bar)
+        """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | {"EQX_ON_ERROR": "nan", "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

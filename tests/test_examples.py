@@ -56,6 +56,7 @@ def test_figure(path):
 # - `solutions.py`: no error exceeds 10 times that of `Dopri5`, at and between steps.
 # - `error_weights.py`: the package's error estimates are at least a quarter of the error.
 # - `stiff_oscillation.py`: solutions are right to 1e-4.
+# - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
 BENCHMARKS = cases(
     ("outcomes.py", "coefficients.py", "error_weights.py"),
     slow=(
@@ -64,6 +65,7 @@ BENCHMARKS = cases(
         "speed.py --device gpu",
         "solutions.py",
         "stiff_oscillation.py",
+        "compile_time.py",
     ),
 )
 
