@@ -146,6 +146,12 @@ def lorenz(t, y, args):
     return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
 
 
+def slow_manifold(t, y, k):
+    """The second entry is a fast mode that follows the first."""
+    del t
+    return jnp.stack([k * (-y[0] + 0.1 * y[0] ** 2), -500 * y[1] + y[0]])
+
+
 def reference(field, y0, t0, t1, args=None):
     """The solution at `t1`, by a solver that is independent of this package."""
     return dfx.diffeqsolve(

@@ -15,7 +15,7 @@ from diffrax_reversible._explain.attempts import Attempts
 from diffrax_reversible._explain.gradient import Solve, sum_of_squares
 from diffrax_reversible._explain.rivals import _other_precision, Rival
 
-from .problems import cases
+from .problems import cases, slow_manifold
 
 
 PID = dfx.PIDController(rtol=1e-4, atol=1e-4)
@@ -73,14 +73,10 @@ def test_known_states_and_checkpoints(tmp_path):
 def test_second_backward_pass():
     """It is told where a mode that has died out makes it necessary, and no other advice
     takes its steps for those of repeated segments."""
-
-    def slow_manifold(t, y, args):
-        return jnp.stack([-y[0] + 0.1 * y[0] ** 2, -500 * y[1] + y[0]])
-
     problem = dfx.ODETerm(slow_manifold), dr.ALF4(), 0.0, 3.0, None
     y0 = np.array([1.0, 1 / 500])
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
-    explanation = dr.explain(*problem, y0, stepsize_controller=controller, rivals=())
+    explanation = dr.explain(*problem, y0, 1.0, stepsize_controller=controller, rivals=())
     assert 0 < explanation.restarted_steps < explanation.undone_steps / 2
     assert f"{explanation.restarted_steps} restarted" in str(explanation)
     assert any("is done twice" in sentence for sentence in explanation.advice)

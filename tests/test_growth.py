@@ -11,7 +11,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import cases, kepler, lorenz, relative_error
+from .problems import cases, kepler, lorenz, relative_error, slow_manifold
 
 
 SIZE = 50
@@ -27,12 +27,6 @@ def heat(t, u, k):
     del t
     second = (jnp.roll(u, 1) + jnp.roll(u, -1) - 2 * u) / (2 / (SIZE - 1)) ** 2
     return k * (1 - u) * second.at[jnp.array([0, -1])].set(0)
-
-
-def slow_manifold(t, y, k):
-    """The second entry is a fast mode that follows the first."""
-    del t
-    return jnp.stack([k * (-y[0] + 0.1 * y[0] ** 2), -500 * y[1] + y[0]])
 
 
 def gradient(field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, **kwargs):
@@ -108,6 +102,65 @@ def test_slow_manifold(solver, tol):
     assert 0 < report["restarted_steps"] <= report["undone_steps"] / 2
     default = gradient(slow_manifold, y0, 3.0, solver, tol, DEFAULT)
     assert relative_error(default, want) > 0.1
+
+
+@pytest.mark.parametrize(
+    "jumps, checkpoints", cases((), more=((True, 1),), slow=((True, 8), (False, 1)))
+)
+def test_restarts_with_outputs_jumps_and_replays(jumps, checkpoints):
+    """The second backward pass pulls back through outputs between steps and through jumps,
+    and replays."""
+    times = jnp.linspace(0.0, 3.0, 7)
+    controller = dfx.PIDController(1e-5, 1e-5)
+    if jumps:
+        controller = dfx.ClipStepSizeController(controller, jump_ts=jnp.array([1.2]))
+
+    def field(t, y, k):
+        force = jnp.where(t > 1.2, 0.5, 0.0) if jumps else 0.0
+        return slow_manifold(t, y, k).at[0].add(force)
+
+    def grad(solver, adjoint, controller):
+        def loss(y0, k):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                solver,
+                *(0.0, 3.0, None, y0, k),
+                adjoint=adjoint,
+                saveat=dfx.SaveAt(ts=times),
+                stepsize_controller=controller,
+                max_steps=16384,
+            )
+            return jnp.sum(sol.ys @ WEIGHTS[:2])
+
+        return jax.jit(jax.grad(loss, (0, 1)))(jnp.array([1.0, 1 / 500]), 1.0)
+
+    reports = []
+    adjoint = dr.ReversibleAdjoint(checkpoints, report=reports.append)
+    got = grad(dr.ALF4(), adjoint, controller)
+    jax.effects_barrier()
+    fine = dfx.ClipStepSizeController(
+        dfx.PIDController(1e-9, 1e-9), jump_ts=jnp.array([1.2])
+    )
+    want = grad(dfx.Kvaerno5(), DEFAULT, fine)
+    assert relative_error(got, want) < 1e-4
+    assert relative_error(grad(dr.ALF4(), DEFAULT, controller), want) > 0.1
+    assert reports[0]["restarted_steps"] > 0 and reports[0]["replayed_steps"] > 0
+
+
+@pytest.mark.slow
+def test_growth_that_is_not_found():
+    """The gradient is that of the solve, although a mode that has died out spoils it."""
+    y0 = jnp.array([1.0, 1 / 500])
+    reports = []
+    adjoint = dr.ReversibleAdjoint(report=reports.append)
+    got = gradient(slow_manifold, y0, 3.0, dr.ALF4(), 1e-6, adjoint)
+    jax.effects_barrier()
+    assert reports[0]["restarted_steps"] == 0
+    assert (
+        relative_error(got, gradient(slow_manifold, y0, 3.0, dr.ALF4(), 1e-6, DEFAULT))
+        < 1e-6
+    )
+    assert 0.1 < relative_error(got, implicit(slow_manifold, y0, 3.0)) < 1
 
 
 def test_one_member_walks_twice():

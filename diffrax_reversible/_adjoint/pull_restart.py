@@ -14,8 +14,7 @@ from .walk import Position, Walk
 
 def pull_restart(walk: Walk, position: Position) -> Position:
     """Pull the cotangent back through a restart at this `position`, if one is pending."""
-    solver = walk.problem.solver
-    if not isinstance(solver, CanRestart):
+    if not walk.residuals.restartable and walk.departure is None:
         return position
     # A loop of at most one iteration: under `vmap` it runs only if an element needs it.
     ct, pending = lax.while_loop(

@@ -37,7 +37,7 @@ KEPLER = {
     "Tsit5, Kepler": (dfx.Tsit5(), DEFAULT),
     "BlanesMoan6, Kepler": (dr.BlanesMoan6(), REVERSIBLE),
 }
-QUICK = ("Tsit5", "ALF4")
+QUICK = ("ALF4", "BlanesMoan6, Kepler")
 
 
 def speed(t, p, args):
@@ -61,7 +61,7 @@ def problem(name: str):
     orbit = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
     if name.startswith("Tsit5"):
         return dfx.ODETerm(acceleration), 0.01, orbit, jnp.array(1.0)
-    terms = dfx.MultiTerm(dfx.ODETerm(speed), dfx.ODETerm(force))
+    terms = dfx.ODETerm(speed), dfx.ODETerm(force)
     return terms, 0.01, orbit, jnp.array(1.0)
 
 
