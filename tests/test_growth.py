@@ -301,6 +301,47 @@ def test_what_sums_over_the_steps_do_not_see():
     assert first > second == 0
 
 
+@pytest.mark.parametrize("moves_rest", (False, True))
+@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(), dr.ALF8())))
+def test_rest_before_the_first_input(solver, moves_rest):
+    """A drug is absorbed at a rate `k` after its `dose`. Before, steps exceed the stability
+    limit, which the gradient feels only if parameters move the state of `rest`."""
+    t_dose, infusion = 5.0, 0.2
+    jumps = jnp.array([t_dose, t_dose + infusion])
+
+    def field(t, y, params):
+        k, dose, rest = params
+        given = jnp.where((t >= jumps[0]) & (t < jumps[1]), dose / infusion, 0.0)
+        absorbed = k * (y[0] - rest)
+        return jnp.stack([given - absorbed, absorbed - 0.5 * y[1]])
+
+    def loss(params, adjoint):
+        pid = dfx.PIDController(1e-5, 1e-5)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            solver,
+            *(0.0, 10.0, 0.01, jnp.zeros(2), params if moves_rest else (*params[:2], 0.0)),
+            saveat=dfx.SaveAt(ts=jnp.linspace(0.0, 10.0, 9)),
+            stepsize_controller=dfx.ClipStepSizeController(pid, jump_ts=jumps),
+            adjoint=adjoint,
+            throw=False,
+        )
+        return jnp.sum(sol.ys[:, 1])
+
+    params = tuple(map(jnp.array, (5.0, 100.0, 0.0)))
+    got, want = (
+        jnp.stack(jax.jit(jax.grad(lambda params, a=adjoint: loss(params, a)))(params))
+        for adjoint in (dr.ReversibleAdjoint(), DEFAULT)
+    )
+    if moves_rest:
+        ts = np.linspace(0, 10, 9)
+        exact = -np.sum((np.exp(-0.5 * ts) - np.exp(-5 * ts)) * 5 / 4.5)
+        assert abs(want[2]) > 1e4 * abs(exact) and jnp.isnan(got).all()
+    else:
+        # The backward pass restarted, and differs from the solve by as little as that does.
+        assert np.allclose(got, want, rtol=1e-3)
+
+
 @pytest.mark.more
 def test_many_entries_in_single_precision():
     """Gradients are right if a whole batch is one state. Some entries of its cotangent are

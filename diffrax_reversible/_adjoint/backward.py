@@ -250,7 +250,11 @@ def _walked(walk: Walk, position: Position) -> Walked:
         # walk.
         last = jnp.where(position.done, position.clock.drift, jnp.nan)
         drifts = [*drifts, last.astype(drifts[0].dtype)]
-    restarted = jnp.array(0) if position.growth is None else position.growth.restarts
+    shares, restarted = walk.shares(position), jnp.array(0)
+    if (growth := position.growth) is not None:
+        matters = growth.matters(position.cotangent.params, position.params_cotangent)
+        shares = [jnp.where(matters, share, 0) for share in shares]
+        restarted = growth.restarts
     gradient = Inputs(ct.y, ct.solver_state, ct.params)
     counts = position.undone, position.replayed, restarted
-    return Walked(gradient, drifts, walk.shares(position), *counts)
+    return Walked(gradient, drifts, shares, *counts)

@@ -3,14 +3,17 @@
 import dataclasses
 
 import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, BFloat16, Bool, Float, PyTree
 
-from .._custom_types import BoolScalarLike, IntScalarLike, Y
+from .._custom_types import BoolScalarLike, IntScalarLike, Params, Y
 from .._solver.entry_scales import units
 from .._solver.pullback import Departure, Probe
 from .._tree import largest, sum_of_magnitudes
+from .spread import Spread, sums
 
 
 # All of these are tuned, with ALF4, 6 and 8 at tolerances from 1e-10 to 1e-3: to refuse
@@ -72,6 +75,8 @@ class Growth(eqx.Module):
     - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
         see `spoils`.
     - `restarts`: the number of these restarts.
+    - `spread`: what the parameters have received since, if `cures`; `None` if the initial
+        state is differentiated.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -81,13 +86,14 @@ class Growth(eqx.Module):
     largest: PyTree[Float[Array, ""]]
     cures: BoolScalarLike
     restarts: IntScalarLike
+    spread: Spread | None
 
     @staticmethod
-    def start(y_bar: Y, cures: BoolScalarLike) -> "Growth":
+    def start(y_bar: Y, cures: BoolScalarLike, spread: Spread | None) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         sizes, ones, most = _few_digits(sizes), _few_digits(ones), largest(sizes)
-        return Growth(sizes, ones, most, cures, jnp.array(0))
+        return Growth(sizes, ones, most, cures, jnp.array(0), spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -98,8 +104,16 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def update(self, probe: Probe) -> "Growth":
-        """The growth after the pull-back of a step."""
+    def before_step(self, params_bar: Params) -> Float[Array, " sums"] | None:
+        """The sums of the cotangent of the parameters, where `update` needs them."""
+        if self.spread is None:
+            return None
+        zeros = jnp.zeros_like(self.spread.added)
+        any_cures = eqxi.unvmap_any(self.cures)
+        return lax.cond(any_cures, lambda: sums(params_bar), lambda: zeros)
+
+    def update(self, probe: Probe, before: Float[Array, " sums"] | None) -> "Growth":
+        """The growth after the pull-back of a step, with the sums `before` it."""
         control = jnp.asarray(probe.control)
         y_bar = probe.y_bar
         if probe.first is not None:
@@ -152,8 +166,24 @@ class Growth(eqx.Module):
             return jnp.maximum(so_far, largest(size))
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
+        spread = self.spread
+        if spread is not None:
+            assert before is not None
+            # Only where the first walk has found that something grew.
+            grown = [jnp.any(f > _least) for f in jtu.tree_leaves(factors)]
+            grown = self.cures & jnp.stack([jnp.array(False), *grown]).any()
+            spread = spread.begin(grown, before)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
-        return Growth(sizes, factors, rights, self.cures, self.restarts)
+        return Growth(sizes, factors, rights, self.cures, self.restarts, spread)
+
+    def at_known(self, params_bar: Params, here: BoolScalarLike) -> "Growth":
+        """The growth at a known state, if this element is `here`, where the cotangent of
+        the parameters begins anew with zero."""
+        if (spread := self.spread) is None:
+            return self
+        some = eqxi.unvmap_any(here & spread.begun)
+        spread = lax.cond(some, lambda s: s.at_known(params_bar), lambda s: s, spread)
+        return dataclasses.replace(self, spread=spread)
 
     def spoils(self, probe: Probe, departure: Departure) -> BoolScalarLike:
         """Whether this element `cures`, and the cotangent of the second approximation,
@@ -176,6 +206,12 @@ class Growth(eqx.Module):
         leaves = probe.vf_bar, probe.pulled, probe.second
         spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
         return self.cures & jnp.stack([jnp.array(False), *spoilt]).any()
+
+    def matters(self, params_bar: Params, earlier: Params | None) -> BoolScalarLike:
+        """Whether what has grown may have spoilt the gradient, see `Spread.matters`."""
+        if self.spread is None:
+            return True
+        return jnp.logical_not(self.cures) | self.spread.matters(params_bar, earlier)
 
     def shares(self, y_bar: Y, beside_all: bool) -> list[Float[Array, ""]]:
         """The largest grown entry of every array, as a fraction of its largest entry, or

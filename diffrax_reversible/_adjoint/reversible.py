@@ -126,6 +126,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     all tolerances from 1e-3 to 1e-10. Here, with the solvers that restart, it is an error
     that says how to bound the steps.
 
+    If the initial state is not differentiated, such growth may not matter. A system that
+    rests until its first input arrives adds nothing to the gradient of its parameters, as a
+    drug before the first dose. With `ALF4` and its like, the second backward pass measures
+    how much of that gradient is from after the growth began, and less than a thousandth is
+    accepted.
+
     **Kinks**
 
     The solve records how long each entry of the state keeps its initial value, to the last

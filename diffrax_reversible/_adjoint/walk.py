@@ -33,6 +33,7 @@ from .growth import any_grown, Growth
 from .outputs import Cursor, Output
 from .problem import Context, Inputs, Problem
 from .replay import Replayer
+from .spread import Spread
 
 
 # Exceeds the number of steps between known states.
@@ -196,7 +197,10 @@ class Walk(eqx.Module):
         - `cures`: see `Growth`.
         """
         if self.tells_growth(position):
-            growth = Growth.start(position.cotangent.y, cures)
+            spread = None
+            if self.departure is not None and not self.differentiates_start:
+                spread = Spread.start(position.cotangent.params)
+            growth = Growth.start(position.cotangent.y, cures, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -279,7 +283,7 @@ class Walk(eqx.Module):
         return position.growth.shares(position.cotangent.y, beside_all)
 
     def has_grown(self, position: Position) -> BoolScalarLike:
-        """Whether the gradient is refused because of growth."""
+        """Whether the gradient is refused because of growth, if that matters."""
         return any_grown(self.shares(position), self.drift_tol)
 
     def drifts(
