@@ -86,7 +86,7 @@ def loss(adjoint, y0, field, solver, **kwargs):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("solver", cases((Staggered(),), more=(Subclass(),)), ids=repr)
+@pytest.mark.parametrize("solver", cases((Staggered(),), slow=(Subclass(),)), ids=repr)
 def test_backward_step(solver):
     """A few lines register a solver and its subclasses."""
     gradient = eqx.filter_jit(jax.grad(lambda y0, a: loss(a, y0, Network(), solver)))
@@ -140,7 +140,7 @@ class AlwaysRestarts(dr.ALF4):
         return solver_state
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_a_restart_that_changes_nothing_does_not_hang():
     """There is exactly one restart before each step."""
 

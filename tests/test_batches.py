@@ -165,7 +165,7 @@ def test_event_beside_restart(solver):
 
 @pytest.mark.parametrize(
     "controller",
-    cases((dfx.PIDController(rtol=1e-3, atol=1e-3),), more=(dr.StepDensityController(),)),
+    cases((dfx.PIDController(rtol=1e-3, atol=1e-3),), slow=(dr.StepDensityController(),)),
 )
 def test_no_states_are_held(controller):
     """Members wait for others that have more steps to undo, even if the start is the only

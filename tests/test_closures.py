@@ -153,7 +153,7 @@ def gradients(make, saveat=None, **kwargs):
 @pytest.mark.more
 @pytest.mark.parametrize(
     "make",
-    cases(IDIOMS[2:3], more=IDIOMS[:2], slow=IDIOMS[3:]),
+    cases(IDIOMS[2:3], slow=IDIOMS[:2] + IDIOMS[3:]),
     ids=lambda make: make.__name__,
 )
 def test_idioms(make):
@@ -187,7 +187,7 @@ def test_terms_in_events():
 
 @pytest.mark.more
 @pytest.mark.parametrize(
-    "detach", cases((False,), more=(True,)), ids=("argument", "stop_gradient")
+    "detach", cases((False,), slow=(True,)), ids=("argument", "stop_gradient")
 )
 def test_norm(detach):
     """The norm of a `PIDController` may close over a traced value."""

@@ -166,7 +166,7 @@ def test_single_precision(name):
     np.testing.assert_allclose(ours, want, rtol=1e-3)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_unitary_walk_back_to_the_last_bit():
     """With exact sums of both parts, the backward pass returns to the start to the last
     bit. All steps stay on record, as recomputed times may round differently."""

@@ -128,12 +128,10 @@ def both(of, *args):
     return out, grad
 
 
-QUICK = ("real, root finder", "several")
+QUICK = ("real, root finder",)
 
 
-@pytest.mark.parametrize(
-    "name", cases(QUICK[:1], more=QUICK[1:], slow=[n for n in EVENTS if n not in QUICK])
-)
+@pytest.mark.parametrize("name", cases(QUICK, slow=[n for n in EVENTS if n not in QUICK]))
 def test_against_default(name):
     event = EVENTS[name]
     (ts, _, mask, _), _ = both(lambda a: lambda y, w: loss(y, w, a, event), Y0, W)
@@ -147,9 +145,7 @@ def test_everything_saved(name):
     both(lambda a: lambda y, w: loss(y, w, a, EVENTS[name], EVERYTHING), Y0, W)
 
 
-@pytest.mark.parametrize(
-    "solver", cases((), more=(InverseOnly(),), slow=(dr.ALF6(bitwise=True),))
-)
+@pytest.mark.parametrize("solver", cases((), slow=(InverseOnly(), dr.ALF6(bitwise=True))))
 def test_solvers(solver):
     fixed = dict(solver=solver, stepsize_controller=dfx.ConstantStepSize())
     event = EVENTS["several"]

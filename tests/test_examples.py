@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 # Examples that spend most of their time compiling.
-COMPILING = ("06", "07", "08", "10")
+COMPILING = ("01", "02", "04", "05", "06", "07", "08", "10")
 
 
 @pytest.mark.long

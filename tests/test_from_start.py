@@ -81,7 +81,7 @@ def test_no_step_is_undone(miss, solver, controller, checkpoints):
     assert relative_error(ours, expected) < 1e-11
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_steps_that_are_forgotten(miss, monkeypatch):
     """Gradients are right with a short record, which may lack the start of a step."""
     expected = gradients(dr.ALF4(), STORE)
@@ -102,7 +102,7 @@ def test_times(miss):
     assert relative_error(gradients(*settings, argnums=argnums), expected) < 1e-11
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_batch(miss):
     """Gradients are right if some members undo all steps and others few."""
     starts = jnp.array([[0.3, -0.2, 0.5], [2.0, 1.0, -0.3], [0.1, 0.2, -0.1]])

@@ -217,7 +217,7 @@ def test_gradient_of_a_stiff_spring():
     assert abs(grad - default) < 1e-6 * abs(default)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_dissipation():
     """Dissipation cannot be undone over many steps, so known states are close together."""
 

@@ -342,7 +342,7 @@ def test_rest_before_the_first_input(solver, moves_rest):
         assert np.allclose(got, want, rtol=1e-3)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_many_entries_in_single_precision():
     """Gradients are right if a whole batch is one state. Some entries of its cotangent are
     next to zero, and others are passed on to them."""

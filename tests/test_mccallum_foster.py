@@ -85,8 +85,7 @@ def test_order(solver, order, between, steps):
     "solver, stages, needed",
     cases(
         ((dfx.Tsit5(), 7, 6),),
-        more=((dfx.Heun(), 2, 2),),
-        slow=((dfx.Bosh3(), 4, 3), (dfx.Dopri8(), 13, 13)),
+        slow=((dfx.Heun(), 2, 2), (dfx.Bosh3(), 4, 3), (dfx.Dopri8(), 13, 13)),
     ),
     ids=repr,
 )

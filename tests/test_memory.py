@@ -90,7 +90,7 @@ def test_growth_with_jumps():
 
 @pytest.mark.parametrize(
     "solver",
-    cases(SOLVERS[1:2], more=SOLVERS[2:3], slow=(SOLVERS[0], SOLVERS[3])),
+    cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])),
     ids=repr,
 )
 @pytest.mark.parametrize("controller", cases((PID,), slow=(dfx.ConstantStepSize(),)))
@@ -122,7 +122,7 @@ def test_compensated(controller, states):
     assert 0 < compensated - plain < states + 0.2
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_checkpoints():
     """Each checkpoint takes two states."""
     size = 100_000
@@ -159,7 +159,7 @@ def test_no_more_than_the_default_adjoint(size, batch, max_steps):
     assert ours <= used(dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_saved_outputs():
     """Memory is proportional to the number of outputs, not to the steps between."""
     size = 100_000

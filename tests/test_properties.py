@@ -235,8 +235,8 @@ def gradient(adjoint, solver, controller, saveat):
 # Every controller and form of saving, with various solvers and dtypes.
 CASES = cases(
     (),
-    more=((dr.ALF4(), "pid", "subs", DTYPES[1]),),
     slow=(
+        (dr.ALF4(), "pid", "subs", DTYPES[1]),
         (BITWISE, "pid", "fn", DTYPES[0]),
         (dr.ALF6(), "given", "subs", DTYPES[0]),
         (dr.ALF4(), "fixed", "ends", DTYPES[0]),

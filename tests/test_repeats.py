@@ -146,7 +146,7 @@ def test_batch(misses):
     np.testing.assert_allclose(got[0], expected[0], atol=1e-12)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_steps_that_are_recomputed(misses):
     """Gradients are right if steps are recomputed and not recorded."""
 
@@ -163,7 +163,7 @@ def test_steps_that_are_recomputed(misses):
     assert_same(loss, jnp.array([1.0, 0.3]))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_steps_that_are_forgotten(misses, monkeypatch):
     """Gradients are right if replays between known states overwrite the record."""
     monkeypatch.setattr(steps, "_most_rows", 0)
@@ -308,7 +308,7 @@ def test_heat_in_single_precision(solver, count):
     assert relative_error(grad, expected) < 1e-4
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_few_large_steps_in_single_precision():
     """No step is undone again, with a network at loose tolerances, in a batch whose members
     wait for each other."""

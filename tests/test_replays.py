@@ -183,7 +183,7 @@ def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
         assert relative_error(grad, expected) < 1e-8
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_jumps_and_steps_that_are_recomputed(monkeypatch):
     """Gradients are right if flags of restarts and jumps are overwritten."""
     monkeypatch.setattr(steps, "_most_rows", 0)

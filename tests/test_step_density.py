@@ -287,7 +287,7 @@ def test_walk_back_is_exact():
     assert np.all(np.isfinite(jax.jit(jax.grad(loss))(perihelion(0.6))))
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_wrong_inverse_is_noticed():
     class Forgetful(dr.StepDensityController):
         def inverse(self, t1, y1, args, controller_state):

@@ -230,7 +230,7 @@ def gradient_of_controlled(adjoint, direct):
 
 
 @pytest.mark.parametrize(
-    "direct", cases((False,), more=(True,)), ids=("as ODE", "directly")
+    "direct", cases((False,), slow=(True,)), ids=("as ODE", "directly")
 )
 def test_controlled_equation(direct):
     adjoints = dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint()

@@ -111,10 +111,9 @@ def test_vmap_over_times():
     "solver, controller",
     cases(
         (),
-        more=[(SOLVERS[2], PID)],
         slow=[
             (SOLVERS[1], CONTROLLERS[0][0]),
-            *((solver, PID) for solver in (*SOLVERS[:2], SOLVERS[3])),
+            *((solver, PID) for solver in SOLVERS),
         ],
     ),
 )
