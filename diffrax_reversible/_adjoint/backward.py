@@ -252,7 +252,7 @@ def _walked(walk: Walk, position: Position) -> Walked:
         drifts = [*drifts, last.astype(drifts[0].dtype)]
     shares, restarted = walk.shares(position), jnp.array(0)
     if (growth := position.growth) is not None:
-        matters = growth.matters(position.cotangent.params, position.params_cotangent)
+        matters = growth.matters(ct.params)
         shares = [jnp.where(matters, share, 0) for share in shares]
         restarted = growth.restarts
     gradient = Inputs(ct.y, ct.solver_state, ct.params)

@@ -13,7 +13,7 @@ from .._custom_types import BoolScalarLike, IntScalarLike, Params, Y
 from .._solver.entry_scales import units
 from .._solver.pullback import Departure, Probe
 from .._tree import largest, sum_of_magnitudes
-from .spread import Spread, sums
+from .spread import Spread
 
 
 # All of these are tuned, with ALF4, 6 and 8 at tolerances from 1e-10 to 1e-3: to refuse
@@ -76,7 +76,7 @@ class Growth(eqx.Module):
         see `spoils`.
     - `restarts`: the number of these restarts.
     - `spread`: what the parameters have received since, if `cures`; `None` if the initial
-        state is differentiated.
+        state is differentiated, or if there are many.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -104,16 +104,8 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def before_step(self, params_bar: Params) -> Float[Array, " sums"] | None:
-        """The sums of the cotangent of the parameters, where `update` needs them."""
-        if self.spread is None:
-            return None
-        zeros = jnp.zeros_like(self.spread.added)
-        any_cures = eqxi.unvmap_any(self.cures)
-        return lax.cond(any_cures, lambda: sums(params_bar), lambda: zeros)
-
-    def update(self, probe: Probe, before: Float[Array, " sums"] | None) -> "Growth":
-        """The growth after the pull-back of a step, with the sums `before` it."""
+    def update(self, probe: Probe) -> "Growth":
+        """The growth after the pull-back of a step."""
         control = jnp.asarray(probe.control)
         y_bar = probe.y_bar
         if probe.first is not None:
@@ -166,22 +158,29 @@ class Growth(eqx.Module):
             return jnp.maximum(so_far, largest(size))
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
-        spread = self.spread
-        if spread is not None:
-            assert before is not None
-            # Only where the first walk has found that something grew.
-            grown = [jnp.any(f > _least) for f in jtu.tree_leaves(factors)]
-            grown = self.cures & jnp.stack([jnp.array(False), *grown]).any()
-            spread = spread.begin(grown, before)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
-        return Growth(sizes, factors, rights, self.cures, self.restarts, spread)
+        return Growth(sizes, factors, rights, self.cures, self.restarts, self.spread)
 
-    def at_known(self, params_bar: Params, here: BoolScalarLike) -> "Growth":
-        """The growth at a known state, if this element is `here`, where the cotangent of
-        the parameters begins anew with zero."""
+    def after_step(self, params_bar: Params) -> "Growth":
+        """The growth at the end of a step."""
         if (spread := self.spread) is None:
             return self
-        some = eqxi.unvmap_any(here & spread.begun)
+
+        def after(spread):
+            grown = [jnp.any(f > _least) for f in jtu.tree_leaves(self.factors)]
+            grown = self.cures & jnp.stack([jnp.array(False), *grown]).any()
+            return spread.after_step(params_bar, grown)
+
+        # Only where the first walk has found that something grew.
+        some = eqxi.unvmap_any(self.cures)
+        spread = lax.cond(some, after, lambda s: s, spread)
+        return dataclasses.replace(self, spread=spread)
+
+    def at_known(self, params_bar: Params, here: BoolScalarLike) -> "Growth":
+        """The growth at a known state, if this element is `here`."""
+        if (spread := self.spread) is None:
+            return self
+        some = eqxi.unvmap_any(here & self.cures)
         spread = lax.cond(some, lambda s: s.at_known(params_bar), lambda s: s, spread)
         return dataclasses.replace(self, spread=spread)
 
@@ -207,11 +206,11 @@ class Growth(eqx.Module):
         spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
         return self.cures & jnp.stack([jnp.array(False), *spoilt]).any()
 
-    def matters(self, params_bar: Params, earlier: Params | None) -> BoolScalarLike:
-        """Whether what has grown may have spoilt the gradient, see `Spread.matters`."""
+    def matters(self, gradient: Params) -> BoolScalarLike:
+        """Whether what has grown may have spoilt the gradient of the parameters."""
         if self.spread is None:
             return True
-        return jnp.logical_not(self.cures) | self.spread.matters(params_bar, earlier)
+        return jnp.logical_not(self.cures) | self.spread.matters(gradient)
 
     def shares(self, y_bar: Y, beside_all: bool) -> list[Float[Array, ""]]:
         """The largest grown entry of every array, as a fraction of its largest entry, or

@@ -130,7 +130,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     rests until its first input arrives adds nothing to the gradient of its parameters, as a
     drug before the first dose. With `ALF4` and its like, the second backward pass measures
     how much of that gradient is from after the growth began, and less than a thousandth is
-    accepted.
+    accepted, for up to 1,024 parameters.
 
     **Kinks**
 

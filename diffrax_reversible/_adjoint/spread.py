@@ -1,9 +1,6 @@
 """How much of the gradient of the parameters stems from cotangents that have grown."""
 
-import math
-
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
@@ -11,8 +8,11 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import BoolScalarLike, Params
 
 
-# The accepted part of a sum, and thus of the gradient.
+# The accepted part of every entry of the gradient.
 _accepted = 1e-3
+# Networks have more parameters. Their resting states depend on them, and XLA would copy the
+# cotangent of the parameters.
+_most = 1024
 
 
 class Spread(eqx.Module):
@@ -24,59 +24,47 @@ class Spread(eqx.Module):
     this matters only to the cotangent of the parameters, to which rest adds nothing.
 
     - `begun`: whether an entry has grown.
-    - `added`: with the sums of the cotangent since the last known state, the sums of what
-        was added since then, see `sums`.
+    - `earlier`: what was added up to the last known state, where the cotangent of the
+        parameters begins anew with zero.
+    - `since`: that cotangent after the last step.
+    - `when_begun`: the gradient when the growth began.
     """
 
     begun: BoolScalarLike
-    added: Float[Array, " sums"]
+    earlier: Float[Array, " parameters"]
+    since: Float[Array, " parameters"]
+    when_begun: Float[Array, " parameters"]
 
     @staticmethod
-    def start(params_bar: Params) -> "Spread":
-        return Spread(jnp.array(False), jnp.zeros_like(sums(params_bar)))
+    def start(params_bar: Params) -> "Spread | None":
+        """`None` if there are too many parameters."""
+        if sum(x.size for x in jtu.tree_leaves(params_bar)) > _most:
+            return None
+        zeros = jnp.zeros_like(_flat(params_bar))
+        return Spread(jnp.array(False), zeros, zeros, zeros)
 
-    def begin(self, grown: BoolScalarLike, before: Float[Array, " sums"]) -> "Spread":
-        """After a step in which an entry has `grown`, with the sums `before` that step."""
+    def after_step(self, params_bar: Params, grown: BoolScalarLike) -> "Spread":
+        """After a step in which an entry may have `grown`."""
         begins = grown & jnp.logical_not(self.begun)
-        return Spread(self.begun | grown, jnp.where(begins, -before, self.added))
+        when_begun = jnp.where(begins, self.earlier + self.since, self.when_begun)
+        return Spread(self.begun | grown, self.earlier, _flat(params_bar), when_begun)
 
     def at_known(self, params_bar: Params) -> "Spread":
-        """At a known state, where the cotangent begins anew with zero."""
-        added = self.added + jnp.where(self.begun, sums(params_bar), 0)
-        return Spread(self.begun, added)
+        """At a known state, where `params_bar` is added to the gradient."""
+        earlier, zeros = self.earlier + _flat(params_bar), jnp.zeros_like(self.since)
+        return Spread(self.begun, earlier, zeros, self.when_begun)
 
-    def matters(self, params_bar: Params, earlier: Params | None) -> BoolScalarLike:
-        """Whether more than a thousandth was added, where the gradient is the sum of the
-        cotangent since the last known state and of an `earlier` part."""
-        since = whole = sums(params_bar)
-        if earlier is not None:
-            whole = whole + sums(earlier)
-        right = jnp.abs(since + self.added) <= _accepted * jnp.abs(whole)
+    def matters(self, gradient: Params) -> BoolScalarLike:
+        """Whether more than a thousandth of an entry of the `gradient` was added since."""
+        whole = _flat(gradient)
+        right = jnp.abs(whole - self.when_begun) <= _accepted * jnp.abs(whole)
         return self.begun & jnp.logical_not(right.all())
 
 
-def sums(tree: PyTree[Array]) -> Float[Array, " sums"]:
-    """For every array, the sum of its entries, with signs in no order, so that an addition
-    hardly leaves it as it is. Sums are linear, and need no reshaping of sharded arrays."""
-
-    single = jnp.dtype("float32")
-
-    def of_array(x):
-        if jnp.iscomplexobj(x):
-            return [*of_array(jnp.real(x)), *of_array(jnp.imag(x))]
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):
-            stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
-            index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-        # Multiplicative hashing.
-        signs = index * jnp.uint32(2654435769) >> 31
-        signed = jnp.where(signs == 1, -x, x)
-        return [jnp.sum(signed, dtype=max(x.dtype, single, key=_size))]
-
-    found = [s for x in jtu.tree_leaves(tree) for s in of_array(x)]
-    dtype = max((s.dtype for s in found), key=_size)
-    return jnp.stack([s.astype(dtype) for s in found])
-
-
-def _size(dtype: jnp.dtype) -> int:
-    return dtype.itemsize
+def _flat(tree: PyTree[Array]) -> Float[Array, " parameters"]:
+    """The entries of all arrays as real numbers, in the finest of their dtypes."""
+    parts = []
+    for x in map(jnp.ravel, jtu.tree_leaves(tree)):
+        parts += [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+    dtype = max((x.dtype for x in parts), key=lambda dtype: dtype.itemsize)
+    return jnp.concatenate([x.astype(dtype) for x in parts])

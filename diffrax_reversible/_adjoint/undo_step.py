@@ -39,17 +39,14 @@ def undo_step(
     position = pull_step_outputs(walk, position, clock.end)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
-    growth, before = position.growth, None
-    if growth is not None:
-        before = growth.before_step(position.cotangent.params)
     pulled = pull_step(walk, position, solver_state, step, known)
-    ct = pulled.cotangent
+    ct, growth = pulled.cotangent, position.growth
     y0, state0 = pulled.y, pulled.solver_state
     departure, no = walk.departure, jnp.array(False)
     pending = no
     if growth is not None:
         assert pulled.probe is not None
-        growth = growth.update(pulled.probe, before)
+        growth = growth.update(pulled.probe)
         if departure is not None:
             # At the start of the solve, it would change nothing.
             pending = growth.spoils(pulled.probe, departure) & (step > 0)
@@ -62,6 +59,8 @@ def undo_step(
             lambda: (state0, ct),
         )
         y0, state0 = walk.settle(2 * step - 1, (y0, state0))
+    if growth is not None:
+        growth = growth.after_step(ct.params)
     hidden = position.hidden
     if hidden is not None:
         hidden = tree_add(hidden, pulled.hidden)

@@ -81,7 +81,8 @@ def _of_replays(explanation: Explanation) -> str | None:
 def _of_repeats(explanation: Explanation, single: bool) -> str | None:
     undone = explanation.undone_steps or 0
     count = sum(explanation.attempts.accepted)
-    if undone <= 1.2 * count or explanation.restarted_steps:
+    again = any(known["repeated"] for known in explanation.known_states)
+    if undone <= 1.2 * count or not again or explanation.restarted_steps:
         return None
     remedy = "float64 or " if single else ""
     return (
