@@ -37,8 +37,8 @@ class Spread(eqx.Module):
 
     @staticmethod
     def start(params_bar: Params) -> "Spread | None":
-        """`None` if there are too many parameters."""
-        if sum(x.size for x in jtu.tree_leaves(params_bar)) > _most:
+        """`None` if there are too many parameters, or none."""
+        if not 0 < sum(x.size for x in jtu.tree_leaves(params_bar)) <= _most:
             return None
         zeros = jnp.zeros_like(_flat(params_bar))
         return Spread(jnp.array(False), zeros, zeros, zeros)
