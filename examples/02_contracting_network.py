@@ -27,7 +27,8 @@ Times are in milliseconds, and voltages in units of the transistors' saturation 
 
 Run `python examples/02_contracting_network.py` after `pip install ".[examples]"`. It takes
 two minutes on two cores, and writes `02_contracting_network.png`. `--quick` trains only
-with `ALF4`, makes fewer updates, and leaves out two of the coupled schemes.
+with `ALF4`, and compares no errors of trainings, makes fewer updates, and leaves out two of
+the coupled schemes.
 """
 
 import argparse
@@ -466,14 +467,14 @@ def compare(
 
 def check(rms, gradient_errors, depth: float, rows: list[Comparison], quick) -> None:
     before, *ours = rms[REVERSIBLE.name]
-    _, *theirs = rms.get(TSIT5.name, rms[REVERSIBLE.name])
-    for a, b in zip(ours, theirs, strict=True):
+    for a in ours:
         # A model error as large as the noise would give 1.4 times the noise. The rest of
         # the margins is for other processors: rounding and truncation errors make Adam end
         # at networks that are a few per cent apart.
         assert before > 20 * NOISE
         assert a < (before / 3 if quick else 2 * NOISE), (a, before)
-        assert abs(a / b - 1) < 0.1, (a, b)
+    if not quick:
+        assert np.allclose(ours, rms[TSIT5.name][1:], rtol=0.1), rms
     # Only rounding, whose size depends on the processor: a margin of a hundred.
     assert max(gradient_errors) < 1e-6, gradient_errors
     # Enough to lose all digits of a float64, `exp(-36)`, more than twice.

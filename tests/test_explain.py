@@ -81,6 +81,10 @@ def test_second_backward_pass():
     assert f"{explanation.restarted_steps} restarted" in str(explanation)
     assert any("is done twice" in sentence for sentence in explanation.advice)
     assert not any("rounding errors grow" in sentence for sentence in explanation.advice)
+    # Nor does any if the second pass has no restarts.
+    without = dataclasses.replace(explanation, restarted_steps=0)
+    advice = advise(without, dr.ALF4(), tolerance=1e-5, single=False)
+    assert not any("rounding errors grow" in sentence for sentence in advice)
 
 
 @pytest.mark.more

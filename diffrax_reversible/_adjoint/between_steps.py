@@ -13,7 +13,6 @@ from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
 from .._solver.capabilities import CanRestart, interrupt
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import Drift
-from .growth import Growth
 from .judge import beside_rounding, judge
 from .kept import Kept
 from .known import Known
@@ -47,11 +46,11 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         count = position.replayed + jnp.where(replays, known.step - before, 0)
         position = dataclasses.replace(position, replayed=count)
     params = position.cotangent.params, position.params_cotangent
+    if position.growth is not None and walk.repeats:
+        growth = position.growth.at_known(position.cotangent.params, here)
+        position = dataclasses.replace(position, growth=growth)
     rest = _with_params(position, (None, None))
-    growth = position.growth
-    if growth is not None and walk.repeats:
-        growth = growth.at_known(position.cotangent.params, here)
-    arrived, missed = _come_to(walk, rest, known, growth, here)
+    arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
     position = jtu.tree_map(lambda a, r: jnp.where(here, a, r), arrived, rest)
     if walk.repeats:
@@ -147,15 +146,10 @@ def _replay(
 
 
 def _come_to(
-    walk: Walk,
-    position: Position,
-    known: Known,
-    growth: Growth | None,
-    here: BoolScalarLike,
+    walk: Walk, position: Position, known: Known, here: BoolScalarLike
 ) -> tuple[Position, BoolScalarLike]:
     """Replace the reconstruction by the `known` state, see `_go_back`.
 
-    - `growth`: the growth there.
     - `here`: whether this element of a batch does so.
     """
     restarted = position.restarted & here
@@ -190,7 +184,6 @@ def _come_to(
         known=jnp.array(True),
         restarted=jnp.array(False),
         pending=position.restarted,
-        growth=growth,
     )
     return _go_back(walk, position, arrived, walked, beside, here)
 

@@ -181,7 +181,7 @@ class Growth(eqx.Module):
         if (spread := self.spread) is None:
             return self
         some = eqxi.unvmap_any(here & self.cures)
-        spread = lax.cond(some, lambda s: s.at_known(params_bar), lambda s: s, spread)
+        spread = lax.cond(some, lambda s: s.at_known(params_bar, here), lambda s: s, spread)
         return dataclasses.replace(self, spread=spread)
 
     def spoils(self, probe: Probe, departure: Departure) -> BoolScalarLike:

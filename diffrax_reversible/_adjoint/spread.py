@@ -10,8 +10,8 @@ from .._custom_types import BoolScalarLike, Params
 
 # The accepted part of every entry of the gradient.
 _accepted = 1e-3
-# Networks have more parameters. Their resting states depend on them, and XLA would copy the
-# cotangent of the parameters.
+# XLA would hold a copy of the cotangent of more parameters. Networks have more, and their
+# resting states depend on them.
 _most = 1024
 
 
@@ -49,10 +49,12 @@ class Spread(eqx.Module):
         when_begun = jnp.where(begins, self.earlier + self.since, self.when_begun)
         return Spread(self.begun | grown, self.earlier, _flat(params_bar), when_begun)
 
-    def at_known(self, params_bar: Params) -> "Spread":
-        """At a known state, where `params_bar` is added to the gradient."""
-        earlier, zeros = self.earlier + _flat(params_bar), jnp.zeros_like(self.since)
-        return Spread(self.begun, earlier, zeros, self.when_begun)
+    def at_known(self, params_bar: Params, here: BoolScalarLike) -> "Spread":
+        """At a known state, where `params_bar` is added to the gradient, if this element is
+        `here`."""
+        earlier = self.earlier + jnp.where(here, _flat(params_bar), 0)
+        since = jnp.where(here, 0, self.since)
+        return Spread(self.begun, earlier, since, self.when_begun)
 
     def matters(self, gradient: Params) -> BoolScalarLike:
         """Whether more than a thousandth of an entry of the `gradient` was added since."""
