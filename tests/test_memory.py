@@ -300,8 +300,8 @@ def test_one_evaluation(solver):
     cases(
         ((dr.BlanesMoan6(), (0, 1)),),
         # Growth is detected, and may not matter if the start is not differentiated.
-        more=((dr.ALF4(), (0, 1)), (dr.ALF4(), 1)),
-        slow=((dr.ALF6(), (0, 1)),),
+        more=((dr.ALF6(), (0, 1)), (dr.ALF4(), 1)),
+        slow=((dr.ALF4(), (0, 1)),),
     ),
 )
 def test_many_parameters(solver, argnums):

@@ -16,7 +16,7 @@ from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_like
-from .between_steps import go_on
+from .between_steps import go_on, params_of, with_params
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
@@ -124,7 +124,13 @@ def _walk(walk: Walk, end: Position) -> Position:
             replayed=position.replayed,
             meter=position.meter,
         )
-        position = lax.cond(again, begin, lambda: position)
+        without = lambda position: with_params(position, (None, None))
+        params = jtu.tree_map(
+            lambda b, p: jnp.where(again, b, p), params_of(begin()), params_of(position)
+        )
+        # Selected apart: in the conditional, XLA holds another copy of the parameters.
+        position = lax.cond(again, lambda: without(begin()), lambda: without(position))
+        position = with_params(position, params)
         return position, jnp.where(again, 1, 2)
 
     def on_the_way(carry):

@@ -45,26 +45,30 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         )
         count = position.replayed + jnp.where(replays, known.step - before, 0)
         position = dataclasses.replace(position, replayed=count)
-    params = position.cotangent.params, position.params_cotangent
+    params = params_of(position)
     if position.growth is not None and walk.repeats:
         growth = position.growth.at_known(position.cotangent.params, here)
         position = dataclasses.replace(position, growth=growth)
-    rest = _with_params(position, (None, None))
+    rest = with_params(position, (None, None))
     arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
     position = jtu.tree_map(lambda a, r: jnp.where(here, a, r), arrived, rest)
     if walk.repeats:
         params = _add(*params, here, missed)
-    position = pull_restart(walk, _with_params(position, params))
+    position = pull_restart(walk, with_params(position, params))
     if walk.pulls_from_start:
         position = _pull_from_start(walk, position, kept, here)
     return position, kept
 
 
-def _with_params(position: Position, params: tuple[Params | None, ...]) -> Position:
+def params_of(position: Position) -> tuple[Params, Params | None]:
+    """The cotangents of the parameters, since the last known state and before."""
+    return position.cotangent.params, position.params_cotangent
+
+
+def with_params(position: Position, params: tuple[Params | None, ...]) -> Position:
     """The position with other cotangents of the parameters."""
-    where = lambda p: (p.cotangent.params, p.params_cotangent)
-    return tree_replace(where, position, params)
+    return tree_replace(params_of, position, params)
 
 
 def _add(
