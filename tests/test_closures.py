@@ -185,10 +185,8 @@ def test_terms_in_events():
     assert relative_error(ours, theirs) < 1e-8
 
 
-@pytest.mark.more
-@pytest.mark.parametrize(
-    "detach", cases((False,), slow=(True,)), ids=("argument", "stop_gradient")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("detach", (False, True), ids=("argument", "stop_gradient"))
 def test_norm(detach):
     """The norm of a `PIDController` may close over a traced value."""
 

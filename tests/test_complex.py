@@ -131,7 +131,7 @@ def test_finite_differences():
 
 
 @pytest.mark.parametrize(
-    "name", cases(("ALF4",), more=("Gauss4",), slow=("ALF6", "McCallumFoster"))
+    "name", cases(("ALF4",), slow=("Gauss4", "ALF6", "McCallumFoster"))
 )
 def test_as_real_and_imaginary_parts(name):
     """The solution equals that of the same equation in twice as many real numbers."""
@@ -187,7 +187,7 @@ def test_unitary_walk_back_to_the_last_bit():
     assert relative_error(jnp.abs(final(PSI0, False)), jnp.abs(final(PSI0, True))) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_restarts_and_vmap():
     """Gradients equal differences in a batch whose members decay at different rates."""
 

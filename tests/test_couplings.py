@@ -24,8 +24,8 @@ def final(solver, y0, fields, adjoint, args=None, **kwargs):
     )
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("solver", cases((TwoStreams(),), slow=(Ruth(),)), ids=repr)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", (TwoStreams(), Ruth()), ids=repr)
 def test_gradient(solver):
     """Gradients equal the default adjoint's, in a batch with outputs between the steps."""
 

@@ -161,7 +161,7 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
     assert all(jnp.all(jnp.isnan(g)) for g in grads)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_errors_as_nan():
     """If Equinox turns errors into NaN, as programs must that JAX is to cache, a refused
     gradient is NaN in every entry."""

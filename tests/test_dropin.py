@@ -267,8 +267,8 @@ def steady_state(solver):
 
 
 TRAININGS = cases(
-    (neural_cde, normalising_flow),
-    more=(neural_sde, kalman_filter),
+    (neural_cde,),
+    more=(normalising_flow, neural_sde, kalman_filter),
     slow=(neural_ode, latent_ode, forcing, steady_state),
 )
 

@@ -198,7 +198,7 @@ def test_batch(name):
         np.testing.assert_allclose(g, alone, rtol=1e-8)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_conditions_that_close_over_values():
     """Only the condition depends on `threshold`. The loss depends on the time as well."""
 
@@ -290,7 +290,7 @@ def test_steady_state():
     assert abs(ours - default) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_rejected_last_step():
     """In a batch, Diffrax interpolates even where a solve has run out of steps at one that
     was rejected. That step cannot be undone, so the gradient is NaN, not zero."""

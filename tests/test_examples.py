@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 # Examples that spend most of their time compiling.
-COMPILING = ("01", "02", "04", "05", "06", "07", "08", "10")
+COMPILING = ("01", "02", "04", "05", "06", "07", "08", "09", "10")
 
 
 @pytest.mark.long
@@ -58,8 +58,9 @@ def test_figure(path):
 # - `stiff_oscillation.py`: solutions are right to 1e-4.
 # - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
 BENCHMARKS = cases(
-    ("outcomes.py", "coefficients.py", "error_weights.py"),
+    ("coefficients.py", "error_weights.py"),
     slow=(
+        "outcomes.py",
         "work_precision.py",
         "speed.py",
         "speed.py --device gpu",

@@ -77,12 +77,13 @@ def assert_forward_as_default(ours, default):
 RATES = jnp.array([0.5, 1.0, -0.7])
 
 
-@pytest.mark.more
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, solver, controller",
-    cases(
-        ((jnp.nan, SOLVERS[0], PID),),
-        slow=((jnp.nan, SOLVERS[1], PID), (jnp.inf, SOLVERS[0], FIXED)),
+    (
+        (jnp.nan, SOLVERS[0], PID),
+        (jnp.nan, SOLVERS[1], PID),
+        (jnp.inf, SOLVERS[0], FIXED),
     ),
 )
 def test_not_finite(fault, solver, controller):

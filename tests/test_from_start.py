@@ -116,6 +116,7 @@ def test_batch(miss):
     assert relative_error(of(dr.ReversibleAdjoint()), expected) < 1e-11
 
 
+@pytest.mark.more
 def test_field_that_cancels():
     """The trace of a saturated layer in single precision, as in a normalising flow. Undoing
     a step recovers no digit of its integral, and the gradient needs none."""
@@ -146,7 +147,7 @@ def test_field_that_cancels():
     assert relative_error(run(dr.ReversibleAdjoint()), run(STORE)) < 1e-5
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_evaluations(miss):
     """A step of five sub-steps takes 15 more evaluations from its start, and at most 5 to
     replay it and 5 to undo it in vain."""

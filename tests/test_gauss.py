@@ -307,7 +307,7 @@ class Solves(OwnLU):
         return self.lu.compute(state, vector, options)
 
 
-@pytest.mark.parametrize("linear", cases((True,), more=(False,)))
+@pytest.mark.parametrize("linear", cases((True,), slow=(False,)))
 def test_linear_solves(linear):
     """A step takes one linear solve, one more for its pull-back, and one to undo it. Two
     measure the error at the start. Linear equations take one iteration per step."""
@@ -391,7 +391,7 @@ class GivesUp(OwnLU):
         return jax.tree.map(lambda x: 0.9 * x, solution), result, stats
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_linear_solve_that_is_given_up():
     """If only the pull-back is given up, it is an error, and its result is not used."""
 

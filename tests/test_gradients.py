@@ -77,11 +77,9 @@ CASES = cases(
         *rejecting(PAIR, PAIR_Y0, dr.BlanesMoan6(compensated=True)),
         FAMILIES["ReversibleHeun"],
     ),
-    more=(
+    slow=(
         FAMILIES["coupling"],
         FAMILIES["SemiImplicitEuler"],
-    ),
-    slow=(
         *rejecting(Network(), Y0, dr.ALF8(), COMPENSATED),
         *rejecting(PAIR, PAIR_Y0, dr.KahanLi8()),
         *(Case(dr.ALF4(), Network(), Y0, *CONTROLLERS[i]) for i in (0, 2, 3)),
@@ -134,7 +132,9 @@ def test_rejected_steps_are_among_them():
     assert sol.stats["num_rejected_steps"] > 0
 
 
-@pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=(SOLVERS[0], *SOLVERS[2:])))
+@pytest.mark.parametrize(
+    "solver", cases(SOLVERS[1:2], more=SOLVERS[2:3], slow=(SOLVERS[0], *SOLVERS[3:]))
+)
 def test_against_closed_form(solver):
     """`y' = a y`, whose solution is `y0 exp(a t)`."""
     y0, a, t1 = jnp.array(1.5), jnp.array(-0.4), 2.0
@@ -377,7 +377,7 @@ def test_own_coefficients():
     assert_same_gradient(loss, Y0, Network())
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_solver_with_nothing_but_an_inverse():
     """The default pull-back allows integers in the solver state."""
 

@@ -81,6 +81,7 @@ def test_dead_modes(solver, saveat):
     assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "solver, tol",
     cases(
@@ -104,9 +105,8 @@ def test_slow_manifold(solver, tol):
     assert relative_error(default, want) > 0.1
 
 
-@pytest.mark.parametrize(
-    "jumps, checkpoints", cases((), more=((True, 1),), slow=((True, 8), (False, 1)))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("jumps, checkpoints", ((True, 1), (True, 8), (False, 1)))
 def test_restarts_with_outputs_jumps_and_replays(jumps, checkpoints):
     """The second backward pass pulls back through outputs between steps and through jumps,
     and replays."""
@@ -162,6 +162,7 @@ def test_growth_that_is_not_found():
     assert 0.1 < relative_error(got, implicit(slow_manifold, y0, 3.0)) < 1
 
 
+@pytest.mark.more
 def test_one_member_walks_twice():
     """In a batch, the gradient of a member that needs no restarts is that of the solve."""
     y0 = jnp.array([1.0, 1 / 500])
@@ -259,8 +260,9 @@ def test_message():
         assert remedy in str(e.value)
 
 
-@pytest.mark.parametrize("tol", cases((), more=(1e-5,), slow=(1e-3, 1e-8)))
-@pytest.mark.parametrize("solver", cases(SOLVERS[:1], slow=SOLVERS[1:]))
+@pytest.mark.slow
+@pytest.mark.parametrize("tol", (1e-5, 1e-3, 1e-8))
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_gradients_may_grow_as_the_flow_demands(solver, tol):
     """They grow by a factor of 100 in Kepler's problem, and of 10,000 in Lorenz'."""
     q0 = jnp.array([0.4, 0.0, 0.0, 2.0])

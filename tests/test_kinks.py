@@ -57,6 +57,7 @@ def gradient(field, solver, y0, adjoint, **kwargs):
     return jax.jit(jax.grad(loss))((y0, jnp.array([0.7, -0.4])))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "rest, save_fn",
     cases(((False, True),), slow=((True, False),)),
@@ -100,6 +101,7 @@ def infusion(t, y, k):
     return jnp.stack([flow - dose, dose - 0.3 * tissue, k[1] * effects - effect])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "name, steps",
     cases(
@@ -239,7 +241,7 @@ def test_what_may_branch(fn, branches):
     assert may_branch(fn, jnp.arange(3.0)) == branches
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_splitting():
     """Gradients are right if momenta begin at rest, and some coordinates rest longer."""
     off = jnp.array([0.0, 0.33])

@@ -134,6 +134,7 @@ def test_checkpoints():
     assert states(30) - states(10) < 2.1 * 20
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("size, batch", cases(((64, 128),), slow=((4096, 1),)))
 @pytest.mark.parametrize("max_steps", cases((256,), slow=(4096, 1_000_000)))
 def test_no_more_than_the_default_adjoint(size, batch, max_steps):
@@ -270,7 +271,7 @@ def _loss(solver, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "solver", cases((dr.BlanesMoan6(),), more=(dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr
+    "solver", cases((dr.BlanesMoan6(),), slow=(dr.ALF4(), dr.ALF6())), ids=repr
 )
 def test_one_evaluation(solver):
     """Memory holds the activations of one evaluation of a deep field, for any number of

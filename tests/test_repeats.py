@@ -100,7 +100,7 @@ def test_families(family, misses):
     assert_same(loss_of(case, EVERYTHING), case.y0, case.field, network_args())
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_event_and_jump(misses):
     """Gradients are right if both lie in steps that are undone twice."""
     controller = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.7, 1.3]))
@@ -335,7 +335,7 @@ def test_few_large_steps_in_single_precision():
     assert relative_error(grad, expected) < 1e-6
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_many_entries_in_single_precision():
     """Among thousands of sums, some come close to zero, but round as the others do. Few
     segments are repeated, and the gradient is not refused."""

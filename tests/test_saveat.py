@@ -99,7 +99,7 @@ def test_alone(saveat):
     assert_same(saveat, ALF4, weighted)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_steps():
     subs = [
         dfx.SubSaveAt(steps=steps, t0=True, t1=t1, ts=TS)

@@ -291,7 +291,7 @@ def test_outputs_under_a_controller(solver):
         assert ours < 10 * tsit5, (rate, ours, tsit5)
 
 
-@pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=SOLVERS[2:]), ids=repr)
+@pytest.mark.parametrize("solver", cases(SOLVERS[1:2], slow=SOLVERS[2:]), ids=repr)
 def test_derivative_and_newton(solver):
     """They are right even if the deviation of `v` exceeds the error, in long steps."""
 

@@ -274,7 +274,7 @@ def test_density_comes_back(bound, wished):
         np.testing.assert_allclose(after[::-1], before, rtol=1e-9)
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_walk_back_is_exact():
     """With a bitwise solver the backward pass is exact over many steps and periods."""
 

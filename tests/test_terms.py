@@ -118,13 +118,10 @@ def gradients(loss, *args, transform=lambda f: f):
 
 
 QUICK = ("ControlTerm.to_ode",)
-MORE = ("a term of one's own",)
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(
-    "name", cases(QUICK, more=MORE, slow=[n for n in TERMS if n not in QUICK + MORE])
-)
+@pytest.mark.parametrize("name", cases(QUICK, slow=[n for n in TERMS if n not in QUICK]))
 def test_closures(name):
     """Gradients with respect to closed-over values are right, backwards in time, also where
     `SaveAt(fn=...)` closes over them."""
@@ -238,7 +235,7 @@ def test_controlled_equation(direct):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_controlled_equation_either_way():
     """Both ways give the same gradient, to their accuracy."""
     as_ode, directly = (

@@ -160,7 +160,7 @@ def test_ends_of_steps_that_do_not_move(controller, argnums):
     assert relative_error(ours, default) < 1e-10
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_closed_form():
     """For `y' = cos(t) y`, gradients equal the closed form, in both directions of time."""
 

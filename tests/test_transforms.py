@@ -83,7 +83,8 @@ def test_vmap_of_grad(adjoint, tol):
     assert relative_error(batched(), one_by_one(adjoint)) < tol
 
 
-@pytest.mark.parametrize("jit", cases((), more=(True,), slow=(False,)))
+@pytest.mark.slow
+@pytest.mark.parametrize("jit", (True, False))
 def test_grad_of_vmap(jit):
     def total(batch, w):
         return jnp.sum(jax.vmap(loss, in_axes=(0, None))(batch, w))
@@ -134,7 +135,8 @@ def test_other_adjoints(solver, controller):
     assert relative_error(forward(y0, W, dfx.ForwardMode()), expected) < 1e-10
 
 
-@pytest.mark.parametrize("solver", cases((), more=SOLVERS[1:2], slow=SOLVERS[2:]), ids=repr)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
 def test_backsolve(solver):
     """`BacksolveAdjoint`, which solves the continuous adjoint equation backwards, agrees
     approximately."""
@@ -219,6 +221,7 @@ HESSIANS = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "name", cases(("event",), slow=("save times", "jump", "compensated", "inverse only"))
 )

@@ -16,8 +16,7 @@ from .problems import cases, PID
     "solver, stages, extra",
     cases(
         ((dr.ALF4(), 5, 2),),
-        more=((dr.ALF6(), 20, 3),),
-        slow=((dr.ALF2(), 1, 0), (dr.ALF8(), 34, 2)),
+        slow=((dr.ALF6(), 20, 3), (dr.ALF2(), 1, 0), (dr.ALF8(), 34, 2)),
     ),
 )
 @pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
