@@ -27,7 +27,8 @@ time per update, and dashed in the figure. All is in float64, as float32 rounds 
 
 Run `python examples/05_high_order_pays.py` after `pip install ".[examples]"`. It takes two
 to three minutes on two cores, or less than a minute with `--quick`, which trains the atoms
-only, for fewer updates, without `ALF2` at full accuracy. It writes `05_high_order_pays.png`.
+only, in fewer updates, and not with `ALF2` at full accuracy. It writes
+`05_high_order_pays.png`.
 """
 
 import argparse

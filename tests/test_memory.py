@@ -23,7 +23,14 @@ ROWS = 2 << 14
 
 
 def temporary_bytes(
-    solver, controller, size, max_steps, adjoint=None, saveat=None, splits=False
+    solver,
+    controller,
+    size,
+    max_steps,
+    adjoint=None,
+    saveat=None,
+    splits=False,
+    dtype=jnp.float64,
 ):
     adjoint = dr.ReversibleAdjoint(checkpoints=0) if adjoint is None else adjoint
     saveat = dfx.SaveAt(t1=True) if saveat is None else saveat
@@ -32,9 +39,7 @@ def temporary_bytes(
         sol = dfx.diffeqsolve(
             as_terms((field, field) if splits else field),
             solver,
-            0.0,
-            1.0,
-            0.1,
+            *jnp.array([0.0, 1.0, 0.1], dtype),
             (y0, y0) if splits else y0,
             scale,
             saveat=saveat,
@@ -45,8 +50,8 @@ def temporary_bytes(
         return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
-    scale = jax.ShapeDtypeStruct((), jnp.float64)
+    y0 = jax.ShapeDtypeStruct((size,), dtype)
+    scale = jax.ShapeDtypeStruct((), dtype)
     return gradient.lower(y0, scale).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -233,16 +238,29 @@ def test_dense_output(solver, states):
 def test_room_for_restarts(splits, solver):
     """By default there is room for eight restarts of two states each; with a symplectic
     solver, for none."""
-    fixed = dfx.ConstantStepSize()
-    none, default = (
-        temporary_bytes(solver, fixed, 10_000, 100, adjoint=adjoint, splits=splits)
-        for adjoint in (dr.ReversibleAdjoint(checkpoints=0), dr.ReversibleAdjoint())
-    )
+    none, default = with_and_without(solver, 10_000, splits=splits)
     if splits:
         assert default == none
     else:
         # JAX 0.4 puts two of these states in memory that is no longer needed.
         assert default - none >= (2 * 8 - 2) * 80_000
+
+
+def with_and_without(solver, size, **kwargs):
+    """The temporary bytes without checkpoints, and by default."""
+    adjoints = dr.ReversibleAdjoint(checkpoints=0), dr.ReversibleAdjoint()
+    args = solver, dfx.ConstantStepSize(), size, 100
+    return [temporary_bytes(*args, adjoint=adjoint, **kwargs) for adjoint in adjoints]
+
+
+@pytest.mark.more
+def test_room_in_single_precision():
+    """With a symplectic solver, eight states are held if these take a megabyte or less."""
+    kwargs = dict(splits=True, dtype=jnp.float32)
+    none, default = with_and_without(dr.StormerVerlet(), 10_000, **kwargs)
+    assert default - none >= 8 * 80_000
+    none, default = with_and_without(dr.StormerVerlet(), 200_000, **kwargs)
+    assert default == none
 
 
 def _deep(t, y, weights):

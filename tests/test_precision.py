@@ -10,7 +10,15 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_vector, BITWISE, cases, COMPENSATED, kepler, lorenz
+from .problems import (
+    as_vector,
+    BITWISE,
+    cases,
+    COMPENSATED,
+    kepler,
+    lorenz,
+    relative_error,
+)
 
 
 def pendulum(t, y, args):
@@ -190,6 +198,61 @@ def test_gradient_in_single_precision(solver_cls, t1):
             for g in (ours(steps), default(steps))
         )
         assert error < 3 * default_error, steps
+
+
+def pendulum_force(t, q, k):
+    del t
+    return -k * jnp.sin(q)
+
+
+def central_force(t, q, k):
+    del t
+    return -k * q / jnp.sum(q**2) ** jnp.asarray(1.5, q.dtype)
+
+
+# A pendulum that falls from its top, and a comet that passes close to the sun.
+FALL = pendulum_force, 3.14, 0.0, 10.0
+COMET = central_force, [0.1, 0.0], [0.0, 19**0.5], 20.0
+PID = dfx.PIDController(rtol=1e-5, atol=1e-5)
+DENSITY = dr.StepDensityController(fraction=0.05)
+UNSTABLE = cases(
+    ((FALL, dr.BlanesMoan4(nystrom=True), PID),),
+    slow=(
+        (FALL, dr.BlanesMoan6(nystrom=True), DENSITY),
+        (COMET, dr.BlanesMoan6(nystrom=True), PID),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "motion, solver, controller", UNSTABLE, ids=lambda x: type(x).__name__
+)
+def test_unstable_orbits_in_single_precision(motion, solver, controller):
+    """Symplectic steps amplify rounding errors too, where orbits are unstable. By default,
+    gradients equal those of the default adjoint, as states are held."""
+    force, q0, p0, t1 = motion
+    single = lambda x: jnp.asarray(x, jnp.float32)
+
+    def gradient(adjoint):
+        def final(q, p, k):
+            sol = dfx.diffeqsolve(
+                (dfx.ODETerm(lambda t, p, k: p), dfx.ODETerm(force)),
+                solver,
+                *(single(0), single(t1), None if controller is PID else single(0.01)),
+                *((q, p), k),
+                adjoint=adjoint,
+                stepsize_controller=controller,
+            )
+            return jnp.sum(sol.ys[0] ** 2)
+
+        return jax.jit(jax.grad(final, (0, 1, 2)))(single(q0), single(p0), single(1))
+
+    expected = gradient(dfx.RecursiveCheckpointAdjoint(checkpoints=4096))
+    tol = 1e-3 if motion is COMET else 1e-5
+    error = relative_error(gradient(dr.ReversibleAdjoint()), expected)
+    assert error < tol
+    with pytest.raises(RuntimeError, match="missed a state that is known"):
+        gradient(dr.ReversibleAdjoint(checkpoints=0))
 
 
 def test_time_does_not_drift():

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import RESULTS
 from jaxtyping import Array, PyTree
 
@@ -14,15 +15,21 @@ from .._custom_types import (
     IntScalarLike,
 )
 from .._diffrax import State
+from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance, needs_restart, statistics, to_record
 from .._tree import tree_replace
 from .branches import may_branch
+from .drift import coarsest_eps
 from .kept import Kept, least_spacing
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
 from .rest import Rest
 from .stepper import Advancing, Stepper
 from .steps import Record, room_for_steps
+
+
+# Symplectic solvers hold as many states as fit into this many bytes, see below.
+_room_in_single_precision = 1 << 20
 
 
 class Residuals(eqx.Module):
@@ -82,6 +89,22 @@ def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """The final state and statistics, where nothing is differentiated."""
     final_state, aux_stats, *_ = _solve(inputs, problem, lambda state: Kept(jnp.array(0)))
     return final_state, aux_stats
+
+
+def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
+    """The number of known states to hold, unless the user gives it.
+
+    Steps of a symplectic solver do not contract, so that rounding errors stay below the
+    tolerance in double precision. In single precision an unstable orbit, as in a close
+    encounter, amplifies them beyond it within some ten steps. Only large states, whose
+    memory matters, are not held there.
+    """
+    state, count = (inputs.y0, inputs.solver_state), problem.solver.default_checkpoints
+    if coarsest_eps(state) <= np.finfo(np.float64).eps:
+        return count
+    size = sum(x.nbytes for x in jtu.tree_leaves(eqx.filter(state, eqx.is_array)))
+    most = AbstractReversibleSolver.default_checkpoints
+    return max(count, min(most, _room_in_single_precision // max(size, 1)))
 
 
 def solve_and_record(

@@ -11,7 +11,7 @@ from diffrax import is_okay
 from .._diffrax import State
 from .backward import walk_back, Walked
 from .drift import refuse_wrong
-from .forward import solve_and_record, solve_plainly
+from .forward import default_checkpoints, solve_and_record, solve_plainly
 from .partition import detach
 from .problem import Inputs, Problem, save_states
 from .validate import (
@@ -72,7 +72,7 @@ def _solve_fwd(perturbed, inputs: Inputs, problem: Problem, settings: Settings):
             raise NotImplementedError(steps_that_follow_the_state)
     checkpoints = settings.checkpoints
     if checkpoints is None:
-        checkpoints = problem.solver.default_checkpoints
+        checkpoints = default_checkpoints(inputs, problem)
     final_state, aux_stats, residuals = solve_and_record(inputs, problem, checkpoints)
     return (differentiate_once(final_state), aux_stats), residuals
 

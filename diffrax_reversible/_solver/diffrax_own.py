@@ -171,7 +171,7 @@ class _LeapfrogMidpoint(
 class _SemiImplicitEuler(AbstractReversibleAdapter[None], AbstractCouplingSolver[None]):
     """`q1 = q0 + f(t0, p0) X` and `p1 = p0 + g(t0, q1) X`."""
 
-    # It is symplectic.
+    # It is symplectic, as the solvers of `splitting.py`.
     default_checkpoints: ClassVar[int] = 0
 
     def couplings(
