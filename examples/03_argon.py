@@ -238,7 +238,9 @@ def compare(observed) -> None:
     assert np.all(np.abs(difference) < SPREAD + 3 * error), (difference, error)
 
 
-def mean_square(pair, y0: State, ts, positions, dt=DT, adjoint=REVERSIBLE):
+def mean_square(
+    pair, y0: State, ts, positions, dt=DT, adjoint: dfx.AbstractAdjoint = REVERSIBLE
+):
     """Mean squared error of positions, in units of the noise."""
     q, _ = solve(pair, y0, ts, dt, adjoint=adjoint)
     return jnp.mean((q - positions) ** 2) / NOISE**2
@@ -332,8 +334,9 @@ def main() -> None:
     y0, observed = simulate(10 if quick else 200, rng)
     compare(observed)
 
-    fit = ((0.5,), rng, 3e-3, 4 * DT) if quick else ((0.5, 1.0, 2.0), rng, 1e-5)
-    _, _, _, history = learn(y0, *fit)
+    horizons, slope = ((0.5,), 3e-3) if quick else ((0.5, 1.0, 2.0), 1e-5)
+    dt = 4 * DT if quick else DT
+    _, _, _, history = learn(y0, horizons, rng, slope, dt)
     print("\nlearned over        ε         σ   mean square error / noise^2")
     for horizon, epsilon, sigma, value in history:
         print(f"{horizon:12.1f}{epsilon:10.6f}{sigma:10.6f}{value:10.4f}")
