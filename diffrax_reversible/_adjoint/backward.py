@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import IntScalarLike
+from .._custom_types import BoolScalarLike, IntScalarLike
 from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_like
@@ -108,31 +108,6 @@ def _walk(walk: Walk, end: Position) -> Position:
         # Without an outer loop, fewer states are in memory.
         return finish(segment(position, kept)[0])
 
-    def once_more(position, kept, first):
-        """The start of the walk, or its end if some element has to begin once more."""
-        position = finish(position)
-        if walk.departure is None:
-            return position, jnp.array(2)
-        grown = walk.has_grown(position)
-        again = first & eqxi.unvmap_any(grown)
-        # Some of what was held and recorded is lost.
-        there = kept.record.reaches(end.step, walk.residuals.count - 1)
-        begin = lambda: dataclasses.replace(
-            walk.start(end, grown),
-            stop=jnp.where(there, end.stop, end.step),
-            undone=position.undone,
-            replayed=position.replayed,
-            meter=position.meter,
-        )
-        without = lambda position: with_params(position, (None, None))
-        params = jtu.tree_map(
-            lambda b, p: jnp.where(again, b, p), params_of(begin()), params_of(position)
-        )
-        # Selected apart: in the conditional, XLA holds another copy of the parameters.
-        position = lax.cond(again, lambda: without(begin()), lambda: without(position))
-        position = with_params(position, params)
-        return position, jnp.where(again, 1, 2)
-
     def on_the_way(carry):
         return carry[2] < 2
 
@@ -143,12 +118,41 @@ def _walk(walk: Walk, end: Position) -> Position:
         # With the branches in the other order, XLA holds two more copies of the parameters.
         position, walks = lax.cond(
             jnp.logical_not(some_wait),
-            lambda: once_more(position, kept, walks == 0),
+            lambda: _once_more(walk, end, finish(position), kept, walks == 0),
             lambda: (position, walks),
         )
         return position, kept, walks
 
     return lax.while_loop(on_the_way, go, (position, kept, jnp.array(0)))[0]
+
+
+def _once_more(
+    walk: Walk, end: Position, position: Position, kept: Kept, first: BoolScalarLike
+) -> tuple[Position, IntScalarLike]:
+    """The position at the start of the solve, or the `end` if some element of the batch has
+    to begin once more after its `first` walk; and the number of walks that are done."""
+    if walk.departure is None:
+        return position, jnp.array(2)
+    record = kept.record
+    assert record is not None
+    grown = walk.has_grown(position)
+    again = first & eqxi.unvmap_any(grown)
+    # Some of what was held and recorded is lost.
+    there = record.reaches(end.step, walk.residuals.count - 1)
+    begin = lambda: dataclasses.replace(
+        walk.start(end, grown),
+        stop=jnp.where(there, end.stop, end.step),
+        undone=position.undone,
+        replayed=position.replayed,
+        meter=position.meter,
+    )
+    without = lambda position: with_params(position, (None, None))
+    params = jtu.tree_map(
+        lambda b, p: jnp.where(again, b, p), params_of(begin()), params_of(position)
+    )
+    # Selected apart: in the conditional, XLA holds another copy of the parameters.
+    position = lax.cond(again, lambda: without(begin()), lambda: without(position))
+    return with_params(position, params), jnp.where(again, 1, 2)
 
 
 class Walked(NamedTuple):

@@ -21,6 +21,7 @@ from .._solver.pullback import (
 )
 from .outputs import Cursor
 from .pull_outputs import pull_dense
+from .rest import Rest
 from .walk import Position, Walk
 
 
@@ -58,18 +59,11 @@ def pull_step(
     undone = walk.problem.solver, walk.combine, walk.params, t0, t1, *state
     settle = ft.partial(walk.settle, 2 * step)
 
-    def hidden(end):
-        if rest is None:
-            return None
-        real = lambda x: eqx.filter(x, eqx.is_inexact_array)
-        reconstructed = real((position.y, position.solver_state))
-        off = jtu.tree_map(jnp.subtract, reconstructed, real(end))
-        return rest.moving(2 * step, off)
-
     def pulled(start, ct, cursors, dense_bar, end):
         y0, state0 = settle(start) if known is None else known
         ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
-        return PulledStep(y0, state0, ct, cursors, probe, hidden(end))
+        hidden = _hidden(rest, step, state, end)
+        return PulledStep(y0, state0, ct, cursors, probe, hidden)
 
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     linear = all(walk.outputs[i].saves_state for i in interpolated)
@@ -82,8 +76,7 @@ def pull_step(
 
         def undo():
             y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar, known)
-            here = position.y, position.solver_state
-            return pulled((y0, state0), bar, cursors, dense_bar, here)
+            return pulled((y0, state0), bar, cursors, dense_bar, state)
 
         def undo_and_make():
             reads = dense_bar is not None
@@ -103,6 +96,20 @@ def pull_step(
     info = t0, t1, made.dense_info
     dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
     return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
+
+
+def _hidden(
+    rest: Rest | None,
+    step: IntScalarLike,
+    reconstructed: tuple[Y, SolverState],
+    end: tuple[Y, SolverState],
+) -> PyTree | None:
+    """See `PulledStep`, where `end` is the end of the step when it is made again."""
+    if rest is None:
+        return None
+    real = lambda x: eqx.filter(x, eqx.is_inexact_array)
+    off = jtu.tree_map(jnp.subtract, real(reconstructed), real(end))
+    return rest.moving(2 * step, off)
 
 
 def _with_probe(

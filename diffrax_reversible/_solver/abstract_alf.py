@@ -45,7 +45,7 @@ from .capabilities import (
     HasErrorScales,
     HasExtraDenseInfo,
 )
-from .chain import Chain, run, undo, undo_and_pull, Update
+from .chain import Chain, Pulled, run, undo, undo_and_pull, Update
 from .deviation import Deviation, DeviationWatch, watch_weights
 from .error_estimate import combine_errors
 from .interpolation import MakeInterpolation, with_slopes
@@ -356,21 +356,10 @@ class AbstractALF(
         dense, functionals, sums_cotangent = None, {}, {}
         outputs = _outputs(cotangent.y, dense_cotangent)
         if dense_cotangent is not None:
-            dense = dict(dense_cotangent)
-            if "k_mid" in dense:
-                step = t0, t1, y1, solver_state
-                dense, cotangent = self._pull_midpoint(
-                    combine, params, step, cotangent, dense
-                )
-            cotangent = self._pull_end(
-                combine, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
+            step, functionals = (t0, t1, y1, solver_state), self._inner_functionals()
+            dense, cotangent, sums_cotangent = self._pull_outputs(
+                combine, params, control, step, cotangent, dense_cotangent
             )
-            functionals = self._inner_functionals()
-            sums_cotangent = {
-                name: tree_scale(control, bar)
-                for name, bar in zip(functionals, dense["inner"], strict=True)
-            }
-            assert all(w[0] == 0 for w in functionals.values())
 
         def sides_bar(sub: _SubStep):
             u_bar = tree_zeros_like(y1)
@@ -395,21 +384,12 @@ class AbstractALF(
         )
         y0, v0, low = split_sums(*pulled.parts)
         z_bar, v_bar = pulled.bars
-        first_drift = control * float(self.tableau.drifts[0])
         probe = None
         if self.tableau.deviation_weights is not None:
-            # Of the first sub-step, the last to be undone, before `v_bar` is reflected.
-            vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
+            side_bar = None
             if functionals:
                 _, (side_bar, _) = sides_bar(read_row(chain.rows, 0))
-                vf_bar = tree_axpy(0.5, side_bar, vf_bar)
-            _, passed = pulled.first
-            assert passed is not None
-            passed = tree_scale(0.5, passed[0])
-            y_bar = jtu.tree_map(jnp.subtract, z_bar, passed)
-            first = jtu.tree_map(_at_start, y_bar, z_bar, v_bar, vf_bar, passed)
-            second = _per_unit_of(control, v_bar)
-            probe = Probe(vf_bar, passed, control, y_bar, outputs, first, second)
+            probe = self._probe_first(control, pulled, side_bar, outputs)
         state_bar = with_v(cotangent.solver_state, v_bar)
         cotangent = Cotangent(z_bar, state_bar, pulled.params_bar, probe)
         if dense is not None:
@@ -418,6 +398,50 @@ class AbstractALF(
             )
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
         return y0, solver_state, cotangent
+
+    def _pull_outputs(
+        self,
+        combine: Combine,
+        params: Params,
+        control: RealScalarLike,
+        step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo,
+    ) -> tuple[DenseInfo, Cotangent, dict[str, VF]]:
+        """Pull the `dense_info` of a step back through the evaluations at its mid-point and
+        its end. Returns what is left of its cotangent, the cotangent at the end, and that
+        of the sums of evaluations, by functional."""
+        _, t1, y1, _ = step
+        dense = dict(dense_cotangent)
+        if "k_mid" in dense:
+            dense, cotangent = self._pull_midpoint(combine, params, step, cotangent, dense)
+        cotangent = self._pull_end(
+            combine, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
+        )
+        functionals = self._inner_functionals()
+        # `u_0` is not an evaluation of this step.
+        assert all(w[0] == 0 for w in functionals.values())
+        inner = zip(functionals, dense["inner"], strict=True)
+        return dense, cotangent, {name: tree_scale(control, bar) for name, bar in inner}
+
+    def _probe_first(
+        self, control: RealScalarLike, pulled: Pulled, side_bar: VF | None, outputs: Y
+    ) -> Probe:
+        """The probe of the first sub-step, the last to be undone, where `side_bar` is the
+        cotangent of its evaluation from the outputs between steps."""
+        z_bar, v_bar = pulled.bars
+        first_drift = control * float(self.tableau.drifts[0])
+        # Before `v_bar` is reflected.
+        vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
+        if side_bar is not None:
+            vf_bar = tree_axpy(0.5, side_bar, vf_bar)
+        _, passed = pulled.first
+        assert passed is not None
+        passed = tree_scale(0.5, passed[0])
+        y_bar = jtu.tree_map(jnp.subtract, z_bar, passed)
+        first = jtu.tree_map(_at_start, y_bar, z_bar, v_bar, vf_bar, passed)
+        second = _per_unit_of(control, v_bar)
+        return Probe(vf_bar, passed, control, y_bar, outputs, first, second)
 
     @property
     def departure(self) -> Departure | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._custom_types import Args, Combine, Params, RealScalarLike, Terms
+from .._custom_types import Args, Combine, IntScalarLike, Params, RealScalarLike, Terms
 from .._exact_sum import Sum
 from .._tree import read_row, tree_add, tree_scale, tree_zeros_like
 
@@ -131,51 +131,26 @@ def undo_and_pull(
     """
     terms, args = combine(params)
 
-    def from_start(i):
-        """The parts before the `i`-th round."""
-        if chain.rows is None:
-            return start
-
-        def make(j, parts):
-            updates = chain.make_round(terms, args, read_row(chain.rows, j))
-            return _all_of(updates, parts)[0]
-
-        return lax.fori_loop(0, i, make, start)
-
     def one_round(carry, row):
         parts, bars, params_bar, _, rounds = carry
+        again = lambda params: chain.make_round(*combine(params), row)
         updates = chain.make_round(terms, args, row)
         before = None
         if rounds is not None:
             rounds = rounds - 1
-            before = from_start(rounds)
+            before = _parts_before(chain, terms, args, start, rounds)
         more = [None] * len(updates) if sides_bar is None else sides_bar(row)
         first: list[Passed | None] = [None] * len(updates)
         for i in reversed(range(len(updates))):
-            update = updates[i]
-            bar = bars[update.target]
             if before is not None:
                 parts, _ = _all_of(updates[:i], before)
-            u_bar = _times(update.factor, bar)
-            if update.evaluate is None:
-                (u,), passed = _arguments(update, parts), (u_bar,)
-            else:
-
-                def evaluate(params, *arguments, i=i):
-                    again = chain.make_round(*combine(params), row)[i].evaluate
-                    assert again is not None
-                    return again(*arguments)
-
-                arguments = params, *_arguments(update, parts)
-                u, (more_params_bar, *passed) = _pull(evaluate, arguments, u_bar, more[i])
-                if update.alike is not None:
-                    u, _ = _evaluate(update, parts)
-                params_bar = tree_add(params_bar, more_params_bar)
-                first[i] = passed = tuple(passed)
-            others = tuple(map(tree_add, _others(bars, update), passed))
-            bars = _insert(others, update, _times(update.scale, bar))
+            u, bars, more_bar, first[i] = _pull_update(
+                updates[i], lambda p, i=i: again(p)[i], params, parts, bars, more[i]
+            )
+            if more_bar is not None:
+                params_bar = tree_add(params_bar, more_bar)
             if before is None:
-                parts = _undone(parts, update, u)
+                parts = _undone(parts, updates[i], u)
         return parts, bars, params_bar, first, rounds
 
     def like(update):
@@ -193,6 +168,52 @@ def undo_and_pull(
     carry = parts, bars, params_bar, first, rounds
     parts, bars, params_bar, first, _ = _scan(one_round, carry, chain.rows, reverse=True)
     return Pulled(parts, bars, params_bar, first)
+
+
+def _parts_before(
+    chain: Chain, terms: Terms, args: Args, start: Parts | None, i: IntScalarLike
+) -> Parts | None:
+    """The parts before the `i`-th round, computed from the `start` of the chain."""
+    if chain.rows is None:
+        return start
+
+    def make(j, parts):
+        updates = chain.make_round(terms, args, read_row(chain.rows, j))
+        return _all_of(updates, parts)[0]
+
+    return lax.fori_loop(0, i, make, start)
+
+
+def _pull_update(
+    update: Update,
+    again: Callable[[Params], Update],
+    params: Params,
+    parts: Parts,
+    bars: tuple[PyTree, ...],
+    side_bar: tuple[PyTree, PyTree] | None,
+) -> tuple[PyTree, tuple[PyTree, ...], Params | None, Passed | None]:
+    """Pull cotangents back through an update, which is `again(params)`.
+
+    Returns `u`, the cotangents of the parts before the update and, if it evaluates
+    anything, the cotangent of `params` and those passed on."""
+    bar, params_bar, evaluated = bars[update.target], None, None
+    u_bar = _times(update.factor, bar)
+    if update.evaluate is None:
+        (u,), passed = _arguments(update, parts), (u_bar,)
+    else:
+
+        def evaluate(params, *arguments):
+            fn = again(params).evaluate
+            assert fn is not None
+            return fn(*arguments)
+
+        arguments = params, *_arguments(update, parts)
+        u, (params_bar, *passed) = _pull(evaluate, arguments, u_bar, side_bar)
+        if update.alike is not None:
+            u, _ = _evaluate(update, parts)
+        evaluated = passed = tuple(passed)
+    others = tuple(map(tree_add, _others(bars, update), passed))
+    return u, _insert(others, update, _times(update.scale, bar)), params_bar, evaluated
 
 
 def _pull(

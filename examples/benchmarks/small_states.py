@@ -7,8 +7,8 @@ than the arithmetic of a few entries. This option raises the limit. As it is no 
 
     XLA_FLAGS="--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
 
-Every gradient is timed in processes of its own, which take turns: with the default limit,
-and with limits of 64 kB and 1 MB.
+Every gradient is timed in processes of its own: with the default limit, and with limits of
+64 kB and 1 MB.
 """
 
 import json
@@ -39,7 +39,7 @@ METHODS = {
     "Tsit5": (dfx.Tsit5(), DEFAULT),
     "Dopri8": (dfx.Dopri8(), DEFAULT),
 }
-RUNS, ROUNDS = 15, 3
+RUNS = 25
 
 
 def lorenz(t, y, rate):
@@ -104,19 +104,13 @@ def main() -> None:
     quick = "--quick" in sys.argv
     problems, methods = (("Kepler",), ("ALF6",)) if quick else (PROBLEMS, METHODS)
     columns = [f"{name} [ms]" for name in LIMITS]
-    header = ["problem", "gradient with", *columns, "compiled [s]"]
+    header = ["problem", "gradient with", *columns, "traced and compiled [s]"]
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for problem in problems:
         for method in methods:
-            rounds: dict[str, list[list[float]]] = {name: [] for name in LIMITS}
-            for _ in range(1 if quick else ROUNDS):
-                for name, limit in LIMITS.items():
-                    rounds[name].append(run(problem, method, limit))
-            times, compiled, norms = (
-                [statistics.median(r[i] for r in rounds[name]) for name in LIMITS]
-                for i in range(3)
-            )
+            measured = [run(problem, method, limit) for limit in LIMITS.values()]
+            times, compiled, norms = zip(*measured, strict=True)
             row = [problem, f"`{method}`", *(f"{t:.2f}" for t in times)]
             row.append(", ".join(f"{c:.1f}" for c in compiled))
             print("| " + " | ".join(row) + " |", flush=True)
