@@ -57,6 +57,7 @@ def test_figure(path):
 # - `error_weights.py`: the package's error estimates are at least a quarter of the error.
 # - `stiff_oscillation.py`: solutions are right to 1e-4.
 # - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
+# - `small_states.py`: an option of XLA does not change a gradient.
 BENCHMARKS = cases(
     ("coefficients.py", "error_weights.py"),
     slow=(
@@ -67,6 +68,7 @@ BENCHMARKS = cases(
         "solutions.py",
         "stiff_oscillation.py",
         "compile_time.py",
+        "small_states.py",
     ),
 )
 

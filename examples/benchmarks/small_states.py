@@ -3,9 +3,9 @@
 On a CPU, XLA compiles a loop as one function if an iteration accesses little memory, up to
 a kilobyte. The operations of other loops are called one by one, and each call takes longer
 than the arithmetic of a few entries. This option raises the limit. As it is no option of
-`jax.jit`, it is set for the whole process, before JAX is imported:
+`jax.jit`, it is set in `XLA_FLAGS` before JAX is imported, for the whole process:
 
-    XLA_FLAGS="--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
+    --xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1048576
 
 Every gradient is timed in processes of its own: with the default limit, and with limits of
 64 kB and 1 MB.
