@@ -268,8 +268,8 @@ def steady_state(solver):
 
 TRAININGS = cases(
     (neural_cde,),
-    more=(normalising_flow, neural_sde, kalman_filter),
-    slow=(neural_ode, latent_ode, forcing, steady_state),
+    more=(kalman_filter,),
+    slow=(normalising_flow, neural_sde, neural_ode, latent_ode, forcing, steady_state),
 )
 
 

@@ -162,7 +162,7 @@ def test_against_closed_form(solver):
     assert abs(grad_a - y0 * t1 * np.exp(a * t1)) < tol
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_against_differences():
     @jax.jit
     def loss(y0):

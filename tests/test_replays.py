@@ -111,7 +111,7 @@ def test_evaluations(checkpoints, most):
     assert 0 < replayed <= few - enough < 1.25 * replayed
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_batch():
     """Each element of a batch restarts, and is replayed, at its own steps."""
     final = final_of(relaxation, 10.0, 0.025)

@@ -132,7 +132,7 @@ def test_van_der_pol_evaluations():
 
 @pytest.mark.parametrize("problem", (KEPLER, LOTKA_VOLTERRA, PENDULUM))
 @pytest.mark.parametrize(
-    "solver, steps", cases(((dr.ALF4(), 4000),), more=((dr.ALF6(), 1000),))
+    "solver, steps", cases(((dr.ALF4(), 4000),), slow=((dr.ALF6(), 1000),))
 )
 @pytest.mark.parametrize("controller, restarts", ((FIXED, 0), (PID, 5)))
 def test_conservative(problem, solver, steps, controller, restarts):
@@ -141,7 +141,7 @@ def test_conservative(problem, solver, steps, controller, restarts):
     assert sol.stats["num_restarts"] <= restarts
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_batch():
     """Each element of a batch restarts at its own steps."""
 
