@@ -27,8 +27,8 @@ Times are in milliseconds, and voltages in units of the transistors' saturation 
 
 Run `python examples/02_contracting_network.py` after `pip install ".[examples]"`. It takes
 two minutes on two cores, and writes `02_contracting_network.png`. `--quick` trains only
-with `ALF4`, and compares no errors of trainings, makes fewer updates, and leaves out two of
-the coupled schemes.
+with `ALF4` and in fewer updates, so that it compares no errors of trainings, and leaves out
+two of the coupled schemes.
 """
 
 import argparse

@@ -94,10 +94,10 @@ def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
 def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
     """The number of known states to hold, unless the user gives it.
 
-    Steps of a symplectic solver do not contract, so that rounding errors stay below the
-    tolerance in double precision. In single precision an unstable orbit, as in a close
-    encounter, amplifies them beyond it within some ten steps. Only large states, whose
-    memory matters, are not held there.
+    A symplectic solver has none of its own, as its steps do not contract. But an unstable
+    orbit, as in a close encounter, amplifies rounding errors: in single precision beyond
+    the tolerance within some ten steps, in double precision only if it is extreme or long.
+    So in single precision states are held, except large ones, whose memory matters.
     """
     state, count = (inputs.y0, inputs.solver_state), problem.solver.default_checkpoints
     if coarsest_eps(state) <= np.finfo(np.float64).eps:

@@ -29,7 +29,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     """
 
     # The default number of states that `ReversibleAdjoint` holds as checkpoints. In single
-    # precision it holds 8 at least, if these take no more than a megabyte.
+    # precision it holds as many of 8 as fit into a megabyte, if these are more.
     default_checkpoints: ClassVar[int] = 8
 
     @abc.abstractmethod

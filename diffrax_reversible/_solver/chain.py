@@ -133,7 +133,7 @@ def undo_and_pull(
 
     def one_round(carry, row):
         parts, bars, params_bar, _, rounds = carry
-        again = lambda params: chain.make_round(*combine(params), row)
+        again = lambda i, params: chain.make_round(*combine(params), row)[i]
         updates = chain.make_round(terms, args, row)
         before = None
         if rounds is not None:
@@ -145,7 +145,7 @@ def undo_and_pull(
             if before is not None:
                 parts, _ = _all_of(updates[:i], before)
             u, bars, more_bar, first[i] = _pull_update(
-                updates[i], lambda p, i=i: again(p)[i], params, parts, bars, more[i]
+                updates[i], ft.partial(again, i), params, parts, bars, more[i]
             )
             if more_bar is not None:
                 params_bar = tree_add(params_bar, more_bar)

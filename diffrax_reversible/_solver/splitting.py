@@ -107,7 +107,7 @@ class AbstractSplitting(
     def __check_init__(self):
         check_flags(self, "compensated", "bitwise")
 
-    # In double precision, rounding errors stay small in symplectic steps.
+    # Symplectic steps do not contract, and in double precision rounding errors grow slowly.
     default_checkpoints: ClassVar[int] = 0
     term_structure: ClassVar = (AbstractTerm, AbstractTerm)
     interpolation_cls: ClassVar = OsculatingInterpolation
