@@ -77,23 +77,27 @@ def coarse_error_weights(
     )
     direction = null_space @ _closest(sparse, null_space)
 
-    def parts(response, b):
+    def parts(response):
         fine = np.abs(fine_weights @ response.stages)
         deviation = np.abs(deviation_weights @ response.stages) - usual_deviation * fine
-        coarse = (direction + b * unit) @ response.stages[1:]
         slopes = np.abs(response.z) + np.abs(v_weights @ response.stages)
-        return np.maximum(fine, deviation), coarse, slopes
+        coarse = direction @ response.stages[1:], unit @ response.stages[1:]
+        return np.maximum(fine, deviation), slopes, coarse
+
+    others, slopes, (along, across) = parts(sparse)
+    size = np.maximum(others, np.abs(sparse.error))
 
     def cost(b):
-        others, coarse, slopes = parts(sparse, b)
+        coarse = along + b * across
         multiple = _multiple(sparse, others, coarse, slopes)
-        size = np.maximum(others, np.abs(sparse.error))
         total = combine(others, multiple * coarse, slopes)
         return np.max((total / size)[size < _least_error], initial=0)
 
     # Among equally good estimates, take the one closest to `direction`.
     b = min(np.linspace(-2, 2, 81), key=lambda b: (round(cost(b), 2), abs(b)))
-    weights[1:] = _multiple(dense, *parts(dense, b)) * (direction + b * unit)
+    others, slopes, (along, across) = parts(dense)
+    multiple = _multiple(dense, others, along + b * across, slopes)
+    weights[1:] = multiple * (direction + b * unit)
     return weights
 
 

@@ -31,10 +31,11 @@ class LinearResponse:
         """
         stages, parasitic = np.zeros((2, len(matrix), len(z)), complex)
         parasitic[0] = 1
+        # By `einsum`, as products by BLAS wait for its threads wherever cores are busy.
         for i, row in enumerate(matrix):
-            stages[i] = z * (1 + row[:i] @ stages[:i])
+            stages[i] = z * (1 + np.einsum("j,jn", row[:i], stages[:i]))
             if i > 0:
-                parasitic[i] = z * (row[:i] @ parasitic[:i])
+                parasitic[i] = z * np.einsum("j,jn", row[:i], parasitic[:i])
         solution = 1 + step_weights @ stages[: len(step_weights)]
         return LinearResponse(z, stages, parasitic, solution)
 
