@@ -214,6 +214,7 @@ def test_conditions_that_close_over_values():
     both(of, Y0, jnp.array(0.2))
 
 
+@pytest.mark.more
 def test_closed_form():
     """A ball dropped from `x0` hits the floor after `sqrt(2 x0 / g)`, at `sqrt(2 x0 g)`."""
 
@@ -239,6 +240,7 @@ def test_closed_form():
     np.testing.assert_allclose(by_g, [-time / (2 * g), speed / (2 * g)], rtol=1e-9)
 
 
+@pytest.mark.more
 def test_times():
     """The gradient with respect to `t0` includes the location of the event. `t0` shifts the
     solution of an autonomous equation, and the event with it."""
@@ -263,6 +265,7 @@ def test_times():
     np.testing.assert_allclose(by_t0, [0.0, 0.0, 1.0], atol=1e-6)
 
 
+@pytest.mark.more
 def test_steady_state():
     """Diffrax's own event."""
 

@@ -336,7 +336,7 @@ def test_chaos():
     assert compensated < (1e-2 if recent else 0.1) * error(dr.ALF6()) < 1e-8
 
 
-@pytest.mark.parametrize("dtype", cases((jnp.float16,), slow=(jnp.bfloat16,)))
+@pytest.mark.parametrize("dtype", cases((), more=(jnp.float16,), slow=(jnp.bfloat16,)))
 @pytest.mark.parametrize("compensated", cases((False,), slow=(True,)))
 def test_half_precision(dtype, compensated):
     """Gradients are right if the state is in half, and time in single precision."""

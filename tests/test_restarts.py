@@ -96,7 +96,8 @@ def value_and_grad(problem, solver, controller, steps, adjoint):
 
 # problem, solver, controller, steps, bounds on the error and on the restarts
 HARD = cases(
-    ((LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),),
+    (),
+    more=((LORENZ, dr.ALF6(), pid(1e-9), 1000, 1e-4, 20),),
     slow=(
         (FAST_RELAXATION, dr.ALF6(), FIXED, 1600, 1e-10, 80),
         (FAST_RELAXATION, dr.ALF6(), pid(1e-4), 1600, 1e-4, 80),

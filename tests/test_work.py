@@ -19,7 +19,7 @@ from .problems import cases, PID
         slow=((dr.ALF6(), 20, 3), (dr.ALF2(), 1, 0), (dr.ALF8(), 34, 2)),
     ),
 )
-@pytest.mark.parametrize("controller", (dfx.ConstantStepSize(), PID))
+@pytest.mark.parametrize("controller", cases((PID,), more=(dfx.ConstantStepSize(),)))
 @pytest.mark.parametrize(
     "ts", cases((jnp.linspace(0, 3, 7),), slow=(None,)), ids=("ts", "t1")
 )
