@@ -68,10 +68,11 @@ def quick_options():
     return known
 
 
-def quick_flags():
-    """These options, as flags for a subprocess."""
-    options = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
-    options |= quick_options()
+def quick_flags(*, optimised=False):
+    """These options, as flags for a subprocess, unless `optimised` with those that make
+    kernels slow."""
+    slow = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+    options = quick_options() | ({} if optimised else slow)
     return " ".join(f"--{name}={value}" for name, value in options.items())
 
 

@@ -17,7 +17,7 @@ from .problems import cases
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
-# Compiled as users do, as it spends most of its time running; the others compile quickly.
+# Its kernels are compiled with optimisations, as it spends most of its time running.
 RUNNING = "03_argon.py"
 
 
@@ -28,9 +28,8 @@ def test_example(path, tmp_path):
     script = tmp_path / path.name
     shutil.copy(path, script)
     quick = ["--quick"] if "--quick" in path.read_text() else []
-    environment = dict(os.environ)
-    if path.name != RUNNING:
-        environment["XLA_FLAGS"] = quick_flags()
+    flags = quick_flags(optimised=path.name == RUNNING)
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, script, *quick]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
