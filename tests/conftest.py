@@ -69,8 +69,8 @@ def quick_options():
 
 
 def quick_flags(*, optimised=False):
-    """These options, as flags for a subprocess, unless `optimised` with those that make
-    kernels slow."""
+    """These options, as flags for a subprocess. Unless `optimised`, LLVM does little too,
+    and programs run more slowly."""
     slow = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
     options = quick_options() | ({} if optimised else slow)
     return " ".join(f"--{name}={value}" for name, value in options.items())
