@@ -303,7 +303,7 @@ def test_what_sums_over_the_steps_do_not_see():
     assert first > second == 0
 
 
-@pytest.mark.parametrize("moves_rest", cases((), more=(True,), slow=(False,)))
+@pytest.mark.parametrize("moves_rest", cases((), more=(False, True)))
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(), dr.ALF8())))
 def test_rest_before_the_first_input(solver, moves_rest):
     """A drug is absorbed at a rate `k` after its `dose`. Before, steps exceed the stability
