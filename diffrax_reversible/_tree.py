@@ -126,3 +126,21 @@ def from_bits(bits: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
         return lax.bitcast_convert_type(bits, real_like(like).dtype)
 
     return from_real(jtu.tree_map(convert, bits, like), like)
+
+
+def to_half_the_bits(x: Array) -> Array:
+    """The upper half of the bits of real numbers that are not negative, as integers.
+
+    They have the same range, and two or six digits, rounded down. Numbers in half precision
+    keep all.
+    """
+    bits, half = to_bits(x), 4 * x.dtype.itemsize
+    return bits if half == 8 else (bits >> half).astype(f"int{half}")
+
+
+def from_half_the_bits(bits: Array, like: Array) -> Array:
+    """The inverse of `to_half_the_bits`, in the precision of `like`."""
+    half = 4 * real_like(like).dtype.itemsize
+    if half > 8:
+        bits = bits.astype(f"int{2 * half}") << half
+    return from_bits(bits, real_like(like))

@@ -91,7 +91,7 @@ def test_dead_modes(solver, saveat):
 )
 def test_slow_manifold(solver, tol):
     """The fast mode follows the slow one, so that the solve has no reason to restart. The
-    gradient of the solve as it is has no right digit."""
+    gradient of the solve as it is is off by several percent, or by more than its size."""
     y0 = jnp.array([1.0, 1 / 500])
     want = implicit(slow_manifold, y0, 3.0)
     reports = []
@@ -102,7 +102,7 @@ def test_slow_manifold(solver, tol):
     (report,) = reports
     assert 0 < report["restarted_steps"] <= report["undone_steps"] / 2
     default = gradient(slow_manifold, y0, 3.0, solver, tol, DEFAULT)
-    assert relative_error(default, want) > 0.1
+    assert relative_error(default, want) > 0.03
 
 
 @pytest.mark.slow

@@ -66,8 +66,8 @@ def gradient(field, solver, y0, adjoint, **kwargs):
 @pytest.mark.parametrize(
     "name",
     cases(
-        ("McCallumFoster",),
-        slow=("LeapfrogMidpoint", "ALF2", "ALF4", "ALF6", "ALF8", "ReversibleHeun"),
+        ("McCallumFoster", "LeapfrogMidpoint"),
+        slow=("ALF2", "ALF4", "ALF6", "ALF8", "ReversibleHeun"),
     ),
 )
 def test_start(name, rest, save_fn):

@@ -158,33 +158,32 @@ def test_batch():
     assert relative_error(batched, jnp.stack(alone)) < 1e-9
 
 
-@pytest.mark.slow
-def test_large_state_is_watched_on_a_sample():
-    """The sample detects a contraction in a sixteenth of the entries."""
-    rates = jnp.where(jnp.arange(20_000) % 16 == 3, 15.0, 0.1)
+def test_one_of_many_entries():
+    """Of many entries the only one that contracts is noticed, and has a right gradient."""
+    rates = jnp.full(5000, 0.1).at[3].set(15.0)
     y0 = jnp.linspace(0.5, 1.0, len(rates))
 
     def gradient(adjoint):
         @jax.jit
-        def run(scale):
-            def final(scale):
+        def run(rates):
+            def final(rates):
                 sol = dfx.diffeqsolve(
-                    dfx.ODETerm(lambda t, y, s: -s * rates * (y - jnp.cos(t))),
+                    dfx.ODETerm(lambda t, y, rates: -rates * (y - jnp.cos(t))),
                     dr.ALF4(),
                     0.0,
-                    4.0,
+                    2.0,
                     jnp.array(0.02),
                     y0,
-                    scale,
+                    rates,
                     adjoint=adjoint,
                 )
                 return jnp.sum(sol.ys**2), sol.stats.get("num_restarts")
 
-            return jax.grad(final, has_aux=True)(scale)
+            return jax.grad(final, has_aux=True)(rates)
 
-        return run(jnp.array(1.0))
+        return run(rates)
 
     grad, restarts = gradient(dr.ReversibleAdjoint(checkpoints=12))
     assert 0 < restarts <= 12
     expected, _ = gradient(dfx.RecursiveCheckpointAdjoint())
-    assert abs(grad / expected - 1) < 1e-8
+    np.testing.assert_allclose(grad, expected, rtol=1e-8)

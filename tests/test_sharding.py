@@ -72,8 +72,8 @@ def assert_close(x, y):
 
 
 def check_sharding(loss):
-    """With sharded and donated inputs of `jit`, devices exchange only scalars, gradients of
-    the parameters, and samples of the state."""
+    """With sharded and donated inputs of `jit`, devices exchange only scalars and gradients
+    of the parameters."""
     params, batch = inputs(4096)
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))

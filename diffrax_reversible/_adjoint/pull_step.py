@@ -56,13 +56,15 @@ def pull_step(
     """
     t0, t1 = position.clock.start, position.clock.end
     state, rest = (position.y, solver_state), walk.residuals.kept.rest
+    # Without what the solver recalls, which is of the start of the step.
+    here = position.y, position.solver_state
     undone = walk.problem.solver, walk.combine, walk.params, t0, t1, *state
     settle = ft.partial(walk.settle, 2 * step)
 
     def pulled(start, ct, cursors, dense_bar, end):
         y0, state0 = settle(start) if known is None else known
         ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
-        hidden = _hidden(rest, step, state, end)
+        hidden = _hidden(rest, step, here, end)
         return PulledStep(y0, state0, ct, cursors, probe, hidden)
 
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
@@ -76,7 +78,7 @@ def pull_step(
 
         def undo():
             y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar, known)
-            return pulled((y0, state0), bar, cursors, dense_bar, state)
+            return pulled((y0, state0), bar, cursors, dense_bar, here)
 
         def undo_and_make():
             reads = dense_bar is not None

@@ -172,9 +172,9 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     - Second derivatives are by forward mode over reverse mode, as in `jax.hessian`.
     - A batch that is sharded over devices stays sharded, forwards and backwards. Besides
-        the gradients of shared inputs, only scalars and samples of some two thousand
-        entries are exchanged. To raise its own errors Diffrax gathers the solution on one
-        device: pass `diffeqsolve(..., throw=False)` where that matters.
+        the gradients of shared inputs, only scalars are exchanged. To raise its own errors
+        Diffrax gathers the solution on one device: pass `diffeqsolve(..., throw=False)`
+        where that matters.
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
     - A `progress_meter` also shows the backward pass, again from 0 % to 100 %.
     """

@@ -46,8 +46,8 @@ from .capabilities import (
     HasExtraDenseInfo,
 )
 from .chain import Chain, Pulled, run, undo, undo_and_pull, Update
-from .deviation import Deviation, DeviationWatch, watch_weights
-from .error_estimate import combine_errors
+from .deviation import Deviation, has_third_estimate
+from .error_estimate import combine_errors, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
 from .pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart, Probe
@@ -65,10 +65,8 @@ class _SubStep(NamedTuple):
     # From the last evaluation, or the start of the step, to this evaluation.
     drift: Array
     midpoint: Array
-    # The weights of the evaluation in the linear functionals of a step, and in the
-    # functionals that watch the deviation.
+    # The weights of the evaluation in the linear functionals of a step.
     weights: dict[str, Array]
-    watch: Array | None
 
 
 class AbstractALF(
@@ -155,49 +153,60 @@ class AbstractALF(
         v0 = solver_state.v
         term = as_ode_term(self, terms)
         control = term.contr(t0, t1)
-        weights = watch_weights(self.tableau)
 
-        def collect(sides, sub: _SubStep, evaluated):
-            (sums, watch), (_, (u, _)) = sides, evaluated
-            sums = {
+        def collect(sums, sub: _SubStep, evaluated):
+            _, (u, _) = evaluated
+            return {
                 name: tree_add(total, tree_outer(sub.weights[name], u))
                 for name, total in sums.items()
             }
-            return sums, None if watch is None else watch.add(sub.watch, u)
 
         functionals = self._functionals()
         sums = {name: tree_outer(w[0], v0) for name, w in functionals.items()}
-        watch = None
-        if weights is not None:
-            watch = DeviationWatch.start(weights[0], v0)
-        chain = self._chain(control, t0, t1, functionals, weights)
+        chain = self._chain(control, t0, t1, functionals)
         parts = sums_of(y0, solver_state)
-        (k, v), sides = run(chain, terms, args, parts, (sums, watch), collect)
-        sums, watch = sides
+        (k, v), sums = run(chain, terms, args, parts, sums, collect)
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
         # `PIDController` rejects a NaN step but not an infinite one (inf/inf), so map inf
         # to NaN.
         y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
-        sums = {name: tree_scale(control, total) for name, total in sums.items()}
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
-        y_error, *coarse = _rows(sums["errors"], functionals["errors"])
-        if len(coarse) > 0:
-            y_error = jtu.tree_map(combine_errors, y_error, *coarse, k0, k1)
-        deviation = solver_state.deviation
-        if watch is not None and deviation is not None:
-            evaluated = solver_state.evaluated
-            assert evaluated is not None
-            step = self.tableau, control, y1, deviation, evaluated
-            deviation, excess = watch.judge(*step)
-            if self.tableau.deviation_error_scale > 0:
-                y_error = jtu.tree_map(lambda y, e: e.raise_error(y), y_error, excess)
-        inner = _rows(sums["inner"], functionals["inner"]) if "inner" in sums else []
+        step = control, y1, k0, k1
+        y_error, deviation = self._judge(*step, sums["errors"], solver_state)
+        inner = tree_scale(control, sums.get("inner", []))
+        inner = _rows(inner, len(self.tableau.continuous_extension.weights))
         dense_info = dict(y0=y0, y1=y1, inner=inner)
         if not self._evaluates_slopes:
             dense_info |= dict(k0=k0, k1=k1)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def _judge(
+        self,
+        control: RealScalarLike,
+        y1: Y,
+        k0: Y,
+        k1: Y,
+        sums: VF,
+        solver_state: ALFState,
+    ) -> tuple[Y, Deviation | None]:
+        """The error estimate of a step, and the known facts about the deviation after it,
+        from the `sums` of its evaluations."""
+        names = self._error_functionals()
+        errors = dict(zip(names, _rows(sums, len(names)), strict=True))
+        y_error = tree_scale(control, errors["fine"])
+        if "coarse" in errors:
+            coarse = tree_scale(control, errors["coarse"])
+            y_error = jtu.tree_map(combine_errors, y_error, coarse, k0, k1)
+        if (deviation := solver_state.deviation) is None:
+            return y_error, None
+        assert solver_state.evaluated is not None
+        step = control, solver_state.evaluated, y1, errors["fine"], errors["deviation"]
+        deviation, excess = deviation.after_step(self.tableau, *step)
+        if has_third_estimate(self.tableau):
+            y_error = jtu.tree_map(raise_error, y_error, excess)
+        return y_error, deviation
 
     def extra_dense_info(
         self,
@@ -595,13 +604,21 @@ class AbstractALF(
 
         Outputs that are used together are stacked, which is faster for small states.
         """
-        errors = [self.tableau.error_weights]
-        if np.any(self.tableau.coarse_error_weights):
-            errors.append(self.tableau.coarse_error_weights)
+        errors = list(self._error_functionals().values())
         functionals = dict(errors=np.stack(errors, axis=1))
         if len(inner := self.tableau.continuous_extension.weights) > 0:
             functionals["inner"] = inner.T
         return functionals
+
+    def _error_functionals(self) -> dict[str, np.ndarray]:
+        """Weights of the stages in the error estimates and the deviation."""
+        tableau = self.tableau
+        errors = dict(fine=tableau.error_weights)
+        if np.any(tableau.coarse_error_weights):
+            errors["coarse"] = tableau.coarse_error_weights
+        if tableau.deviation_weights is not None:
+            errors["deviation"] = tableau.deviation_weights
+        return errors
 
     def _inner_functionals(self) -> dict[str, np.ndarray]:
         """Weights of the stages in the solution at fractions of the step."""
@@ -624,7 +641,6 @@ class AbstractALF(
         t0: RealScalarLike,
         t1: RealScalarLike,
         functionals: dict[str, np.ndarray],
-        watch_weights: Array | None = None,
     ) -> Chain:
         """The sub-steps, which update `z` and `v`, without the drift after the last one."""
 
@@ -641,7 +657,6 @@ class AbstractALF(
             jnp.asarray(self.tableau.drifts[:-1], dtype),
             jnp.asarray(self.tableau.midpoints, dtype),
             {name: jnp.asarray(w[1:], dtype) for name, w in functionals.items()},
-            None if watch_weights is None else jnp.asarray(watch_weights[1:], dtype),
         )
         return Chain(make_round, sub_steps)
 
@@ -673,7 +688,6 @@ def _per_unit_of(control: RealScalarLike, v_bar: VF) -> VF:
     return tree_scale(1 / jnp.where(control == 0, jnp.inf, control), v_bar)
 
 
-def _rows(x: VF, functionals: np.ndarray) -> list[VF]:
-    """Split `x`, whose first axis has one row for every column of the `functionals`."""
-    count = functionals.shape[1]
+def _rows(x: VF, count: int) -> list[VF]:
+    """Split `x`, whose arrays have `count` rows, along the first axis."""
     return [jtu.tree_map(lambda x, i=i: x[i], x) for i in range(count)]

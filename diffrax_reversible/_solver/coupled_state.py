@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import BoolScalarLike, Y
 from .._precision import eps
-from .._tree import from_bits, real_like, to_bits
-from .entry_scales import has_grown, largest_entry, largest_so_far, sample
+from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
+from .entry_scales import has_grown, largest_entry, largest_so_far
 
 
 # Restart where the distance of the copies, in any entry, exceeds `_ratio` times its error
@@ -30,19 +30,20 @@ class Separation(eqx.Module):
 
     - `seeds`: the distance after the first step since the last restart, relative to
         `scales`; zero before that.
-    - `scales`: the largest magnitude of the sampled entries since the start of the solve.
+    - `scales`: the largest magnitude of every entry since the start of the solve, in half
+        the bits.
     """
 
     # Whether the copies have to be set equal before the next step.
     restart: BoolScalarLike
     seeds: PyTree[Int[Array, ""]]
-    scales: PyTree[Int[Array, " sample"]]
+    scales: PyTree[Int[Array, "..."]]
 
     @staticmethod
     def start(y: Y) -> "Separation":
         seeds = jtu.tree_map(lambda y: jnp.zeros((), real_like(y).dtype), y)
-        scales = jtu.tree_map(lambda y: jnp.abs(sample(y)), y)
-        return Separation(jnp.array(False), *to_bits((seeds, scales)))
+        scales = jtu.tree_map(lambda y: to_half_the_bits(jnp.abs(y)), y)
+        return Separation(jnp.array(False), to_bits(seeds), scales)
 
     def restarted(self) -> "Separation":
         seeds = jtu.tree_map(jnp.zeros_like, self.seeds)
@@ -50,8 +51,7 @@ class Separation(eqx.Module):
 
     def judge(self, y: Y, z: Y, error: Y) -> "Separation":
         """The separation after a step to `y` and its copy `z`, with an `error` estimate."""
-        like = jtu.tree_map(real_like, y)
-        known = from_bits((self.seeds, self.scales), (like, like))
+        known = from_bits(self.seeds, jtu.tree_map(real_like, y)), self.scales
         leaves = zip(*map(jtu.tree_leaves, (y, z, error, *known)), strict=True)
         restart, seeds, scales = jnp.array(False), [], []
         for leaf in leaves:
@@ -61,7 +61,7 @@ class Separation(eqx.Module):
             scales.append(scale)
         structure = jtu.tree_structure(y)
         known = (jtu.tree_unflatten(structure, leaves) for leaves in (seeds, scales))
-        return Separation(restart, *to_bits(tuple(known)))
+        return Separation(restart, *known)
 
 
 def _judge(
@@ -69,11 +69,11 @@ def _judge(
     z: Array,
     error: Array,
     seed: Float[Array, ""],
-    scales: Float[Array, " sample"],
-) -> tuple[BoolScalarLike, Float[Array, ""], Float[Array, " sample"]]:
-    scales, unit = largest_so_far(scales, y)
-    distances = jnp.abs(sample(y) - sample(z))
-    errors = jnp.abs(sample(error))
+    scales: Int[Array, "..."],
+) -> tuple[BoolScalarLike, Int[Array, ""], Int[Array, "..."]]:
+    """Whether to restart, and the new `seed` and `scales`, as bits."""
+    so_far, unit = largest_so_far(from_half_the_bits(scales, y), y)
+    distances, errors = jnp.abs(y - z), jnp.abs(error)
     # A single error estimate may be small by chance: it counts as at least the largest one,
     # in proportion to the scales.
     usual = unit * (largest_entry(errors) / largest_entry(unit))
@@ -82,7 +82,8 @@ def _judge(
     inaccurate = jnp.any(distances > allowed)
     distance = largest_entry(distances / unit)
     seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps(y)), seed)
-    return has_grown(distance, seed) | inaccurate, seed, scales
+    restart = has_grown(distance, seed) | inaccurate
+    return restart, to_bits(seed), to_half_the_bits(so_far)
 
 
 class CoupledState(eqx.Module):

@@ -1,20 +1,19 @@
 """Whether the deviation of `v` from the vector field threatens the accuracy of a solve."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._coefficients.coarse_error import usual_deviation
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._precision import eps
-from .._tree import from_bits, real_like, to_bits, tree_add, tree_outer
-from .entry_scales import has_grown, largest_entry, largest_so_far, sample, units
-from .error_estimate import Excess
+from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
+from .entry_scales import has_grown, largest_entry, largest_so_far, units
 
 
 # Restart where the deviation of `v`, times the step size, exceeds `_ratio` times the Taylor
@@ -34,16 +33,8 @@ _recent = 0.5
 _harm = 300.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
-
-
-def watch_weights(tableau: ALFTableau) -> Float[Array, "stages+1 2"] | None:
-    """Weights of `u_0 = v_0, u_1, ..., u_s` in the deviation and in the error estimate.
-
-    `None` if the deviation cannot be estimated.
-    """
-    if tableau.deviation_weights is None:
-        return None
-    return jnp.stack([tableau.deviation_weights, tableau.error_weights], axis=1)
+# In larger arrays the third error estimate does not remember the deviation of every entry.
+_remembers = 2048
 
 
 class Known(NamedTuple):
@@ -55,8 +46,9 @@ class Known(NamedTuple):
         possible size by rounding.
     - `error`: the error estimate of recent steps.
     - `size`: the deviation.
-    - `sizes`: the deviations of the sampled entries, if an error estimate uses them.
-    - `scales`: the largest magnitude of the sampled entries since the start of the solve.
+    - `sizes`: the deviation of every entry, if an error estimate uses them and they are
+        few.
+    - `scales`: the largest magnitude of every entry since the start of the solve.
     """
 
     seed: Array
@@ -66,25 +58,24 @@ class Known(NamedTuple):
     scales: Array
 
     def pack(self) -> "Packed":
-        """Bits, with the scalars stacked, which is faster for small states. Arrays that may
-        be sharded stay separate."""
+        """Bits, with the scalars stacked, which is faster for small states."""
         numbers = jnp.stack([self.seed, self.error, self.size])
-        return to_bits(Packed(numbers, self.sizes, self.scales))
+        sizes, scales = map(to_half_the_bits, (self.sizes, self.scales))
+        return Packed(to_bits(numbers), sizes, scales)
 
     @staticmethod
     def unpack(packed: "Packed", y: Array) -> "Known":
-        real: Any = real_like(y)
-        packed = from_bits(packed, Packed(real, real, real))
-        seed, error, size = packed.numbers
-        return Known(seed, error, size, packed.sizes, packed.scales)
+        seed, error, size = from_bits(packed.numbers, real_like(y))
+        sizes, scales = (from_half_the_bits(x, y) for x in (packed.sizes, packed.scales))
+        return Known(seed, error, size, sizes, scales)
 
 
 class Packed(NamedTuple):
-    """`Known`, as bits."""
+    """`Known` as bits: two or six digits of every entry, in half the memory of a state."""
 
-    numbers: Array
-    sizes: Array
-    scales: Array
+    numbers: Int[Array, "3"]
+    sizes: Int[Array, "..."]
+    scales: Int[Array, "..."]
 
 
 class Deviation(eqx.Module):
@@ -100,8 +91,9 @@ class Deviation(eqx.Module):
         """The facts at a state where `v` was evaluated."""
 
         def known(y):
-            zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(sample(y))
-            sizes = jnp.zeros_like(scales) if _keeps_sizes(tableau) else scales[:0]
+            zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(y)
+            remembers = has_third_estimate(tableau) and y.size <= _remembers
+            sizes = jnp.zeros_like(scales) if remembers else zero[None][:0]
             return Known(zero, zero, zero, sizes, scales)
 
         packed = jtu.tree_map(lambda y: known(y).pack(), y)
@@ -113,7 +105,7 @@ class Deviation(eqx.Module):
         def restart(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
             rounding = _noise(tableau) * eps(v)
-            relative = largest_entry(jnp.abs(sample(v)) / units(known.scales))
+            relative = largest_entry(jnp.abs(v) / units(known.scales))
             return known._replace(seed=relative * rounding).pack()
 
         return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
@@ -128,58 +120,38 @@ class Deviation(eqx.Module):
 
         return Deviation(self.restart, jtu.tree_map(cross, v, self.known))
 
-
-class DeviationWatch(eqx.Module):
-    """Sums of stage derivatives that give the deviation of `v` and the local error.
-
-    They hold the sampled entries only, see `sample`.
-    """
-
-    sums: PyTree[Float[Array, "2 sample"]]
-
-    @staticmethod
-    def start(weights: Float[Array, " 2"], v: VF) -> "DeviationWatch":
-        return DeviationWatch(tree_outer(weights, jtu.tree_map(sample, v)))
-
-    def add(self, weight: Float[Array, " 2"], u: VF) -> "DeviationWatch":
-        """Add `weight * u` of a sub-step."""
-        more = tree_outer(weight, jtu.tree_map(sample, u))
-        return DeviationWatch(tree_add(self.sums, more))
-
-    def judge(
+    def after_step(
         self,
         tableau: ALFTableau,
         control: RealScalarLike,
-        y: Y,
-        before: Deviation,
         evaluated: BoolScalarLike,
-    ) -> tuple[Deviation, PyTree[Excess | None]]:
-        """Whether the deviation threatens the accuracy of the next steps or of the backward
-        pass.
+        y: Y,
+        error: Y,
+        deviation: VF,
+    ) -> tuple["Deviation", PyTree[Float[Array, "..."] | None]]:
+        """Judge whether the deviation threatens the accuracy of the next steps or of the
+        backward pass.
 
-        Every entry is measured on its own scale, see `Deviation`, so that small entries are
-        not missed.
+        Every entry is measured on its own scale, so that small entries are not missed.
 
         **Arguments:**
 
         - `control`: the length of the step.
+        - `evaluated`: whether there was no deviation before the step.
         - `y`: the state at its end.
-        - `before`: the known facts before the step.
-        - `evaluated`: whether there was no deviation then.
+        - `error`, `deviation`: the sums of stage derivatives that give them.
 
         **Returns:**
 
-        The known facts after the step, and an error estimate for the sampled entries: the
-        growth of the deviation beyond that of a stable step.
+        The known facts after the step, and an error estimate: the growth of the deviation
+        beyond that of a stable step.
         """
         structure = jtu.tree_structure(y)
-        leaves = (structure.flatten_up_to(x) for x in (self.sums, y, before.known))
-        leaves = zip(*leaves, strict=True)
+        leaves = (structure.flatten_up_to(x) for x in (y, error, deviation, self.known))
         restart, known, excess = jnp.array(False), [], []
-        for sums, leaf, packed in leaves:
-            judged = _judge(
-                tableau, control, evaluated, sums, leaf, Known.unpack(packed, leaf)
-            )
+        for y, error, deviation, packed in zip(*leaves, strict=True):
+            step = tableau, control, evaluated, y, error, deviation
+            judged = _judge(*step, Known.unpack(packed, y))
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
@@ -191,14 +163,15 @@ def _judge(
     tableau: ALFTableau,
     control: RealScalarLike,
     evaluated: BoolScalarLike,
-    sums: Float[Array, "2 sample"],
     y: Array,
+    error: Array,
+    deviation: Array,
     before: Known,
-) -> tuple[BoolScalarLike, Known, Excess | None]:
-    """The judgement of `DeviationWatch.judge` for one array."""
+) -> tuple[BoolScalarLike, Known, Float[Array, "..."] | None]:
+    """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
-    deviation, error = jnp.abs(sums)
+    deviation, error = jnp.abs(deviation), jnp.abs(error)
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
     relative = largest_entry(deviation / unit)
@@ -217,16 +190,20 @@ def _judge(
         has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(evaluated))
     )
 
-    if not _keeps_sizes(tableau):
-        return restart, Known(seed, recent_error, relative, before.sizes, scales), None
-    old = jnp.where(evaluated, 0, before.sizes)
+    remembers = before.sizes.shape == y.shape
+    sizes = deviation if remembers else before.sizes
+    known = Known(seed, recent_error, relative, sizes, scales)
+    if not has_third_estimate(tableau):
+        return restart, known, None
+    # What is not remembered was at most the largest, on the scale of the entry.
+    old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    known = Known(seed, recent_error, relative, deviation, scales)
-    return restart, known, Excess(excess, unit)
+    return restart, known, excess
 
 
-def _keeps_sizes(tableau: ALFTableau) -> bool:
+def has_third_estimate(tableau: ALFTableau) -> bool:
+    """Whether the growth of the deviation is an error estimate."""
     return tableau.deviation_error_scale > 0
 
 

@@ -1,12 +1,10 @@
 """The error estimate of a step, combined from several."""
 
-import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from .._coefficients.coarse_error import power, threshold
 from .._precision import tiny
-from .entry_scales import sample
 
 
 def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
@@ -23,21 +21,6 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
 
-class Excess(eqx.Module):
-    """An error estimate for the sampled entries of an array, and their scales."""
-
-    error: Float[Array, " sample"]
-    unit: Float[Array, " sample"]
-
-    def raise_error(self, error: Array) -> Array:
-        """Raise the sampled entries of another estimate at least to this one.
-
-        If not all entries are sampled, the whole estimate is raised by the average factor
-        of the sample."""
-        known = jnp.abs(sample(error))
-        raised = jnp.maximum(known, self.error)
-        if raised.size == error.size:
-            return raised.reshape(error.shape).astype(error.dtype)
-        before, after = (jnp.sum((x / self.unit) ** 2) for x in (known, raised))
-        factor = jnp.sqrt(jnp.where(before == 0, 1, after / before))
-        return error * factor.astype(error.dtype)
+def raise_error(error: Array, least: Array) -> Array:
+    """An error estimate, raised where it is below another one."""
+    return jnp.maximum(jnp.abs(error), least).astype(error.dtype)
