@@ -34,7 +34,7 @@ def inputs(size):
 
 
 def field(t, y, params):
-    return jnp.tanh(y @ params["w"] + params["b"] * t)
+    return jnp.tanh(y @ params["w"] + jnp.broadcast_to(params["b"] * t, y.shape))
 
 
 def solve(params, y0, controller=PID, throw=False, **kwargs):
