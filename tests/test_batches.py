@@ -62,6 +62,7 @@ def solve(solver, jumps, rate, b0, threshold, t1):
     return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2), out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr)
 @pytest.mark.parametrize("jumps", cases((True,), slow=(False,)))
 def test_every_member_as_alone(solver, jumps):
@@ -141,6 +142,7 @@ def test_outputs_where_a_member_takes_no_steps():
         assert relative_error(ours, default) < 1e-12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)), ids=repr)
 def test_event_beside_restart(solver):
     """What a finished member would do next does not stop the other members."""
@@ -163,6 +165,7 @@ def test_event_beside_restart(solver):
     assert np.allclose(jax.vmap(solve)(thresholds), alone, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "controller",
     cases((dfx.PIDController(rtol=1e-3, atol=1e-3),), slow=(dr.StepDensityController(),)),

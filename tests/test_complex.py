@@ -99,6 +99,7 @@ SAVEATS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, saveat",
     cases(

@@ -273,6 +273,7 @@ TRAININGS = cases(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda f: f.__name__)
 def test_training(training):
     loss, params = training(dr.ALF4())

@@ -131,6 +131,7 @@ def both(of, *args):
 QUICK = ("real, root finder",)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", cases(QUICK, slow=[n for n in EVENTS if n not in QUICK]))
 def test_against_default(name):
     event = EVENTS[name]

@@ -62,6 +62,7 @@ def gradients(*settings, argnums=(0, 1)):
     return grad(*point)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver, controller",
     cases(

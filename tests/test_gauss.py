@@ -167,6 +167,7 @@ def loss(parameters, solver, adjoint, max_steps=64):
     return jnp.sum(sol.ys**2), sol.stats
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     cases((dr.ImplicitMidpoint(),), slow=(dr.Gauss4(), dr.Gauss6())),

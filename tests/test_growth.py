@@ -71,6 +71,7 @@ DEFAULT = dfx.RecursiveCheckpointAdjoint()
 SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], SOLVERS[3])))
 @pytest.mark.parametrize(
     "saveat",
@@ -200,6 +201,7 @@ def test_departure(solver):
     assert np.log2(departed(0.5) / departed(0.25)) > power - 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tol", cases((1e-10,), slow=(1e-4,)))
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(), dr.ALF8())))
 def test_never_garbage(solver, tol):

@@ -67,6 +67,7 @@ def gradients(loss, *args, checkpoints=0):
     return ours[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver", cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])), ids=repr
 )

@@ -116,7 +116,7 @@ def test_states(solver, controller):
     jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
 )
 @pytest.mark.parametrize(
-    "controller, states", cases((), slow=((PID, 8), (dfx.ConstantStepSize(), 5)))
+    "controller, states", cases((), slow=((PID, 10), (dfx.ConstantStepSize(), 6.5)))
 )
 def test_compensated(controller, states):
     """Compensation takes so many more states."""
@@ -130,14 +130,14 @@ def test_compensated(controller, states):
 
 @pytest.mark.slow
 def test_checkpoints():
-    """Each checkpoint takes two states."""
+    """Each checkpoint takes two states, and half of one for the scales of the entries."""
     size = 100_000
 
     def states(checkpoints):
         adjoint = dr.ReversibleAdjoint(checkpoints)
         return temporary_bytes(SOLVERS[1], PID, size, 100, adjoint) / (8 * size)
 
-    assert states(30) - states(10) < 2.1 * 20
+    assert states(30) - states(10) < 2.6 * 20
 
 
 @pytest.mark.more
@@ -213,7 +213,7 @@ def test_default_adjoint_needs_more():
         temporary_bytes(SOLVERS[1], PID, 100_000, 100, adjoint)
         for adjoint in (dr.ReversibleAdjoint(0), dfx.RecursiveCheckpointAdjoint())
     )
-    assert default > 3 * ours
+    assert default > 2 * ours
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ UNSTABLE = cases(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("motion, solver, controller", UNSTABLE)
 def test_unstable_orbits_in_single_precision(motion, solver, controller):
     """Symplectic steps amplify rounding errors too, where orbits are unstable. By default,

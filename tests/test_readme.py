@@ -115,10 +115,10 @@ def test_gauss_table():
 
 
 def runs(test):
-    """Whether some case of a test runs by default or with `-m more`."""
+    """Whether some case of a test runs by default, with `-m long` or with `-m more`."""
     marks = getattr(test, "pytestmark", [])
     cases = [mark.args[1] for mark in marks if mark.name == "parametrize"]
-    left_out = lambda marked: any(mark.name in ("slow", "long") for mark in marked)
+    left_out = lambda marked: any(mark.name == "slow" for mark in marked)
     of_case = lambda case: getattr(case, "marks", ())
     return not left_out(marks) and all(
         any(not left_out(of_case(case)) for case in several) for several in cases

@@ -175,6 +175,7 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
     assert_same(loss, Y0, Network(), network_args())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("noisy", cases((False,), slow=(True,)))
 def test_misses_below_the_tolerance(noisy, monkeypatch):
     """They repeat steps, but not along a Brownian path, where a replay may differ from the
@@ -237,6 +238,7 @@ def test_orbits_that_are_forgotten(monkeypatch):
     assert repeated > once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rate, dt0", cases(((10.0, 0.1),), slow=((20.0, 0.05),)))
 def test_contraction_in_single_precision(rate, dt0):
     """With default settings, steps that lose the digits of the state between restarts cost

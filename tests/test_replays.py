@@ -60,6 +60,7 @@ def gradient(final, adjoint):
 STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     cases((dr.ALF4(),), slow=(dr.McCallumFoster(dfx.Tsit5()), dr.ALF6())),

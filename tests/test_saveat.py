@@ -133,6 +133,7 @@ def test_subs(case):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", cases((ALF4,), slow=(ALF6, *FAMILIES.values())))
 def test_dense(case):
     def read(sol):

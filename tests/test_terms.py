@@ -226,6 +226,7 @@ def gradient_of_controlled(adjoint, direct):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(weights, data)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "direct", cases((False,), slow=(True,)), ids=("as ODE", "directly")
 )
@@ -244,6 +245,7 @@ def test_controlled_equation_either_way():
     assert relative_error(as_ode, directly) < 1e-2
 
 
+@pytest.mark.long
 def test_stochastic_equation():
     """Gradients are right for `ReversibleHeun` along a Brownian path, which the backward
     pass repeats."""

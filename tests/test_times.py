@@ -90,6 +90,7 @@ CASES = cases(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("controller, saveat", CASES)
 def test_against_default(controller, saveat):
     """Gradients equal those of the default adjoint where step locations do not depend on

@@ -46,6 +46,7 @@ def compiled(adjoint):
     return jax.jit(jax.grad(loss)).lower(args).compile(), args
 
 
+@pytest.mark.long
 def test_gradient_and_memory():
     ours, args = compiled(dr.ReversibleAdjoint())
     theirs, _ = compiled(dfx.RecursiveCheckpointAdjoint())

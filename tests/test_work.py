@@ -12,6 +12,7 @@ from .problems import cases, PID
 
 
 # `extra`: the evaluations to interpolate in one step.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver, stages, extra",
     cases(
