@@ -92,7 +92,7 @@ def test_dead_modes(solver, saveat):
 )
 def test_slow_manifold(solver, tol):
     """The fast mode follows the slow one, so that the solve has no reason to restart. The
-    gradient of the solve as it is is off by several percent, or by more than its size."""
+    gradient of the solve as it is is off by several percent or more."""
     y0 = jnp.array([1.0, 1 / 500])
     want = implicit(slow_manifold, y0, 3.0)
     reports = []

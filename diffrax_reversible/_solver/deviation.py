@@ -93,7 +93,7 @@ class Deviation(eqx.Module):
         def known(y):
             zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(y)
             remembers = has_third_estimate(tableau) and y.size <= _remembers
-            sizes = jnp.zeros_like(scales) if remembers else zero[None][:0]
+            sizes = jnp.zeros(y.shape if remembers else 0, scales.dtype)
             return Known(zero, zero, zero, sizes, scales)
 
         packed = jtu.tree_map(lambda y: known(y).pack(), y)
@@ -149,9 +149,9 @@ class Deviation(eqx.Module):
         structure = jtu.tree_structure(y)
         leaves = (structure.flatten_up_to(x) for x in (y, error, deviation, self.known))
         restart, known, excess = jnp.array(False), [], []
-        for y, error, deviation, packed in zip(*leaves, strict=True):
-            step = tableau, control, evaluated, y, error, deviation
-            judged = _judge(*step, Known.unpack(packed, y))
+        for leaf, error_of, deviation_of, packed in zip(*leaves, strict=True):
+            step = tableau, control, evaluated, leaf, error_of, deviation_of
+            judged = _judge(*step, Known.unpack(packed, leaf))
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
