@@ -65,8 +65,6 @@ _at_once = 16
 
 def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
     """Undo steps up to the next known state or restart."""
-    record = kept.record
-    assert record is not None
 
     def undoes(carry):
         position, count = carry
@@ -79,7 +77,7 @@ def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
 
     def undo(carry):
         position, count = carry
-        return undo_step(walk, position, record), count + 1
+        return undo_step(walk, position, kept), count + 1
 
     moves = dataclasses.replace(position, **{name: None for name in _stays})
     moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))

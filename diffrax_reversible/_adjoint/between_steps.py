@@ -10,14 +10,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
-from .._solver.capabilities import CanRestart, interrupt
+from .._solver.capabilities import CanRestart
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .drift import Drift
 from .judge import beside_rounding, judge
 from .kept import Kept
 from .known import Known
 from .pull_restart import pull_restart
-from .undo_step import undo_step
 from .walk import Position, Walk
 
 
@@ -57,7 +56,8 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         params = _add(*params, here, missed)
     position = pull_restart(walk, with_params(position, params))
     if walk.pulls_from_start:
-        position = _pull_from_start(walk, position, kept, here)
+        from_start = _from_start(walk, position, kept, here)
+        position = dataclasses.replace(position, from_start=from_start)
     return position, kept
 
 
@@ -104,29 +104,16 @@ def _plan(
     return dataclasses.replace(position, stop=stop)
 
 
-def _pull_from_start(
+def _from_start(
     walk: Walk, position: Position, kept: Kept, here: BoolScalarLike
-) -> Position:
-    """Pull back through a single step from its start, a known state, if the walk missed
-    that state when it undid the step."""
-    solver, record, checkpoints = walk.problem.solver, kept.record, kept.checkpoints
-    assert record is not None and checkpoints is not None
-
-    def alone(position):
-        start = position.step - 1
-        single = position.undoes_next & (position.stop == start) & checkpoints.held(start)
-        return here & single & (position.reach == 0)
-
-    def pull(position):
-        known = checkpoints.before(position.step, walk.replayer.start)
-        terms, args = walk.combine(walk.params)
-        step = known.t, known.y, args, known.solver_state
-        before = record.before(position.step - 1)
-        state, _, _ = interrupt(solver, terms, *step, *before)
-        return undo_step(walk, position, record, (known.y, state))
-
-    # A loop of at most one iteration updates in place, and only the elements that need it.
-    return lax.while_loop(alone, pull, position)
+) -> BoolScalarLike:
+    """Whether to pull back through the next step from its start, a known state, as the walk
+    missed that state when it undid this step."""
+    assert kept.checkpoints is not None and position.from_start is not None
+    start = position.step - 1
+    single = position.undoes_next & (position.stop == start)
+    alone = single & kept.checkpoints.held(start) & (position.reach == 0)
+    return jnp.where(here, alone, position.from_start)
 
 
 def _replay(

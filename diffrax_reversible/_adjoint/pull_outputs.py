@@ -136,12 +136,10 @@ def pull_dense(
     walk: Walk,
     position: Position,
     interpolated: list[int],
-    t0: RealScalarLike,
-    t1: RealScalarLike,
     dense_info: DenseInfo,
 ) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
     """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
-    step = position.step - 1
+    step, ends = position.step - 1, (position.clock.start, position.clock.end)
     if walk.dense_rows is None:
         dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
     else:
@@ -159,7 +157,7 @@ def pull_dense(
             walk,
             walk.outputs[i],
             lambda t: (step == 0) | (t > last_end),
-            (t0, t1, dense_info),
+            (*ends, dense_info),
             (dense_bar, params_bar, cursors[i]),
         )
     ct = eqx.tree_at(lambda c: c.params, position.cotangent, params_bar)

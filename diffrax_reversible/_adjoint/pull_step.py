@@ -1,6 +1,7 @@
 """Undoing a step and pulling a cotangent back through it."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -10,18 +11,22 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._custom_types import DenseInfo, IntScalarLike, SolverState, Y
-from .._solver.capabilities import advance_densely
+from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
+from .._solver.capabilities import advance_densely, interrupt
 from .._solver.pullback import (
     backward_step_and_pullback,
     Cotangent,
     HasProbe,
+    HasPullbackFromStart,
     linearise_step,
+    Made,
     Probe,
+    StepStart,
 )
+from .._tree import tree_zeros_like
+from .kept import Kept
 from .outputs import Cursor
 from .pull_outputs import pull_dense
-from .rest import Rest
 from .walk import Position, Walk
 
 
@@ -42,76 +47,122 @@ class PulledStep(NamedTuple):
 
 
 def pull_step(
-    walk: Walk,
-    position: Position,
-    solver_state: SolverState,
-    step: IntScalarLike,
-    known: tuple[Y, SolverState] | None = None,
+    walk: Walk, position: Position, solver_state: SolverState, kept: Kept
 ) -> PulledStep:
-    """Undo the `step` that ends at a position, and pull back through it.
+    """Undo the step that ends at a `position`, and pull back through it.
 
     If the step sets entries off, its reconstructed stages may be on the wrong side of a
-    kink, so it is recomputed from its start, where these entries rest. If its start is
-    `known`, nothing is reconstructed.
+    kink, so it is made again from its start, where these entries rest. So is a step that
+    contracts too much to be undone, from its start, which is known.
+
+    - `solver_state`: the solver state there, with what the solver recalls of the step.
+    - `kept`: the known states.
     """
-    t0, t1 = position.clock.start, position.clock.end
-    state, rest = (position.y, solver_state), walk.residuals.kept.rest
-    # Without what the solver recalls, which is of the start of the step.
-    here = position.y, position.solver_state
-    undone = walk.problem.solver, walk.combine, walk.params, t0, t1, *state
-    settle = ft.partial(walk.settle, 2 * step)
-
-    def pulled(start, ct, cursors, dense_bar, end):
-        y0, state0 = settle(start) if known is None else known
-        ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
-        hidden = _hidden(rest, step, here, end)
-        return PulledStep(y0, state0, ct, cursors, probe, hidden)
-
+    step, rest = position.step - 1, walk.residuals.kept.rest
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     linear = all(walk.outputs[i].saves_state for i in interpolated)
+    start = ft.partial(_start, walk, position, solver_state, kept)
     if linear and not walk.differentiates_times:
         dense_bar, ct, cursors = None, position.cotangent, position.cursors
         if len(interpolated) > 0 or walk.with_dense:
             # Only its shapes are used, as interpolations are linear.
-            info = t0, t1, _dense_struct(walk, t0, t1, *state)
-            dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
+            struct = _dense_struct(walk, position, solver_state)
+            dense_bar, ct, cursors = pull_dense(walk, position, interpolated, struct)
+        begin, ct, off = _pull(walk, position, solver_state, ct, dense_bar, start)
+    else:
 
-        def undo():
-            y0, state0, bar = backward_step_and_pullback(*undone, ct, dense_bar, known)
-            return pulled((y0, state0), bar, cursors, dense_bar, here)
+        def step_times(params):
+            times = walk.context(params).times
+            return times.of(position.clock.start), times.of(position.clock.end)
 
-        def undo_and_make():
-            reads = dense_bar is not None
-            start, made, pull = linearise_step(*undone, settle, reads=reads)
-            return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
-
-        if rest is None or known is not None:
-            return undo()
-        return lax.cond(eqxi.unvmap_any(rest.ends(2 * step)), undo_and_make, undo)
-
-    def step_times(params):
-        times = walk.context(params).times
-        return times.of(t0), times.of(t1)
-
-    settled = settle if known is None else None
-    start, made, pull = linearise_step(*undone, settled, step_times, start=known)
-    info = t0, t1, made.dense_info
-    dense_bar, ct, cursors = pull_dense(walk, position, interpolated, *info)
-    return pulled(start, pull(ct, dense_bar), cursors, dense_bar, made.end)
+        begin = start()
+        made, pull = linearise_step(*_step(walk, position), begin, step_times)
+        dense_bar, ct, cursors = pull_dense(walk, position, interpolated, made.dense_info)
+        ct, off = pull(ct, dense_bar), _off(position, made)
+    y0, state0 = walk.settle(2 * step, begin)
+    ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
+    hidden = None if rest is None else rest.moving(2 * step, off)
+    return PulledStep(y0, state0, ct, cursors, probe, hidden)
 
 
-def _hidden(
-    rest: Rest | None,
-    step: IntScalarLike,
-    reconstructed: tuple[Y, SolverState],
-    end: tuple[Y, SolverState],
-) -> PyTree | None:
-    """See `PulledStep`, where `end` is the end of the step when it is made again."""
-    if rest is None:
-        return None
-    real = lambda x: eqx.filter(x, eqx.is_inexact_array)
-    off = jtu.tree_map(jnp.subtract, real(reconstructed), real(end))
-    return rest.moving(2 * step, off)
+def _pull(
+    walk: Walk,
+    position: Position,
+    solver_state: SolverState,
+    ct: Cotangent,
+    dense_bar: DenseInfo | None,
+    start: Callable[[], tuple[Y, SolverState]],
+) -> tuple[tuple[Y, SolverState], Cotangent, PyTree]:
+    """The start of a step, the cotangent there, and the errors at its end if it is made
+    again from its `start`, and zeros otherwise."""
+    solver, step = walk.problem.solver, _step(walk, position)
+    here = position.y, solver_state
+
+    def undo():
+        *begin, bar = backward_step_and_pullback(*step, *here, ct, dense_bar)
+        return tuple(begin), bar, tree_zeros_like(eqx.filter(here, eqx.is_inexact_array))
+
+    def make():
+        begin = start()
+        made, pull = linearise_step(*step, begin, reads=dense_bar is not None)
+        return begin, pull(ct, dense_bar), _off(position, made)
+
+    needs = _needs_start(walk, position)
+    if needs is None:
+        return undo()
+    if isinstance(solver, HasPullbackFromStart):
+        *begin, bar, off = solver.pullback_from_start(
+            *step[1:], *here, ct, dense_bar, StepStart(needs, start)
+        )
+        return tuple(begin), bar, off
+    return lax.cond(eqxi.unvmap_any(needs), make, undo)
+
+
+def _step(walk: Walk, position: Position):
+    """The solver, the terms and arguments, and the ends of the step before a position."""
+    clock = position.clock
+    return walk.problem.solver, walk.combine, walk.params, clock.start, clock.end
+
+
+def _needs_start(walk: Walk, position: Position) -> BoolScalarLike | None:
+    """Whether to make a step again from its start; `None` if there is never need."""
+    rest, needs = walk.residuals.kept.rest, position.from_start
+    if rest is not None:
+        moves = rest.ends(2 * (position.step - 1))
+        needs = moves if needs is None else needs | moves
+    return needs
+
+
+def _start(
+    walk: Walk, position: Position, solver_state: SolverState, kept: Kept
+) -> tuple[Y, SolverState]:
+    """The start of a step: reconstructed, with entries at rest as they are known, or known
+    as a whole."""
+    solver, step, from_start = walk.problem.solver, position.step - 1, position.from_start
+    terms, args = walk.combine(walk.params)
+    ends = position.clock.start, position.clock.end
+    undone = solver.backward_step(terms, *ends, position.y, args, solver_state)
+    undone = walk.settle(2 * step, undone)
+    if from_start is None:
+        return undone
+    record, checkpoints = kept.record, kept.checkpoints
+    assert record is not None and checkpoints is not None
+
+    def known():
+        held = checkpoints.before(position.step, walk.replayer.start)
+        begins = held.t, held.y, args, held.solver_state
+        state, _, _ = interrupt(solver, terms, *begins, *record.before(step))
+        choose = lambda k, u: jnp.where(from_start, k, u)
+        return jtu.tree_map(choose, (held.y, state), undone)
+
+    return lax.cond(eqxi.unvmap_any(from_start), known, lambda: undone)
+
+
+def _off(position: Position, made: Made) -> PyTree:
+    """The errors at the end of a step that is `made` again."""
+    # Without what the solver recalls, which is of the start of the step.
+    here = eqx.filter((position.y, position.solver_state), eqx.is_inexact_array)
+    return jtu.tree_map(jnp.subtract, here, made.end)
 
 
 def _with_probe(
@@ -130,9 +181,10 @@ def _with_probe(
     return ct, probe
 
 
-def _dense_struct(walk: Walk, t0, t1, y, solver_state) -> DenseInfo:
+def _dense_struct(walk: Walk, position: Position, solver_state: SolverState) -> DenseInfo:
     terms, args = walk.combine(walk.params)
+    step = position.clock.start, position.clock.end, position.y, args, solver_state
     _, _, dense_info, _, _ = eqx.filter_eval_shape(
-        advance_densely, walk.problem.solver, terms, t0, t1, y, args, solver_state
+        advance_densely, walk.problem.solver, terms, *step
     )
     return dense_info

@@ -10,20 +10,16 @@ from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
+from .kept import Kept
 from .pull_outputs import pull_step_outputs
 from .pull_step import pull_step
-from .steps import Record
 from .walk import Position, Walk
 
 
-def undo_step(
-    walk: Walk,
-    position: Position,
-    record: Record,
-    known: tuple[Y, SolverState] | None = None,
-) -> Position:
-    """Undo a step, whose start is reconstructed unless it is `known`."""
-    step = position.step - 1
+def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
+    """Undo a step."""
+    record, step = kept.record, position.step - 1
+    assert record is not None
     _, args = walk.combine(walk.params)
     clock = record.undo(
         step,
@@ -39,7 +35,7 @@ def undo_step(
     position = pull_step_outputs(walk, position, clock.end)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
-    pulled = pull_step(walk, position, solver_state, step, known)
+    pulled = pull_step(walk, position, solver_state, kept)
     ct, growth = pulled.cotangent, position.growth
     y0, state0 = pulled.y, pulled.solver_state
     departure, no = walk.departure, jnp.array(False)
@@ -65,13 +61,17 @@ def undo_step(
     if hidden is not None:
         hidden = tree_add(hidden, pulled.hidden)
     position = walk.show_progress(position, clock.start)
+    from_start = None if position.from_start is None else no
     return tree_replace(
         lambda p: (
             *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
-            *(p.growth, p.known, p.restarted, p.pending, p.hidden),
+            *(p.growth, p.known, p.restarted, p.pending, p.hidden, p.from_start),
         ),
         position,
-        (step, y0, state0, ct, pulled.cursors, growth, no, no | restarted, pending, hidden),
+        (
+            *(step, y0, state0, ct, pulled.cursors),
+            *(growth, no, no | restarted, pending, hidden, from_start),
+        ),
     )
 
 

@@ -46,6 +46,8 @@ class Position(eqx.Module):
     - `known`: whether the state and the solver state are known, and not reconstructed.
     - `restarted`: whether a restart here is still to be undone.
     - `pending`: whether the cotangent is still to be pulled back through a restart here.
+    - `from_start`: whether the step before is made again from its start, which is known, as
+        it cannot be undone; `None` if no step ever is.
     - `stop`: the step of the next known state, or of the oldest step on record.
     - `growth`: the growth of the cotangent, if the solver can detect it.
     - `origin`: the position at the last known state; only its step, state, and
@@ -81,6 +83,7 @@ class Position(eqx.Module):
     undone: IntScalarLike = 0
     replayed: IntScalarLike = 0
     hidden: PyTree | None = None
+    from_start: BoolScalarLike | None = None
     params_cotangent: Params | None = None
     meter: PyTree = None
 
@@ -212,6 +215,8 @@ class Walk(eqx.Module):
         if self.residuals.kept.rest is not None:
             hidden = tree_zeros_like((position.y, position.solver_state))
             position = dataclasses.replace(position, hidden=hidden)
+        if self.pulls_from_start:
+            position = dataclasses.replace(position, from_start=jnp.array(False))
         origin = position.as_origin(self.repeats)
         position = dataclasses.replace(position, origin=origin)
         if self.repeats:

@@ -45,12 +45,19 @@ from .capabilities import (
     HasErrorScales,
     HasExtraDenseInfo,
 )
-from .chain import Chain, Pulled, run, undo, undo_and_pull, Update
+from .chain import Chain, Pulled, run, Start, undo, undo_and_pull, Update
 from .deviation import Deviation, has_third_estimate
 from .error_estimate import combine_errors, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
-from .pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart, Probe
+from .pullback import (
+    Cotangent,
+    Departure,
+    HasProbe,
+    HasPullbackFromStart,
+    Probe,
+    StepStart,
+)
 
 
 if TYPE_CHECKING:
@@ -332,24 +339,18 @@ class AbstractALF(
         solver_state: ALFState,
         functionals: dict[str, np.ndarray],
     ) -> tuple[Y, ALFState, DenseInfo]:
-        """Undo a step, and return its `functionals`, which must not involve `v_0`."""
+        """Undo a step. Also returns its `functionals`, which do not involve `v_0`."""
         control = as_ode_term(self, terms).contr(t0, t1)
-
-        def collect(sums, sub: _SubStep, evaluated):
-            _, (u, _) = evaluated
-            return {n: tree_axpy(sub.weights[n], u, total) for n, total in sums.items()}
-
-        assert all(w[0] == 0 for w in functionals.values())
-        zeros = {name: tree_zeros_like(solver_state.v) for name in functionals}
         z, v = sums_of(y1, solver_state)
         k = z.minus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         chain = self._chain(control, t0, t1, functionals)
-        (z, v), sums = undo(chain, terms, args, (k, v), zeros, collect)
+        zeros = {name: tree_zeros_like(v.high) for name in functionals}
+        (z, v), sums = undo(chain, terms, args, (k, v), zeros, _add_weighted)
         y0, v0, low = split_sums(z, v)
-        sums = {name: tree_scale(control, total) for name, total in sums.items()}
+        sums = tree_scale(control, sums)
         return y0, ALFState(v0, solver_state.deviation, low, jnp.array(False)), sums
 
-    def backward_step_and_pullback(
+    def pullback_from_start(
         self,
         combine: Combine,
         params: Params,
@@ -359,15 +360,15 @@ class AbstractALF(
         solver_state: ALFState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: tuple[Y, ALFState] | None = None,
-    ) -> tuple[Y, ALFState, Cotangent]:
+        start: StepStart | None,
+    ) -> tuple[Y, ALFState, Cotangent, tuple[Y, ALFState]]:
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
         dense, functionals, sums_cotangent = None, {}, {}
         outputs = _outputs(cotangent.y, dense_cotangent)
         if dense_cotangent is not None:
             step, functionals = (t0, t1, y1, solver_state), self._inner_functionals()
             dense, cotangent, sums_cotangent = self._pull_outputs(
-                combine, params, control, step, cotangent, dense_cotangent
+                combine, params, control, step, cotangent, dense_cotangent, start
             )
 
         def sides_bar(sub: _SubStep):
@@ -389,7 +390,7 @@ class AbstractALF(
             (cotangent.y, v_bar),
             cotangent.params,
             sides_bar if functionals else None,
-            None if start is None else sums_of(*start),
+            start and Start(start.needs, lambda: sums_of(*start.states())),
         )
         y0, v0, low = split_sums(*pulled.parts)
         z_bar, v_bar = pulled.bars
@@ -405,8 +406,10 @@ class AbstractALF(
             cotangent = self._pull_end(
                 combine, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
             )
+        k_off, v_off = pulled.off
+        z_off = tree_axpy(last_drift, v_off, k_off)
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
-        return y0, solver_state, cotangent
+        return y0, solver_state, cotangent, (z_off, with_v(state_bar, v_off))
 
     def _pull_outputs(
         self,
@@ -416,6 +419,7 @@ class AbstractALF(
         step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
         cotangent: Cotangent,
         dense_cotangent: DenseInfo,
+        start: StepStart | None,
     ) -> tuple[DenseInfo, Cotangent, dict[str, VF]]:
         """Pull the `dense_info` of a step back through the evaluations at its mid-point and
         its end. Returns what is left of its cotangent, the cotangent at the end, and that
@@ -423,7 +427,9 @@ class AbstractALF(
         _, t1, y1, _ = step
         dense = dict(dense_cotangent)
         if "k_mid" in dense:
-            dense, cotangent = self._pull_midpoint(combine, params, step, cotangent, dense)
+            dense, cotangent = self._pull_midpoint(
+                combine, params, step, cotangent, dense, start
+            )
         cotangent = self._pull_end(
             combine, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
         )
@@ -520,13 +526,14 @@ class AbstractALF(
         step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
         cotangent: Cotangent,
         dense_cotangent: DenseInfo,
+        start: StepStart | None,
     ) -> tuple[DenseInfo, Cotangent]:
         """Pull the cotangent of the derivative at the mid-point back, if it is not zero.
 
-        The state at the mid-point is known only once the step is undone, which is done here
-        just for that.
+        The state at the mid-point is known only once the step is undone, or made again from
+        its `start`, which is done here just for that.
         """
-        t0, t1, y1, solver_state = step
+        t0, t1, y1, _ = step
         ct = dict(dense_cotangent)
         slope_bar = ct.pop("k_mid")
         middle = self._midpoint
@@ -537,13 +544,30 @@ class AbstractALF(
             terms, args = combine(params)
             name = list(self._inner_functionals())[middle]
             functional = {name: self._inner_functionals()[name]}
-            y0, _, sums = self._walk_back(terms, *step[:3], args, solver_state, functional)
+            chain = self._chain(control, t0, t1, functional)
+
+            def undone():
+                y0, _, sums = self._walk_back(terms, *step[:3], args, step[3], functional)
+                return y0, sums[name]
+
+            def made():
+                assert start is not None
+                y0, state0 = start.states()
+                zeros = {name: tree_zeros_like(y1)}
+                parts = sums_of(y0, state0)
+                _, sums = run(chain, terms, args, parts, zeros, _add_weighted)
+                return y0, tree_scale(control, sums[name])
+
+            if start is None:
+                y0, inner = undone()
+            else:
+                y0, inner = lax.cond(eqxi.unvmap_any(start.needs), made, undone)
             term, ends = as_ode_term(self, terms), dict(k0=(t0, y0), k1=(t1, y1))
             slopes = {
                 name: tree_scale(control, self._field(term, t, y, args))
                 for name, (t, y) in ends.items()
             }
-            return tree_add(y0, with_slopes(sums[name], weights, slopes))
+            return tree_add(y0, with_slopes(inner, weights, slopes))
 
         slope_bar = tree_scale(control, slope_bar)
         y_bar, params_bar = self._pull_field(
@@ -686,6 +710,14 @@ def _at_start(
 def _per_unit_of(control: RealScalarLike, v_bar: VF) -> VF:
     """The cotangent of `v` as one of `v` times the length of the step."""
     return tree_scale(1 / jnp.where(control == 0, jnp.inf, control), v_bar)
+
+
+def _add_weighted(
+    sums: dict[str, VF], sub: _SubStep, evaluated: list[tuple[VF, None]]
+) -> dict[str, VF]:
+    """The sums of evaluations, with another sub-step."""
+    _, (u, _) = evaluated
+    return {name: tree_axpy(sub.weights[name], u, total) for name, total in sums.items()}
 
 
 def _rows(x: VF, count: int) -> list[VF]:

@@ -4,15 +4,20 @@ import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._custom_types import Args, Combine, IntScalarLike, Params, RealScalarLike, Terms
+from .._custom_types import Args, BoolScalarLike, Combine, Params, RealScalarLike, Terms
 from .._exact_sum import Sum
 from .._tree import read_row, tree_add, tree_scale, tree_zeros_like
+
+
+# What may be stored of a step that is made again.
+_most_bytes = 1 << 18
 
 
 class Update(NamedTuple):
@@ -57,17 +62,28 @@ Parts = tuple[Sum, ...]
 Passed = tuple[PyTree, ...]
 
 
+class Start(NamedTuple):
+    """The `parts` before a chain, if some element of a batch `needs` them, because undoing
+    its updates is not accurate enough."""
+
+    needs: BoolScalarLike
+    parts: Callable[[], Parts]
+
+
 class Pulled(NamedTuple):
     """The parts before a chain, and the cotangents there.
 
     - `first`: for every update of the first round, the cotangents that its evaluation
         passed on; `None` if it evaluates nothing.
+    - `off`: the errors of the parts after the chain, if the updates were made again from
+        its start; zeros otherwise.
     """
 
     parts: Parts
     bars: tuple[PyTree, ...]
     params_bar: Params
     first: list[Passed | None]
+    off: tuple[PyTree, ...]
 
 
 _Sides = TypeVar("_Sides")
@@ -89,13 +105,15 @@ def run(
 ) -> tuple[Parts, _Sides]:
     """Apply every update of a chain, or undo it. Returns the parts and the side outputs."""
 
-    def one_round(carry: tuple[Parts, _Sides], row: Any) -> tuple[Parts, _Sides]:
-        parts, sides = carry
+    def one_round(carry: tuple[Parts, _Sides], x: tuple[Any, None]):
+        (parts, sides), (row, _) = carry, x
         updates = chain.make_round(terms, args, row)
         parts, evaluated = _all_of(updates, parts, backwards)
-        return parts, sides if collect is None else collect(sides, row, evaluated)
+        if collect is not None:
+            sides = collect(sides, row, evaluated)
+        return (parts, sides), None
 
-    return _scan(one_round, (parts, sides), chain.rows, reverse=backwards)
+    return _scan(chain, one_round, (parts, sides), reverse=backwards)[0]
 
 
 # Side outputs are collected from the last round to the first.
@@ -110,7 +128,7 @@ def undo_and_pull(
     bars: tuple[PyTree, ...],
     params_bar: Params,
     sides_bar: Callable[[Any], Sequence[Any]] | None = None,
-    start: Parts | None = None,
+    start: Start | None = None,
 ) -> Pulled:
     """Undo every update of a chain and pull cotangents back through it, with one evaluation
     and one pull-back for each of its evaluations:
@@ -125,33 +143,11 @@ def undo_and_pull(
     - `params_bar`: the cotangent of `params` so far.
     - `sides_bar`: a function of a row. For every update it returns the cotangent of
         `(u, aux)` from the side outputs, or `None`.
-    - `start`: the parts before the chain, if they are known. Nothing is undone then: the
-        parts before every update are computed from the start. For `n` updates that are
-        evaluated this takes `n (n - 1) / 2` more evaluations, and no more memory.
+    - `start`: if it is needed, the updates are made again from there. For `n` rounds this
+        takes the memory of the parts before each of them, and as many evaluations again;
+        or, if that memory is large, `(n + 1) / 2` times as many.
     """
     terms, args = combine(params)
-
-    def one_round(carry, row):
-        parts, bars, params_bar, _, rounds = carry
-        again = lambda i, params: chain.make_round(*combine(params), row)[i]
-        updates = chain.make_round(terms, args, row)
-        before = None
-        if rounds is not None:
-            rounds = rounds - 1
-            before = _parts_before(chain, terms, args, start, rounds)
-        more = [None] * len(updates) if sides_bar is None else sides_bar(row)
-        first: list[Passed | None] = [None] * len(updates)
-        for i in reversed(range(len(updates))):
-            if before is not None:
-                parts, _ = _all_of(updates[:i], before)
-            u, bars, more_bar, first[i] = _pull_update(
-                updates[i], ft.partial(again, i), params, parts, bars, more[i]
-            )
-            if more_bar is not None:
-                params_bar = tree_add(params_bar, more_bar)
-            if before is None:
-                parts = _undone(parts, updates[i], u)
-        return parts, bars, params_bar, first, rounds
 
     def like(update):
         others = tree_zeros_like(_others(bars, update))
@@ -160,28 +156,81 @@ def undo_and_pull(
 
     row = jtu.tree_map(lambda x: x[0], chain.rows)
     first = [like(update) for update in chain.make_round(terms, args, row)]
-    # How many are left, where they are computed from the start.
-    rounds = None
-    if start is not None:
-        leaves = jtu.tree_leaves(chain.rows)
-        rounds = jnp.array(len(leaves[0]) if leaves else 1)
-    carry = parts, bars, params_bar, first, rounds
-    parts, bars, params_bar, first, _ = _scan(one_round, carry, chain.rows, reverse=True)
-    return Pulled(parts, bars, params_bar, first)
+
+    def pull(after, off, stages=None, parts_before=None):
+        one_round = ft.partial(_pull_round, chain, combine, params, sides_bar, parts_before)
+        carry = after, bars, params_bar, first
+        pulled, _ = _scan(chain, one_round, carry, stages, reverse=True)
+        before, bars_before, total, passed = pulled
+        return Pulled(before, bars_before, total, passed, off)
+
+    def undo():
+        return pull(parts, tree_zeros_like(as_trees(parts)))
+
+    def make(start):
+        before = start.parts()
+        after, stages, parts_before = _make_rounds(chain, terms, args, before)
+        off = jtu.tree_map(jnp.subtract, as_trees(parts), as_trees(after))
+        return pull(after, off, stages, parts_before)._replace(parts=before)
+
+    if start is None:
+        return undo()
+    return lax.cond(eqxi.unvmap_any(start.needs), lambda: make(start), undo)
 
 
-def _parts_before(
-    chain: Chain, terms: Terms, args: Args, start: Parts | None, i: IntScalarLike
-) -> Parts | None:
-    """The parts before the `i`-th round, computed from the `start` of the chain."""
-    if chain.rows is None:
-        return start
+def _pull_round(
+    chain: Chain,
+    combine: Combine,
+    params: Params,
+    sides_bar: Callable[[Any], Sequence[Any]] | None,
+    parts_before: Callable[[Any], Parts] | None,
+    carry: tuple[Parts, tuple[PyTree, ...], Params, list[Passed | None]],
+    x: tuple[Any, Any],
+):
+    """`undo_and_pull` for a round, which is undone unless the parts before it are known."""
+    (parts, bars, params_bar, _), (row, stage) = carry, x
+    before = None if parts_before is None else parts_before(stage)
+    again = lambda i, params: chain.make_round(*combine(params), row)[i]
+    updates = chain.make_round(*combine(params), row)
+    more = [None] * len(updates) if sides_bar is None else sides_bar(row)
+    first: list[Passed | None] = [None] * len(updates)
+    for i in reversed(range(len(updates))):
+        if before is not None:
+            parts, _ = _all_of(updates[:i], before)
+        u, bars, more_bar, first[i] = _pull_update(
+            updates[i], ft.partial(again, i), params, parts, bars, more[i]
+        )
+        if more_bar is not None:
+            params_bar = tree_add(params_bar, more_bar)
+        if before is None:
+            parts = _undone(parts, updates[i], u)
+    return (parts, bars, params_bar, first), None
 
-    def make(j, parts):
-        updates = chain.make_round(terms, args, read_row(chain.rows, j))
-        return _all_of(updates, parts)[0]
 
-    return lax.fori_loop(0, i, make, start)
+def _make_rounds(
+    chain: Chain, terms: Terms, args: Args, start: Parts
+) -> tuple[Parts, PyTree, Callable[[Any], Parts]]:
+    """The parts after all rounds of a chain; what is stored of each round; and a function
+    of that which returns the parts before the round."""
+
+    def make_round(parts, row):
+        return _all_of(chain.make_round(terms, args, row), parts)[0]
+
+    leaves = jtu.tree_leaves(chain.rows)
+    if len(leaves) == 0:
+        return make_round(start, None), None, lambda _: start
+    count = len(leaves[0])
+    if count * sum(x.nbytes for x in jtu.tree_leaves(start)) <= _most_bytes:
+        store = lambda parts, x: (make_round(parts, x[0]), parts)
+        after, stages = _scan(chain, store, start)
+        return after, stages, lambda parts: parts
+
+    def parts_before(i):
+        again = lambda i, parts: make_round(parts, read_row(chain.rows, i))
+        return lax.fori_loop(0, i, again, start)
+
+    rounds = jnp.arange(count)
+    return parts_before(count), rounds, parts_before
 
 
 def _pull_update(
@@ -240,18 +289,23 @@ def as_trees(parts: Parts) -> tuple[PyTree, ...]:
 
 
 def _scan(
-    one_round: Callable[[_Carry, Any], _Carry],
+    chain: Chain,
+    one_round: Callable[[_Carry, tuple[Any, PyTree]], tuple[_Carry, PyTree]],
     carry: _Carry,
-    rows: PyTree,
+    stages: PyTree = None,
     reverse: bool = False,
-) -> _Carry:
-    """A scan over rounds, which compiles faster than unrolled rounds, except for one."""
-    if len(leaves := jtu.tree_leaves(rows)) == 0:
-        return one_round(carry, None)
+) -> tuple[_Carry, PyTree]:
+    """A scan over the rounds, which compiles faster than unrolled rounds, except for one.
+
+    - `one_round`: takes the coefficients and what `stages` hold for a round.
+    """
+    xs = chain.rows, stages
+    if len(leaves := jtu.tree_leaves(chain.rows)) == 0:
+        return one_round(carry, xs)
     if len(leaves[0]) == 1:
-        return one_round(carry, jtu.tree_map(lambda x: x[0], rows))
-    carry, _ = lax.scan(lambda c, x: (one_round(c, x), None), carry, rows, reverse=reverse)
-    return carry
+        carry, y = one_round(carry, jtu.tree_map(lambda x: x[0], xs))
+        return carry, jtu.tree_map(lambda y: y[None], y)
+    return lax.scan(one_round, carry, xs, reverse=reverse)
 
 
 def _all_of(

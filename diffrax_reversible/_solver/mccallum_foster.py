@@ -37,10 +37,10 @@ from .._tree import (
     tree_zeros_like,
 )
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
-from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull, Update
+from .chain import as_sums, as_trees, Chain, run, Start, undo, undo_and_pull, Update
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe
+from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe, StepStart
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -323,7 +323,7 @@ class McCallumFoster(
         y0, z0 = as_trees(parts)
         return y0, with_copy(solver_state, z0)
 
-    def backward_step_and_pullback(
+    def pullback_from_start(
         self,
         combine: Combine,
         params: Params,
@@ -333,8 +333,8 @@ class McCallumFoster(
         solver_state: CoupledState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: tuple[Y, CoupledState] | None = None,
-    ) -> tuple[Y, CoupledState, Cotangent]:
+        start: StepStart | None,
+    ) -> tuple[Y, CoupledState, Cotangent, tuple[Y, CoupledState]]:
         """One evaluation and one pull-back for each evaluation of a step, except for unused
         stages."""
         sides_bar, dense_bars = None, tree_zeros_like((y1, y1))
@@ -345,6 +345,12 @@ class McCallumFoster(
             *dense_bars, increment_bar, stages_bar = pull(dense_cotangent)
             aux_bar = increment_bar, stages_bar
             sides_bar = lambda row: ((tree_zeros_like(y1), aux_bar), None)
+
+        def parts():
+            assert start is not None
+            y0, state0 = start.states()
+            return as_sums((y0, state0.copy))
+
         pulled = undo_and_pull(
             self._chain(t0, t1, tap=(tree_zeros_like(y1), tree_zeros_like(y1))),
             combine,
@@ -353,9 +359,10 @@ class McCallumFoster(
             (cotangent.y, cotangent.solver_state.copy),
             cotangent.params,
             sides_bar,
-            None if start is None else as_sums((start[0], start[1].copy)),
+            start and Start(start.needs, parts),
         )
         y0, z0 = as_trees(pulled.parts)
+        y_off, z_off = pulled.off
         # Undo the scaling by the first update, which is the last to be undone.
         y1_bar = tree_scale(1 / self.coupling, pulled.bars[0])
         y0_bar, z0_bar = map(tree_add, pulled.bars, dense_bars)
@@ -374,7 +381,8 @@ class McCallumFoster(
             pulled.params_bar,
             probe,
         )
-        return y0, with_copy(solver_state, z0), cotangent
+        off = y_off, with_copy(cotangent.solver_state, z_off)
+        return y0, with_copy(solver_state, z0), cotangent, off
 
     def probe(
         self,

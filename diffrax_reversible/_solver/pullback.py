@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 from jaxtyping import PyTree
 
 from .._custom_types import (
+    BoolScalarLike,
     Combine,
     DenseInfo,
     Params,
@@ -97,11 +98,21 @@ class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState])
         """
 
 
-class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
-    """A solver that can also differentiate a step from its known start, without undoing it,
-    in the same memory. For steps in which the flow contracts too much to be undone."""
+class StepStart(NamedTuple):
+    """The start of a step, if some element of a batch `needs` it, as undoing the step is
+    not accurate enough.
 
-    @abc.abstractmethod
+    - `states`: a function that returns the state and the solver state there.
+    """
+
+    needs: BoolScalarLike
+    states: Callable[[], tuple[Y, Any]]
+
+
+class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
+    """A solver that can also differentiate a step from its start. For steps in which the
+    flow contracts too much to be undone, or that begin at a kink of the vector field."""
+
     def backward_step_and_pullback(
         self,
         combine: Combine,
@@ -112,9 +123,28 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
         solver_state: _SolverState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-        start: tuple[Y, _SolverState] | None = None,
     ) -> tuple[Y, _SolverState, Cotangent]:
-        """See `HasPullback`. The `start` is the state and the solver state at `t0`."""
+        step = combine, params, t0, t1, y1, solver_state, cotangent, dense_cotangent
+        return self.pullback_from_start(*step, None)[:3]
+
+    @abc.abstractmethod
+    def pullback_from_start(
+        self,
+        combine: Combine,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: _SolverState,
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+        start: StepStart | None,
+    ) -> tuple[Y, _SolverState, Cotangent, tuple[Y, _SolverState]]:
+        """See `HasPullback`; from the `start`, if that is needed.
+
+        Also returns the errors of the state and the solver state at `t1`, if the step was
+        made again from its start, and zeros otherwise.
+        """
 
 
 class Departure(NamedTuple):
@@ -175,20 +205,15 @@ def backward_step_and_pullback(
     solver_state: SolverState,
     cotangent: Cotangent,
     dense_cotangent: DenseInfo | None,
-    start: tuple[Y, SolverState] | None = None,
 ) -> tuple[Y, SolverState, Cotangent]:
-    """See `HasPullback`. By default the step is computed again and differentiated.
-
-    Only a solver that is `HasPullbackFromStart` takes a `start`."""
-    step = combine, params, t0, t1, y1, solver_state
-    cotangents = cotangent, dense_cotangent
-    if start is not None:
-        assert isinstance(solver, HasPullbackFromStart)
-        return solver.backward_step_and_pullback(*step, *cotangents, start)
+    """See `HasPullback`. By default the step is computed again and differentiated."""
     if isinstance(solver, HasPullback):
-        return solver.backward_step_and_pullback(*step, *cotangents)
+        step = combine, params, t0, t1, y1, solver_state
+        return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
+    terms, args = combine(params)
+    start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
     reads = dense_cotangent is not None
-    start, _, pull = linearise_step(solver, *step, reads=reads)
+    _, pull = linearise_step(solver, combine, params, t0, t1, start, reads=reads)
     return *start, pull(cotangent, dense_cotangent)
 
 
@@ -206,28 +231,19 @@ def linearise_step(
     params: Params,
     t0: RealScalarLike,
     t1: RealScalarLike,
-    y1: Y,
-    solver_state: SolverState,
-    settle: Callable[[tuple[Y, SolverState]], tuple[Y, SolverState]] | None = None,
+    start: tuple[Y, SolverState],
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
     reads: bool = True,
-    start: tuple[Y, SolverState] | None = None,
-) -> tuple[tuple[Y, SolverState], Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
-    """Undo a step, compute it again, and return its start, its results, and its pull-back.
+) -> tuple[Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
+    """The results of a step, and its pull-back. Takes the memory of all its stages.
 
-    Costs a backward step, a step, and the memory of all the stages of a step.
-
-    - `settle`: if given, the step is computed from `settle(start)`.
+    - `start`: the state and the solver state at `t0`.
     - `step_times`: `t0` and `t1` as a function of `params`, if they depend on them.
     - `reads`: whether the interpolation data are read; otherwise the evaluations for them
         are omitted.
-    - `start`: the state and the solver state at `t0`, if they are known.
     """
-    terms, args = combine(params)
-    if start is None:
-        start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
-    origin = start if settle is None else settle(start)
-    diff_state, nondiff_state = eqx.partition(origin[1], eqx.is_inexact_array)
+    y0, state0 = start
+    diff_state, nondiff_state = eqx.partition(state0, eqx.is_inexact_array)
 
     def step(y: Y, diff_state: PyTree, params: Params):
         terms, args = combine(params)
@@ -237,7 +253,7 @@ def linearise_step(
         y, _, dense_info, state, _ = made
         return y, eqx.filter(state, eqx.is_inexact_array), dense_info
 
-    outputs, pull_step = eqx.filter_vjp(step, origin[0], diff_state, params)
+    outputs, pull_step = eqx.filter_vjp(step, y0, diff_state, params)
     y, end_state, dense_info = outputs
 
     def pull(cotangent: Cotangent, dense_cotangent: DenseInfo | None) -> Cotangent:
@@ -246,4 +262,4 @@ def linearise_step(
         y, state, params = pull_step((cotangent.y, cotangent.solver_state, dense_cotangent))
         return Cotangent(y, state, tree_add(cotangent.params, params))
 
-    return start, Made((y, end_state), dense_info), pull
+    return Made((y, end_state), dense_info), pull

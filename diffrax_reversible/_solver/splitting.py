@@ -321,14 +321,14 @@ class AbstractSplitting(
             cotangent.params,
             sides_bar,
         )
-        (q, p), (q_bar, p_bar), params_bar, _ = pulled
+        (q, p), (q_bar, p_bar) = pulled.parts, pulled.bars
         force = self._evaluate(term_p, t0, q.high, args)
         p = p.minus(tree_scale(h_p * self.tableau.kicks[0], force))
         force_bar = tree_scale(h_p * self.tableau.kicks[0], p_bar)
         y0, low = _split_sums(q, p)
         solver_state = SplittingState(force, low, jnp.array(False))
         state_bar = _with_force(cotangent.solver_state, force_bar)
-        cotangent = Cotangent((q_bar, p_bar), state_bar, params_bar)
+        cotangent = Cotangent((q_bar, p_bar), state_bar, pulled.params_bar)
         if dense_cotangent is not None:
             end = t0, (t0, t1), y0, solver_state, cotangent, dense_cotangent, 0
             cotangent = self._pull_derivatives(combine, params, *end)
