@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,6 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
+
+
+_Tree = TypeVar("_Tree")
 
 
 def tree_scale(a: RealScalarLike, x: PyTree[Array]) -> PyTree[Array]:
@@ -42,6 +45,15 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
 def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
     """`equinox.tree_at`, which here can replace `None` too."""
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
+
+
+def tree_where(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
+    """`x` if `pred`, otherwise `y`.
+
+    XLA compiles no kernels for a conditional, and one for every array that is selected. In
+    a batch, JAX turns the conditional into selections.
+    """
+    return lax.cond(pred, lambda: x, lambda: y)
 
 
 def read_row(rows: PyTree[Array], i: IntScalarLike) -> PyTree[Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
 from .._solver.capabilities import CanRestart
-from .._tree import tree_add, tree_replace, tree_zeros_like
+from .._tree import tree_add, tree_replace, tree_where, tree_zeros_like
 from .drift import Drift
 from .judge import beside_rounding, judge
 from .kept import Kept
@@ -51,7 +51,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     rest = with_params(position, (None, None))
     arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
-    position = jtu.tree_map(lambda a, r: jnp.where(here, a, r), arrived, rest)
+    position = tree_where(here, arrived, rest)
     if walk.repeats:
         params = _add(*params, here, missed)
     position = pull_restart(walk, with_params(position, params))
@@ -210,7 +210,7 @@ def _go_back(
         walked = [jnp.where(position.known, share * w, w) for w in walked]
     undone = position.undone + origin.step - position.step
     if walk.repeats:
-        arrived = new = jtu.tree_map(lambda o, n: jnp.where(missed, o, n), origin, new)
+        arrived = new = tree_where(missed, origin, new)
     arrived = dataclasses.replace(
         arrived,
         origin=new,

@@ -16,7 +16,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._tree import read_row, tree_replace, write_row
+from .._tree import read_row, tree_replace, tree_where, write_row
 from .packed import Packed
 
 
@@ -70,7 +70,7 @@ class Known(eqx.Module):
         )
 
     def where(self, pred: BoolScalarLike, other: "Known") -> "Known":
-        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)
+        return tree_where(pred, self, other)
 
     @property
     def bytes(self) -> int:

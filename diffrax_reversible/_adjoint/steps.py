@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from .._diffrax import State
+from .._tree import tree_where
 from .clock import Clock, Ends
 
 
@@ -159,10 +160,7 @@ class Record(eqx.Module):
                 *(record.last_end, record.torn),
             )
 
-        chosen = jtu.tree_map(
-            lambda s, o: jnp.where(pred, s, o), numbers(self), numbers(other)
-        )
-        return eqx.tree_at(numbers, self, chosen)
+        return eqx.tree_at(numbers, self, tree_where(pred, numbers(self), numbers(other)))
 
     def interrupt(self, restarted: BoolScalarLike, crossed: BoolScalarLike) -> "Record":
         """Record whether the solve restarted or crossed a jump before the next step."""

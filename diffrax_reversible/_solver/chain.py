@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, Combine, Params, RealScalarLike, Terms
 from .._exact_sum import Sum
-from .._tree import read_row, tree_add, tree_scale, tree_zeros_like
+from .._tree import read_row, tree_add, tree_scale, tree_where, tree_zeros_like
 
 
 # What may be stored of a step that is made again.
@@ -157,7 +157,7 @@ def undo_and_pull(
     row = jtu.tree_map(lambda x: x[0], chain.rows)
     first = [like(update) for update in chain.make_round(terms, args, row)]
 
-    def pull(after, off, stages=None, parts_before=None):
+    def pull(after, off, stages=None, parts_before=_as_undone):
         one_round = ft.partial(_pull_round, chain, combine, params, sides_bar, parts_before)
         carry = after, bars, params_bar, first
         pulled, _ = _scan(chain, one_round, carry, stages, reverse=True)
@@ -175,7 +175,36 @@ def undo_and_pull(
 
     if start is None:
         return undo()
-    return lax.cond(eqxi.unvmap_any(start.needs), lambda: make(start), undo)
+    some = eqxi.unvmap_any(start.needs)
+    if chain.rows is not None:
+        return lax.cond(some, lambda: make(start), undo)
+    # A single round is long, and is compiled once for both.
+    updates = chain.make_round(terms, args, None)
+
+    def make_all():
+        stages = [start.parts()]
+        for update in updates:
+            u, _ = _evaluate(update, stages[-1])
+            stages.append(_made(stages[-1], update, u))
+        off = jtu.tree_map(jnp.subtract, as_trees(parts), as_trees(stages.pop()))
+        return stages, off
+
+    def make_none():
+        return [parts] * len(updates), tree_zeros_like(as_trees(parts))
+
+    made, off = lax.cond(some, make_all, make_none)
+    pulled = pull(parts, off, None, lambda *_: lambda i, p: tree_where(some, made[i], p))
+    return pulled._replace(parts=tree_where(some, made[0], pulled.parts))
+
+
+# The parts before the `i`-th update of a round, by the updates of the round and what is
+# stored of it; a function of `i` and of the parts that are undone.
+_PartsBefore = Callable[[Sequence[Update], Any], Callable[[int, Parts], Parts]]
+
+
+def _as_undone(updates: Sequence[Update], stage: Any) -> Callable[[int, Parts], Parts]:
+    del updates, stage
+    return lambda i, parts: parts
 
 
 def _pull_round(
@@ -183,54 +212,52 @@ def _pull_round(
     combine: Combine,
     params: Params,
     sides_bar: Callable[[Any], Sequence[Any]] | None,
-    parts_before: Callable[[Any], Parts] | None,
+    parts_before: _PartsBefore,
     carry: tuple[Parts, tuple[PyTree, ...], Params, list[Passed | None]],
     x: tuple[Any, Any],
 ):
-    """`undo_and_pull` for a round, which is undone unless the parts before it are known."""
+    """`undo_and_pull` for a round."""
     (parts, bars, params_bar, _), (row, stage) = carry, x
-    before = None if parts_before is None else parts_before(stage)
     again = lambda i, params: chain.make_round(*combine(params), row)[i]
     updates = chain.make_round(*combine(params), row)
+    before = parts_before(updates, stage)
     more = [None] * len(updates) if sides_bar is None else sides_bar(row)
     first: list[Passed | None] = [None] * len(updates)
     for i in reversed(range(len(updates))):
-        if before is not None:
-            parts, _ = _all_of(updates[:i], before)
+        parts = before(i, parts)
         u, bars, more_bar, first[i] = _pull_update(
             updates[i], ft.partial(again, i), params, parts, bars, more[i]
         )
         if more_bar is not None:
             params_bar = tree_add(params_bar, more_bar)
-        if before is None:
-            parts = _undone(parts, updates[i], u)
+        parts = _undone(parts, updates[i], u)
     return (parts, bars, params_bar, first), None
 
 
 def _make_rounds(
     chain: Chain, terms: Terms, args: Args, start: Parts
-) -> tuple[Parts, PyTree, Callable[[Any], Parts]]:
-    """The parts after all rounds of a chain; what is stored of each round; and a function
-    of that which returns the parts before the round."""
+) -> tuple[Parts, PyTree, _PartsBefore]:
+    """The parts after all rounds of a chain; what is stored of each round; and the parts
+    before an update, as a function of that."""
 
     def make_round(parts, row):
         return _all_of(chain.make_round(terms, args, row), parts)[0]
 
-    leaves = jtu.tree_leaves(chain.rows)
-    if len(leaves) == 0:
-        return make_round(start, None), None, lambda _: start
-    count = len(leaves[0])
+    count = len(jtu.tree_leaves(chain.rows)[0])
     if count * sum(x.nbytes for x in jtu.tree_leaves(start)) <= _most_bytes:
         store = lambda parts, x: (make_round(parts, x[0]), parts)
         after, stages = _scan(chain, store, start)
-        return after, stages, lambda parts: parts
-
-    def parts_before(i):
+        before_round = lambda parts: parts
+    else:
         again = lambda i, parts: make_round(parts, read_row(chain.rows, i))
-        return lax.fori_loop(0, i, again, start)
+        before_round = lambda i: lax.fori_loop(0, i, again, start)
+        after, stages = before_round(count), jnp.arange(count)
 
-    rounds = jnp.arange(count)
-    return parts_before(count), rounds, parts_before
+    def parts_before(updates, stage):
+        before = before_round(stage)
+        return lambda i, _: _all_of(updates[:i], before)[0]
+
+    return after, stages, parts_before
 
 
 def _pull_update(
