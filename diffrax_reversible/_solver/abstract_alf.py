@@ -45,7 +45,9 @@ from .capabilities import (
     HasErrorScales,
     HasExtraDenseInfo,
 )
-from .chain import Chain, Pulled, run, Start, undo, undo_and_pull, Update
+from .chain import Chain, run, undo, Update
+from .chain_again import Start
+from .chain_pullback import Pulled, undo_and_pull
 from .deviation import Deviation, has_third_estimate
 from .error_estimate import combine_errors, raise_error
 from .interpolation import MakeInterpolation, with_slopes

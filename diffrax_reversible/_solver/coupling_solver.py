@@ -18,7 +18,8 @@ from .._custom_types import (
     Y,
 )
 from .._tree import tree_add
-from .chain import as_sums, as_trees, Chain, run, undo, undo_and_pull
+from .chain import as_sums, as_trees, Chain, run, undo
+from .chain_pullback import undo_and_pull
 from .couplings import as_chain, Coupling
 from .pullback import Cotangent, HasPullback
 

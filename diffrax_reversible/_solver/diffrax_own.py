@@ -24,7 +24,8 @@ from .._exact_sum import Sum
 from .._tree import larger, tree_add, tree_zeros_like
 from .adapter import AbstractReversibleAdapter, as_reversible
 from .capabilities import HasErrorScales, HasRecord, KeepsStateAtJumps
-from .chain import as_sums, as_trees, Chain, undo, undo_and_pull, Update
+from .chain import as_sums, as_trees, Chain, undo, Update
+from .chain_pullback import undo_and_pull
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
 from .pullback import Cotangent, HasPullback

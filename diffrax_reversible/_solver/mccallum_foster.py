@@ -37,7 +37,9 @@ from .._tree import (
     tree_zeros_like,
 )
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
-from .chain import as_sums, as_trees, Chain, run, Start, undo, undo_and_pull, Update
+from .chain import as_sums, as_trees, Chain, run, undo, Update
+from .chain_again import Start
+from .chain_pullback import undo_and_pull
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe, StepStart

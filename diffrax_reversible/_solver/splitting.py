@@ -37,7 +37,8 @@ from .._tree import (
 from .affine import is_affine
 from .base import check_flags
 from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
-from .chain import Chain, run, undo, undo_and_pull, Update
+from .chain import Chain, run, undo, Update
+from .chain_pullback import undo_and_pull
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 from .pullback import Cotangent, HasPullback
