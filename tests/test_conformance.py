@@ -207,7 +207,7 @@ def test_pullback(name):
         return fused, jax_pulls
 
     fused, (jax_pull, without_dense) = both()
-    for (y, state, pulled), want in zip(fused, (jax_pull, without_dense), strict=True):
+    for (y, state, pulled, _), want in zip(fused, (jax_pull, without_dense), strict=True):
         assert off((y, state), (y0, step.state)) < 1e-14
         want_params = jax.tree.map(jnp.add, want[2], cotangent.params)
         want = (want[0], want[1], want_params)

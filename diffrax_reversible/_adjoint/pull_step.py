@@ -1,7 +1,6 @@
 """Undoing a step and pulling a cotangent back through it."""
 
 import functools as ft
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -17,13 +16,10 @@ from .._solver.pullback import (
     backward_step_and_pullback,
     Cotangent,
     HasProbe,
-    HasPullbackFromStart,
     linearise_step,
-    Made,
     Probe,
     StepStart,
 )
-from .._tree import tree_zeros_like
 from .kept import Kept
 from .outputs import Cursor
 from .pull_outputs import pull_dense
@@ -58,7 +54,9 @@ def pull_step(
     - `solver_state`: the solver state there, with what the solver recalls of the step.
     - `kept`: the known states.
     """
-    step, rest = position.step - 1, walk.residuals.kept.rest
+    index, rest = position.step - 1, walk.residuals.kept.rest
+    t0, t1 = position.clock.start, position.clock.end
+    step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     linear = all(walk.outputs[i].saves_state for i in interpolated)
     start = ft.partial(_start, walk, position, solver_state, kept)
@@ -68,60 +66,25 @@ def pull_step(
             # Only its shapes are used, as interpolations are linear.
             struct = _dense_struct(walk, position, solver_state)
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, struct)
-        begin, ct, off = _pull(walk, position, solver_state, ct, dense_bar, start)
+        needs = _needs_start(walk, position)
+        *begin, ct, off = backward_step_and_pullback(
+            *(walk.problem.solver, *step, position.y, solver_state, ct, dense_bar),
+            None if needs is None else StepStart(needs, start, end),
+        )
     else:
 
         def step_times(params):
             times = walk.context(params).times
-            return times.of(position.clock.start), times.of(position.clock.end)
+            return times.of(t0), times.of(t1)
 
         begin = start()
-        made, pull = linearise_step(*_step(walk, position), begin, step_times)
+        made, pull = linearise_step(walk.problem.solver, *step, begin, step_times)
         dense_bar, ct, cursors = pull_dense(walk, position, interpolated, made.dense_info)
-        ct, off = pull(ct, dense_bar), _off(position, made)
-    y0, state0 = walk.settle(2 * step, begin)
+        ct, off = pull(ct, dense_bar), made.errors(end)
+    y0, state0 = walk.settle(2 * index, tuple(begin))
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
-    hidden = None if rest is None else rest.moving(2 * step, off)
+    hidden = None if rest is None else rest.moving(2 * index, off)
     return PulledStep(y0, state0, ct, cursors, probe, hidden)
-
-
-def _pull(
-    walk: Walk,
-    position: Position,
-    solver_state: SolverState,
-    ct: Cotangent,
-    dense_bar: DenseInfo | None,
-    start: Callable[[], tuple[Y, SolverState]],
-) -> tuple[tuple[Y, SolverState], Cotangent, PyTree]:
-    """The start of a step, the cotangent there, and the errors at its end if it is made
-    again from its `start`, and zeros otherwise."""
-    solver, step = walk.problem.solver, _step(walk, position)
-    here = position.y, solver_state
-
-    def undo():
-        *begin, bar = backward_step_and_pullback(*step, *here, ct, dense_bar)
-        return tuple(begin), bar, tree_zeros_like(eqx.filter(here, eqx.is_inexact_array))
-
-    def make():
-        begin = start()
-        made, pull = linearise_step(*step, begin, reads=dense_bar is not None)
-        return begin, pull(ct, dense_bar), _off(position, made)
-
-    needs = _needs_start(walk, position)
-    if needs is None:
-        return undo()
-    if isinstance(solver, HasPullbackFromStart):
-        *begin, bar, off = solver.pullback_from_start(
-            *step[1:], *here, ct, dense_bar, StepStart(needs, start)
-        )
-        return tuple(begin), bar, off
-    return lax.cond(eqxi.unvmap_any(needs), make, undo)
-
-
-def _step(walk: Walk, position: Position):
-    """The solver, the terms and arguments, and the ends of the step before a position."""
-    clock = position.clock
-    return walk.problem.solver, walk.combine, walk.params, clock.start, clock.end
 
 
 def _needs_start(walk: Walk, position: Position) -> BoolScalarLike | None:
@@ -156,13 +119,6 @@ def _start(
         return jtu.tree_map(choose, (held.y, state), undone)
 
     return lax.cond(eqxi.unvmap_any(from_start), known, lambda: undone)
-
-
-def _off(position: Position, made: Made) -> PyTree:
-    """The errors at the end of a step that is `made` again."""
-    # Without what the solver recalls, which is of the start of the step.
-    here = eqx.filter((position.y, position.solver_state), eqx.is_inexact_array)
-    return jtu.tree_map(jnp.subtract, here, made.end)
 
 
 def _with_probe(

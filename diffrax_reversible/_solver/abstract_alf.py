@@ -46,7 +46,6 @@ from .capabilities import (
     HasExtraDenseInfo,
 )
 from .chain import Chain, run, undo, Update
-from .chain_again import Start
 from .chain_pullback import Pulled, undo_and_pull
 from .deviation import Deviation, has_third_estimate
 from .error_estimate import combine_errors, raise_error
@@ -392,7 +391,7 @@ class AbstractALF(
             (cotangent.y, v_bar),
             cotangent.params,
             sides_bar if functionals else None,
-            start and Start(start.needs, lambda: sums_of(*start.states())),
+            start and start.of_chain(sums_of),
         )
         y0, v0, low = split_sums(*pulled.parts)
         z_bar, v_bar = pulled.bars

@@ -21,7 +21,7 @@ from .._tree import tree_add
 from .chain import as_sums, as_trees, Chain, run, undo
 from .chain_pullback import undo_and_pull
 from .couplings import as_chain, Coupling
-from .pullback import Cotangent, HasPullback
+from .pullback import Cotangent, HasPullbackFromStart, StepStart
 
 
 _SolverState = TypeVar("_SolverState")
@@ -30,7 +30,7 @@ _SolverState = TypeVar("_SolverState")
 _Parts = tuple[PyTree[Array], ...]
 
 
-class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
+class AbstractCouplingSolver(HasPullbackFromStart[_SolverState], Generic[_SolverState]):
     """A solver whose step is a chain of couplings, for reversible methods of your own.
 
     Examples are splitting methods, leapfrog, and the blocks of reversible networks. A
@@ -139,7 +139,7 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         parts, _ = undo(self._chain(t0, t1, parts), terms, args, as_sums(parts))
         return self.join(as_trees(parts))
 
-    def backward_step_and_pullback(
+    def pullback_from_start(
         self,
         combine: Combine,
         params: Params,
@@ -149,7 +149,8 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
         solver_state: _SolverState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-    ) -> tuple[Y, _SolverState, Cotangent]:
+        start: StepStart | None,
+    ) -> tuple[Y, _SolverState, Cotangent, tuple[Y, _SolverState]]:
         y_bar = cotangent.y
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y1"])
@@ -161,12 +162,14 @@ class AbstractCouplingSolver(HasPullback[_SolverState], Generic[_SolverState]):
             as_sums(parts),
             self.split(y_bar, cotangent.solver_state),
             cotangent.params,
+            start=start and start.of_chain(lambda *states: as_sums(self.split(*states))),
         )
         y0, solver_state = self.join(as_trees(pulled.parts))
         y_bar, state_bar = self.join(pulled.bars)
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y0"])
-        return y0, solver_state, Cotangent(y_bar, state_bar, pulled.params_bar)
+        cotangent = Cotangent(y_bar, state_bar, pulled.params_bar)
+        return y0, solver_state, cotangent, self.join(pulled.off)
 
     def _chain(self, t0: RealScalarLike, t1: RealScalarLike, parts: _Parts) -> Chain:
         return as_chain(lambda terms, args: self.couplings(terms, t0, t1, args), parts)

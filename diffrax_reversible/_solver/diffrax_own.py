@@ -28,7 +28,7 @@ from .chain import as_sums, as_trees, Chain, undo, Update
 from .chain_pullback import undo_and_pull
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
-from .pullback import Cotangent, HasPullback
+from .pullback import Cotangent, HasPullbackFromStart, StepStart
 
 
 # The start of the step before, and the state there.
@@ -102,7 +102,7 @@ class _LeapfrogMidpoint(
     AbstractReversibleAdapter[_LeapfrogState],
     KeepsStateAtJumps[_LeapfrogState],
     HasRecord[_LeapfrogState],
-    HasPullback[_LeapfrogState],
+    HasPullbackFromStart[_LeapfrogState],
 ):
     """`y2 = y0 + f(t1, y1) X` over two steps. Undoing a step takes one evaluation, and the
     recorded start of the first of the two."""
@@ -134,7 +134,7 @@ class _LeapfrogMidpoint(
 
         return Chain(make_round)
 
-    def backward_step_and_pullback(
+    def pullback_from_start(
         self,
         combine: Combine,
         params: Params,
@@ -144,21 +144,26 @@ class _LeapfrogMidpoint(
         solver_state: _LeapfrogState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-    ) -> tuple[Y, _LeapfrogState, Cotangent]:
+        start: StepStart | None,
+    ) -> tuple[Y, _LeapfrogState, Cotangent, tuple[Y, _LeapfrogState]]:
         """One evaluation and one pull-back."""
         dense = dense_cotangent
         y1_bar = cotangent.y if dense is None else tree_add(cotangent.y, dense["y1"])
         parts = _leapfrog_parts(y1, solver_state)
         # The step discards the time of the older state, so its cotangent is zero.
         bars = y1_bar, cotangent.solver_state[1], tree_zeros_like(parts[2].high)
+        before = lambda y0, state0: as_sums((state0[1], y0, jnp.asarray(state0[0])))
         pulled = undo_and_pull(
-            self._chain(t0, t1), combine, params, parts, bars, cotangent.params
+            *(self._chain(t0, t1), combine, params, parts, bars, cotangent.params),
+            start=start and start.of_chain(before),
         )
         (ym1, y0, tm1), (ym1_bar, y0_bar, tm1_bar) = as_trees(pulled.parts), pulled.bars
         if dense is not None:
             y0_bar = tree_add(y0_bar, dense["y0"])
         cotangent = Cotangent(y0_bar, (tm1_bar, ym1_bar), pulled.params_bar)
-        return y0, (tm1, ym1), cotangent
+        # The older state and its time are those at the start.
+        y_off, *_ = pulled.off
+        return y0, (tm1, ym1), cotangent, (y_off, tree_zeros_like((tm1, ym1)))
 
     def to_record(self, solver_state: _LeapfrogState) -> RealScalarLike:
         return solver_state[0]

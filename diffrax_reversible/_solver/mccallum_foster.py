@@ -38,7 +38,6 @@ from .._tree import (
 )
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, Update
-from .chain_again import Start
 from .chain_pullback import undo_and_pull
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
@@ -348,11 +347,6 @@ class McCallumFoster(
             aux_bar = increment_bar, stages_bar
             sides_bar = lambda row: ((tree_zeros_like(y1), aux_bar), None)
 
-        def parts():
-            assert start is not None
-            y0, state0 = start.states()
-            return as_sums((y0, state0.copy))
-
         pulled = undo_and_pull(
             self._chain(t0, t1, tap=(tree_zeros_like(y1), tree_zeros_like(y1))),
             combine,
@@ -361,7 +355,7 @@ class McCallumFoster(
             (cotangent.y, cotangent.solver_state.copy),
             cotangent.params,
             sides_bar,
-            start and Start(start.needs, parts),
+            start and start.of_chain(lambda y, state: as_sums((y, state.copy))),
         )
         y0, z0 = as_trees(pulled.parts)
         y_off, z_off = pulled.off

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import (
@@ -20,6 +24,8 @@ from .._custom_types import (
 from .._tree import tree_add, tree_zeros_like
 from .base import AbstractReversibleSolver
 from .capabilities import advance_densely
+from .chain import Parts
+from .chain_again import Start
 
 
 _SolverState = TypeVar("_SolverState")
@@ -103,10 +109,17 @@ class StepStart(NamedTuple):
     not accurate enough.
 
     - `states`: a function that returns the state and the solver state there.
+    - `end`: the state and the solver state at the end of the step, without what the solver
+        recalls, which is of the start.
     """
 
     needs: BoolScalarLike
     states: Callable[[], tuple[Y, Any]]
+    end: tuple[Y, Any]
+
+    def of_chain(self, split: Callable[[Y, Any], Parts]) -> Start:
+        """The start of a chain, whose parts are `split(y0, state0)`."""
+        return Start(self.needs, lambda: split(*self.states()))
 
 
 class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
@@ -205,16 +218,36 @@ def backward_step_and_pullback(
     solver_state: SolverState,
     cotangent: Cotangent,
     dense_cotangent: DenseInfo | None,
-) -> tuple[Y, SolverState, Cotangent]:
-    """See `HasPullback`. By default the step is computed again and differentiated."""
-    if isinstance(solver, HasPullback):
-        step = combine, params, t0, t1, y1, solver_state
-        return solver.backward_step_and_pullback(*step, cotangent, dense_cotangent)
-    terms, args = combine(params)
-    start = solver.backward_step(terms, t0, t1, y1, args, solver_state)
-    reads = dense_cotangent is not None
-    _, pull = linearise_step(solver, combine, params, t0, t1, start, reads=reads)
-    return *start, pull(cotangent, dense_cotangent)
+    start: StepStart | None = None,
+) -> tuple[Y, SolverState, Cotangent, tuple[Y, SolverState]]:
+    """See `HasPullbackFromStart`, for every solver. By default the step is made again from
+    its start and differentiated."""
+    step = combine, params, t0, t1
+    here = *step, y1, solver_state, cotangent, dense_cotangent
+    if isinstance(solver, HasPullbackFromStart):
+        return solver.pullback_from_start(*here, start)
+    end = eqx.filter((y1, solver_state), eqx.is_inexact_array)
+
+    def make():
+        if start is None:
+            terms, args = combine(params)
+            begin = solver.backward_step(terms, t0, t1, y1, args, solver_state)
+            reached = end
+        else:
+            begin, reached = start.states(), start.end
+        reads = dense_cotangent is not None
+        made, pull = linearise_step(solver, *step, begin, reads=reads)
+        return *begin, pull(cotangent, dense_cotangent), made.errors(reached)
+
+    if not isinstance(solver, HasPullback):
+        return make()
+
+    def undo():
+        return *solver.backward_step_and_pullback(*here), tree_zeros_like(end)
+
+    if start is None:
+        return undo()
+    return lax.cond(eqxi.unvmap_any(start.needs), make, undo)
 
 
 class Made(NamedTuple):
@@ -223,6 +256,11 @@ class Made(NamedTuple):
 
     end: tuple[Y, SolverState]
     dense_info: DenseInfo
+
+    def errors(self, end: tuple[Y, SolverState]) -> tuple[Y, SolverState]:
+        """The errors of another `end` of the step."""
+        end = eqx.filter(end, eqx.is_inexact_array)
+        return jtu.tree_map(jnp.subtract, end, self.end)
 
 
 def linearise_step(

@@ -41,7 +41,7 @@ from .chain import Chain, run, undo, Update
 from .chain_pullback import undo_and_pull
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
-from .pullback import Cotangent, HasPullback
+from .pullback import Cotangent, HasPullbackFromStart, StepStart
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class AbstractSplitting(
     CanCrossJumps[SplittingState],
     HasExtraDenseInfo[SplittingState],
     HasErrorScales[SplittingState],
-    HasPullback[SplittingState],
+    HasPullbackFromStart[SplittingState],
     AbstractAdaptiveSolver[SplittingState],
 ):
     """Compositions of kicks and drifts, for `q' = f(t, p)` and `p' = g(t, q)`.
@@ -288,7 +288,7 @@ class AbstractSplitting(
         y0, low = _split_sums(q, p)
         return y0, SplittingState(force, low, jnp.array(False))
 
-    def backward_step_and_pullback(
+    def pullback_from_start(
         self,
         combine: Combine,
         params: Params,
@@ -298,7 +298,8 @@ class AbstractSplitting(
         solver_state: SplittingState,
         cotangent: Cotangent,
         dense_cotangent: DenseInfo | None,
-    ) -> tuple[Y, SplittingState, Cotangent]:
+        start: StepStart | None,
+    ) -> tuple[Y, SplittingState, Cotangent, tuple[Y, SplittingState]]:
         """One evaluation and one pull-back for each evaluation of a step, and an evaluation
         of the force at its start."""
         terms, args = combine(params)
@@ -313,6 +314,10 @@ class AbstractSplitting(
             force_bar = tree_scale(stage.is_last, cotangent.solver_state.force)
             return None, (force_bar, None)
 
+        def after_first_kick(y0, state0):
+            q, p = _sums_of(y0, state0)
+            return q, p.plus(tree_scale(h_p * self.tableau.kicks[0], state0.force))
+
         pulled = undo_and_pull(
             self._chain(h_q, h_p, t0, t1),
             combine,
@@ -321,6 +326,7 @@ class AbstractSplitting(
             cotangent.y,
             cotangent.params,
             sides_bar,
+            start and start.of_chain(after_first_kick),
         )
         (q, p), (q_bar, p_bar) = pulled.parts, pulled.bars
         force = self._evaluate(term_p, t0, q.high, args)
@@ -333,7 +339,9 @@ class AbstractSplitting(
         if dense_cotangent is not None:
             end = t0, (t0, t1), y0, solver_state, cotangent, dense_cotangent, 0
             cotangent = self._pull_derivatives(combine, params, *end)
-        return y0, solver_state, cotangent
+        # The force follows from the state.
+        off = _with_force(cotangent.solver_state, tree_zeros_like(force))
+        return y0, solver_state, cotangent, (pulled.off, off)
 
     def _pull_derivatives(
         self,
