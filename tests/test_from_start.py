@@ -67,6 +67,7 @@ def gradients(*settings, argnums=(0, 1)):
     "solver, controller",
     cases(
         ((dr.ALF4(), JUMPING),),
+        more=((dfx.LeapfrogMidpoint(), dfx.ConstantStepSize()),),
         slow=(
             (dr.McCallumFoster(dfx.Tsit5()), PID),
             (dr.ALF4(compensated=True), PID),
