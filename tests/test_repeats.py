@@ -175,7 +175,7 @@ def test_steps_that_are_forgotten(misses, monkeypatch):
     assert_same(loss, Y0, Network(), network_args())
 
 
-@pytest.mark.long
+@pytest.mark.more
 @pytest.mark.parametrize("noisy", cases((False,), slow=(True,)))
 def test_misses_below_the_tolerance(noisy, monkeypatch):
     """They repeat steps, but not along a Brownian path, where a replay may differ from the

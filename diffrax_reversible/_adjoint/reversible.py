@@ -138,9 +138,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     bit. The gradient is thus on the same side of a kink as the solve, even if the solve
     begins at one, as at zero with `relu`. For vector fields that compare or take maxima,
     this takes an integer and a number for each entry of the state and the solver state and,
-    in steps in which an entry begins to move, one more evaluation for each evaluation. With
-    an implicit solver, a stage in such a step may be at the kink up to rounding, and the
-    gradient on either side, under every adjoint.
+    in steps in which an entry begins to move, two more evaluations for each evaluation, or
+    for a state of many kilobytes half as many as a step has. With an implicit solver, a
+    stage in such a step may be at the kink up to rounding, and the gradient on either side,
+    under every adjoint.
 
     **Memory**
 
