@@ -293,7 +293,7 @@ class MassMatrix(dfx.AbstractTerm):
         return jnp.linalg.solve(self.matrix, vf) * control
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize("t1", cases((-1.0,), slow=(1.0,)))
 @pytest.mark.parametrize(
     "solver", cases((dr.ALF4(),), slow=(dr.McCallumFoster(dfx.Tsit5()),))

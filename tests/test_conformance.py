@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._solver import chain_again
 from diffrax_reversible._solver.capabilities import (
     advance_densely,
     before_jump,
@@ -24,7 +25,9 @@ from diffrax_reversible._solver.capabilities import (
 from diffrax_reversible._solver.pullback import (
     backward_step_and_pullback,
     Cotangent,
+    HasPullbackFromStart,
     linearise_step,
+    StepStart,
 )
 from diffrax_reversible._tree import tree_zeros_like
 
@@ -229,6 +232,49 @@ def test_pullback(name):
     difference = (projected(1e-6) - projected(-1e-6)) / 2e-6
     derivative = as_vector(jax_pull) @ as_vector(direction)
     assert abs(derivative - difference) < 1e-7 * max(abs(difference), 1.0)
+
+
+@pytest.mark.parametrize("most_bytes", (0, 1 << 18), ids=("computed", "stored"))
+@one_of_each
+def test_pullback_from_start(name, most_bytes, monkeypatch):
+    """From a known start, the pull-back equals JAX's there, whatever the end; and the
+    error of the end is returned."""
+    monkeypatch.setattr(chain_again, "_most_bytes", most_bytes)
+    (solver, _, y0, _), step = SPECS[name], make_step(name)
+    if not isinstance(solver, HasPullbackFromStart):
+        pytest.skip("differentiates a step that is made again")
+    real = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
+    params, static = eqx.partition((step.terms, step.args), eqx.is_inexact_array)
+    combine = lambda params: eqx.combine(params, static)
+    cotangent = Cotangent(
+        random_like(y0, 0), random_like(step.state, 1), random_like(params, 2)
+    )
+    error = jax.tree.map(lambda x: 0.1 * x, random_like(y0, 5))
+
+    def advance(y, state, params):
+        terms, args = combine(params)
+        state = eqx.combine(state, step.state)
+        y, _, _, state, _ = advance_densely(solver, terms, T0, T1, y, args, state)
+        return y, real(state)
+
+    @eqx.filter_jit
+    def both(needs):
+        end = jax.tree.map(jnp.add, step.y1, error), step.state1
+        start = StepStart(needs, lambda: (y0, step.state), end)
+        here = solver, combine, params, T0, T1, *end, cotangent, None, start
+        _, pull = eqx.filter_vjp(advance, y0, real(step.state), params)
+        return backward_step_and_pullback(*here), pull(
+            (cotangent.y, cotangent.solver_state)
+        )
+
+    (y, state, pulled, errors), want = both(jnp.array(True))
+    assert off((y, state), (y0, step.state)) < 1e-14
+    want = *want[:2], jax.tree.map(jnp.add, want[2], cotangent.params)
+    got = pulled.y, pulled.solver_state, pulled.params
+    assert relative_error(got, want) < 1e-13
+    assert relative_error(errors[0], error) < 1e-12
+    (*undone, _, errors), _ = both(jnp.array(False))
+    assert off(undone, [y0, step.state]) > 1e-3 and not np.any(as_vector(errors))
 
 
 @one_of_each
