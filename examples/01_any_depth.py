@@ -375,7 +375,7 @@ def main() -> None:
     deep = 200 if quick else DEEP
     losses, network = train_at_both_depths(digits, deep, 3 if quick else 2 * epoch)
 
-    depths = (SHALLOW, deep, DEEP) if quick else (SHALLOW, 100, 500, DEEP)
+    depths = (SHALLOW, DEEP) if quick else (SHALLOW, 100, 500, DEEP)
     gradients = compile_all(digits, depths, quick)
     memory = {k: [temporary_megabytes(g) for g in v] for k, v in gradients.items()}
     print_table("memory of one gradient [MB]", depths, memory)
@@ -389,8 +389,9 @@ def main() -> None:
     times = dict(zip(gradients, np.transpose(columns), strict=True))
     print_table("time of one gradient [s]", timed, times)
 
-    ours = gradients[REVERSIBLE.name][depths.index(deep)](params)
-    default = compiled_gradient(ode(SAME_SOLVER, deep), digits)(params)
+    ours, default = (
+        compiled_gradient(ode(m, deep), digits)(params) for m in (REVERSIBLE, SAME_SOLVER)
+    )
     distance = relative_distance(ours, default)
     print(f"\ngradient through {deep:,} steps of ALF4, by both adjoints:")
     print(f"relative difference {distance:.1e}")

@@ -16,7 +16,7 @@ held-out loss by less than half of what another seed does, or by less than 5 %.
 
 Run `python examples/07_two_arguments.py` after `pip install ".[examples]"`. It takes about
 three minutes on two cores, and writes `07_two_arguments.png`. `--quick` trains only the
-neural ODE, for 40 updates.
+neural ODE, for 20 updates.
 """
 
 import argparse
@@ -456,10 +456,10 @@ def plot(results: dict[str, Result], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one model, 40 updates")
+    parser.add_argument("--quick", action="store_true", help="one model, 20 updates")
     quick = parser.parse_args().quick
     names = ("neural ODE",) if quick else TUTORIALS
-    results = {name: train(name, 40 if quick else None) for name in names}
+    results = {name: train(name, 20 if quick else None) for name in names}
     print_table(results)
     path = pathlib.Path(__file__).with_suffix(".png")
     plot(results, path)

@@ -244,7 +244,7 @@ def main() -> None:
     if options.process is not None:
         be_a_process(options)
     else:
-        compare(60 if options.quick else options.updates)
+        compare(30 if options.quick else options.updates)
 
 
 if __name__ == "__main__":

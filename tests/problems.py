@@ -74,10 +74,10 @@ FAMILIES = {
 }
 
 
-def cases(quick, *, more=(), slow=()):
-    """The cases of a test. Only the `quick` ones run by default. `more` are further
-    solvers, controllers and combinations of what other tests check; `slow` are further
-    combinations of all of these."""
+def cases(quick, *, long=(), more=(), slow=()):
+    """The cases of a test. Only the `quick` ones run by default. `long` ones check as much,
+    and take longer; `more` are further solvers, controllers and combinations of what other
+    tests check; `slow` are further combinations of all of these."""
 
     def marked(case, mark):
         values = case if type(case) is tuple else (case,)
@@ -85,6 +85,7 @@ def cases(quick, *, more=(), slow=()):
 
     return [
         *quick,
+        *(marked(case, pytest.mark.long) for case in long),
         *(marked(case, pytest.mark.more) for case in more),
         *(marked(case, pytest.mark.slow) for case in slow),
     ]

@@ -213,7 +213,11 @@ def test_restarts_and_vmap():
 
 @pytest.mark.parametrize(
     "name",
-    cases(("BlanesMoan4",), slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4")),
+    cases(
+        (),
+        long=("BlanesMoan4",),
+        slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4"),
+    ),
 )
 def test_strict_promotion(name):
     """Gradients are right under strict promotion, with given steps as in Diffrax."""

@@ -72,8 +72,8 @@ SLOW_FAMILIES = ("splitting", "LeapfrogMidpoint")
 
 # Every solver with a controller that rejects steps, and some with every controller.
 CASES = cases(
-    (
-        *rejecting(Network(), Y0, dr.ALF4()),
+    (*rejecting(Network(), Y0, dr.ALF4()),),
+    long=(
         *rejecting(PAIR, PAIR_Y0, dr.BlanesMoan6(compensated=True)),
         FAMILIES["ReversibleHeun"],
     ),

@@ -219,7 +219,7 @@ def test_the_default_adjoint_is_off(tol):
 
 
 @pytest.mark.parametrize(
-    "solver", cases((dr.ALF6(),), slow=(dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
+    "solver", cases((), long=(dr.ALF6(),), slow=(dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())))
 )
 def test_remedy(solver):
     """Gradients are right with steps at which the fastest mode is stable."""

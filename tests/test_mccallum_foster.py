@@ -144,6 +144,7 @@ def test_adjoints():
         assert relative_error(ours, gradient(adjoint)) < 1e-13
 
 
+@pytest.mark.long
 def test_walk_goes_on_from_known_states():
     """Otherwise 4,000 steps would multiply errors by `0.99 ** -4000`."""
 

@@ -158,6 +158,7 @@ def test_batch():
     assert relative_error(batched, jnp.stack(alone)) < 1e-9
 
 
+@pytest.mark.long
 def test_one_of_many_entries():
     """Of many entries the only one that contracts is noticed, and has a right gradient."""
     rates = jnp.full(5000, 0.1).at[3].set(15.0)

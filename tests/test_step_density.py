@@ -339,6 +339,7 @@ def energies(solver, controller, periods, adjoint):
     return first, last
 
 
+@pytest.mark.long
 def test_energy_does_not_drift():
     """Over 1,000 periods the energy does not drift with reversible steps, but it does under
     `PIDController`."""
