@@ -503,7 +503,7 @@ def main() -> None:
     initial = Network(jr.key(0))
     networks, rms = {}, {}
     for method in (REVERSIBLE,) if quick else (REVERSIBLE, TSIT5):
-        network, losses = train(initial, training, method, 35 if quick else 350)
+        network, losses = train(initial, training, method, 50 if quick else 350)
         networks[method.name] = network
         ends = (misfit_and_gradient(network, s, method)[0] for s in (training, held_out))
         rms[method.name] = [float(loss) ** 0.5 for loss in (losses[0], *ends)]

@@ -488,7 +488,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="trains fewer solvers")
     quick = parser.parse_args().quick
     panels = []
-    systems = (atoms()._replace(updates=40),) if quick else (planets(), atoms())
+    systems = (atoms()._replace(updates=50),) if quick else (planets(), atoms())
     for system in systems:
         data = observe(system)
         solvers = {n: SOLVERS[n] for n in (("ALF2", "ALF4", "ALF6") if quick else SOLVERS)}

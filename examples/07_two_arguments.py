@@ -235,6 +235,58 @@ def neural_cde(solver, adjoint) -> Tutorial:
     return Tutorial(init, loss, (labels, *splines), 32, optax.adam(1e-2), 40)
 
 
+def neural_sde(solver, adjoint) -> Tutorial:
+    """Learns to generate paths whose drift and noise grow with time, by energy distance.
+
+    Diffrax's documentation trains a discriminator instead, over 10,000 updates.
+    """
+    rng = np.random.default_rng(4)
+    ts = jnp.arange(64.0)
+    paths = [rng.uniform(-1, 1, 4096)]
+    for i in range(63):
+        noise = 0.8 * i / 63 * rng.normal(size=4096)
+        paths.append(0.9 * paths[-1] + 0.02 * i + noise)
+    data = (jnp.asarray(np.stack(paths, axis=-1), jnp.float32),)
+
+    def init(key, size=16):
+        keys = jr.split(key, 4)
+        return {
+            "initial": eqx.nn.MLP(5, size, size, 1, key=keys[0]),
+            "drift": bounded(size + 1, size, size, 1, keys[1], jax.nn.silu),
+            "diffusion": bounded(size + 1, 3 * size, size, 1, keys[2], jax.nn.silu),
+            "readout": eqx.nn.Linear(size, "scalar", key=keys[3]),
+        }
+
+    def drift(t, y, mlps):
+        return mlps[0](jnp.append(y, t))
+
+    def diffusion(t, y, mlps):
+        return mlps[1](jnp.append(y, t)).reshape(16, 3)
+
+    def generate(model, key):
+        key, path_key = jr.split(key)
+        path = dfx.VirtualBrownianTree(ts[0], ts[-1], 0.5, (3,), path_key)
+        terms = dfx.MultiTerm(dfx.ODETerm(drift), dfx.ControlTerm(diffusion, path))
+        y0 = model["initial"](jr.normal(key, (5,)))
+        args = ts[0], ts[-1], 1.0, y0, (model["drift"], model["diffusion"])
+        sol = dfx.diffeqsolve(
+            terms, solver, *args, saveat=dfx.SaveAt(ts=ts), adjoint=adjoint
+        )
+        return jax.vmap(model["readout"])(sol.ys)
+
+    def distance(a, b):
+        squares = jnp.sum(a**2, 1)[:, None] + jnp.sum(b**2, 1) - 2 * a @ b.T
+        # The diagonal is zero, where the root has no derivative.
+        return jnp.mean(jnp.sqrt(jnp.maximum(squares / len(ts), 1e-4)))
+
+    def loss(model, batch, key):
+        (real,) = batch
+        fake = jax.vmap(generate, (None, 0))(model, jr.split(key, len(real)))
+        return distance(real, fake) - (distance(real, real) + distance(fake, fake)) / 2
+
+    return Tutorial(init, loss, data, 128, optax.adam(1e-2), 30)
+
+
 def kalman_filter(solver, adjoint) -> Tutorial:
     """Learns how far a filter may trust its model of an oscillator, and its measurements.
 
@@ -306,58 +358,6 @@ def forcing(solver, adjoint) -> Tutorial:
     return Tutorial(init, loss, data, 16, optax.adam(0.1), 60)
 
 
-def neural_sde(solver, adjoint) -> Tutorial:
-    """Learns to generate paths whose drift and noise grow with time, by energy distance.
-
-    Diffrax's documentation trains a discriminator instead, over 10,000 updates.
-    """
-    rng = np.random.default_rng(4)
-    ts = jnp.arange(64.0)
-    paths = [rng.uniform(-1, 1, 4096)]
-    for i in range(63):
-        noise = 0.8 * i / 63 * rng.normal(size=4096)
-        paths.append(0.9 * paths[-1] + 0.02 * i + noise)
-    data = (jnp.asarray(np.stack(paths, axis=-1), jnp.float32),)
-
-    def init(key, size=16):
-        keys = jr.split(key, 4)
-        return {
-            "initial": eqx.nn.MLP(5, size, size, 1, key=keys[0]),
-            "drift": bounded(size + 1, size, size, 1, keys[1], jax.nn.silu),
-            "diffusion": bounded(size + 1, 3 * size, size, 1, keys[2], jax.nn.silu),
-            "readout": eqx.nn.Linear(size, "scalar", key=keys[3]),
-        }
-
-    def drift(t, y, mlps):
-        return mlps[0](jnp.append(y, t))
-
-    def diffusion(t, y, mlps):
-        return mlps[1](jnp.append(y, t)).reshape(16, 3)
-
-    def generate(model, key):
-        key, path_key = jr.split(key)
-        path = dfx.VirtualBrownianTree(ts[0], ts[-1], 0.5, (3,), path_key)
-        terms = dfx.MultiTerm(dfx.ODETerm(drift), dfx.ControlTerm(diffusion, path))
-        y0 = model["initial"](jr.normal(key, (5,)))
-        args = ts[0], ts[-1], 1.0, y0, (model["drift"], model["diffusion"])
-        sol = dfx.diffeqsolve(
-            terms, solver, *args, saveat=dfx.SaveAt(ts=ts), adjoint=adjoint
-        )
-        return jax.vmap(model["readout"])(sol.ys)
-
-    def distance(a, b):
-        squares = jnp.sum(a**2, 1)[:, None] + jnp.sum(b**2, 1) - 2 * a @ b.T
-        # The diagonal is zero, where the root has no derivative.
-        return jnp.mean(jnp.sqrt(jnp.maximum(squares / len(ts), 1e-4)))
-
-    def loss(model, batch, key):
-        (real,) = batch
-        fake = jax.vmap(generate, (None, 0))(model, jr.split(key, len(real)))
-        return distance(real, fake) - (distance(real, real) + distance(fake, fake)) / 2
-
-    return Tutorial(init, loss, data, 128, optax.adam(1e-2), 30)
-
-
 CASES = {
     "neural ODE": Case(neural_ode),
     "latent ODE": Case(latent_ode),
@@ -371,7 +371,7 @@ CASES = {
 
 def gradient_of(tutorial: Tutorial):
     """The loss and its gradient, as a function of parameters, batch and key."""
-    _, static = eqx.partition(tutorial.init(jr.key(0)), eqx.is_inexact_array)
+    _, static = eqx.partition(tutorial.init(KEY), eqx.is_inexact_array)
 
     def loss(params, batch, key):
         return tutorial.loss(eqx.combine(params, static), batch, key)
@@ -434,9 +434,9 @@ class Run:
 
     def gradient_error(self, reference) -> float:
         """Relative distance between the gradient and that of `reference`."""
-        batch, key = self.batch(np.arange(self.tutorial.batch_size)), jr.key(0)
-        got = self.compiled(self.params, self.state, batch, key)[3]
-        _, expected = reference(self.params, batch, key)
+        batch = self.batch(np.arange(self.tutorial.batch_size))
+        got = self.compiled(self.params, self.state, batch, KEY)[3]
+        _, expected = reference(self.params, batch, KEY)
         got, expected = (jax.flatten_util.ravel_pytree(g)[0] for g in (got, expected))
         return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
@@ -456,13 +456,13 @@ def train(name: str, updates: int | None) -> Result:
         make(their_solver, dfx.RecursiveCheckpointAdjoint()),
         make(our_solver, dr.ReversibleAdjoint()),
     )
-    # Compiling takes longer than many of the trainings. XLA compiles in parallel.
+    # Compiling takes longer than many of the trainings, and can be done in parallel.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         stored = pool.submit(compile_gradient, make(our_solver, EVERY_STEP))
         compiling = [pool.submit(Run, tutorial, seed=0) for tutorial in (theirs, ours)]
-        first, second = (x.result() for x in compiling)
+        run, our_run = (x.result() for x in compiling)
         reference = stored.result()
-    runs = {DIFFRAX: first, OURS: second, SEED: Run(theirs, 1, first.compiled)}
+    runs = {DIFFRAX: run, OURS: our_run, SEED: Run(theirs, 1, run.compiled)}
     errors = [runs[OURS].gradient_error(reference)]
     progress = tqdm.trange(updates or runs[OURS].tutorial.updates, desc=name)
     for _ in progress:

@@ -292,7 +292,7 @@ def main() -> None:
 
     losses, accuracy = {}, {}
     for name in (REVERSIBLE, SCAN):
-        middle, updates = MIDDLES[name], 45 if quick else 300
+        middle, updates = MIDDLES[name], 60 if quick else 300
         network, losses[name] = train(middle, images, labels, updates, name)
         found = eqx.filter_jit(apply)(network, middle, held_out_images)
         accuracy[name] = float(jnp.mean(jnp.argmax(found, axis=-1) == held_out_labels))

@@ -75,9 +75,9 @@ FAMILIES = {
 
 
 def cases(quick, *, long=(), more=(), slow=()):
-    """The cases of a test. Only the `quick` ones run by default. `long` ones check as much,
-    and take longer; `more` are further solvers, controllers and combinations of what other
-    tests check; `slow` are further combinations of all of these."""
+    """The cases of a test. Only the `quick` ones run by default. `long` ones take longest,
+    and run in CI too; `more` are further solvers, controllers and combinations of what
+    other tests check; `slow` are further combinations of all of these."""
 
     def marked(case, mark):
         values = case if type(case) is tuple else (case,)

@@ -62,12 +62,12 @@ def temporary_bytes(
     "controller, size",
     cases(((PID, 10),), slow=((PID, 100_000), (dfx.ConstantStepSize(), 10))),
 )
-# Beyond the record, memory does not grow. On it each step takes a time and a restart flag.
 @pytest.mark.parametrize(
     "few, many, growth",
     cases(((1_001_000, 2_001_000, 1_000),), long=((20_000, 1_001_000, 9 * ROWS + 200),)),
 )
 def test_growth_with_steps(solver, controller, size, few, many, growth):
+    """A step on record takes a time and a restart flag. Beyond, memory does not grow."""
     before, after = (temporary_bytes(solver, controller, size, n) for n in (few, many))
     assert 0 <= after - before <= growth
 
