@@ -18,7 +18,7 @@ The script asserts that these gradients agree to 1e-3, and that the two argument
 held-out loss by less than half of what another seed does, or by less than 5 %.
 
 Run `python examples/07_two_arguments.py` after `pip install ".[examples]"`. It takes up to
-eight minutes on two cores, or ten with `--all`, and writes `07_two_arguments.png`.
+eight minutes on two cores, or eleven with `--all`, and writes `07_two_arguments.png`.
 `--quick` trains only the neural ODE, for 20 updates.
 """
 
