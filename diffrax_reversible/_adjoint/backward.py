@@ -12,23 +12,27 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import BoolScalarLike, IntScalarLike
+from .._custom_types import BoolScalarLike, IntScalarLike, Params
 from .._diffrax import State
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_zeros_like
+from .._tree import tree_add, tree_where, tree_zeros_like
+from .batch import Sharing
 from .between_steps import go_on, params_of, with_params
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .kept import Kept
 from .outputs import Cursor, materialise
-from .problem import Inputs, Problem, save_states
+from .problem import Inputs, Problem, save_states, sub_saveats
 from .pull_outputs import (
     pull_dense_times,
     pull_last,
     pull_start,
 )
+from .pull_restart import pull_restart
 from .replay import Replayer
+from .shared import params_where, Shared
+from .spread import many
 from .undo_step import undo_step
 from .walk import Position, Walk
 
@@ -65,6 +69,8 @@ _at_once = 16
 
 def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
     """Undo steps up to the next known state or restart."""
+    if walk.shared is not None:
+        return _undo_together(walk, position, kept, walk.shared)
 
     def undoes(carry):
         position, count = carry
@@ -81,6 +87,31 @@ def _undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
 
     moves = dataclasses.replace(position, **{name: None for name in _stays})
     moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))
+    stays = {name: getattr(position, name) for name in _stays}
+    return dataclasses.replace(moved, **stays)
+
+
+def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -> Position:
+    """As `_undo_steps`, until every element of a batch has come to a known state. Then what
+    was added to the cotangents of what they share counts, or does not, for all at once."""
+
+    def undoes(position):
+        return eqxi.unvmap_any(position.undoes_next)
+
+    def undo(position):
+        moves = position.undoes_next
+        after = undo_step(walk, dataclasses.replace(position, moves=moves), kept)
+        after = dataclasses.replace(after, moves=None)
+        # The cotangents of the parameters, with those of all members where it is shared.
+        params = [p.cotangent.params for p in (after, position)]
+        params = params_where(shared, moves, *params)
+        without = lambda position: with_params(position, (None, None))
+        position = tree_where(moves, without(after), without(position))
+        position = with_params(position, (params, None))
+        return position if walk.departure is None else pull_restart(walk, position)
+
+    moves = dataclasses.replace(position, **{name: None for name in _stays})
+    moved = lax.while_loop(undoes, undo, moves)
     stays = {name: getattr(position, name) for name in _stays}
     return dataclasses.replace(moved, **stays)
 
@@ -161,6 +192,7 @@ class Walked(NamedTuple):
     - `shares`: the fractions of the gradient that grew where the solution contracts.
     - `undone`, `replayed`: the numbers of steps undone and replayed.
     - `restarted`: the number of restarts of the backward pass.
+    - `shared`: what of `gradient.context` is summed over a batch.
     """
 
     gradient: Inputs
@@ -169,6 +201,7 @@ class Walked(NamedTuple):
     undone: IntScalarLike
     replayed: IntScalarLike
     restarted: IntScalarLike
+    shared: Shared | None
 
 
 def walk_back(
@@ -177,6 +210,7 @@ def walk_back(
     problem: Problem,
     residuals: Residuals,
     cotangent: State,
+    sharing: Sharing,
     drift_tol: float | None,
     watch: Callable[[dict[str, Any]], None] | None,
 ) -> Walked:
@@ -188,13 +222,19 @@ def walk_back(
     - `perturbed`: which leaves of `inputs` are differentiated.
     - `residuals`: the residuals from `solve_and_record`.
     - `cotangent`: the cotangent of the final state, with `None` for zero.
+    - `sharing`: the arrays of `inputs` that the members of a batch share.
     - `drift_tol`: the accepted error at known states. Where states can be held in between,
         the steps are undone again before a larger error is reported.
     - `watch`: a function called at every known state.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
-    pulled = pull_finish(inputs, params, nondiff, problem, residuals, cotangent, with_times)
+    shared = Shared.of(sharing, inputs, perturbed)
+    if with_times or not _sums(inputs, problem, params):
+        shared = None
+    pulled = pull_finish(
+        inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
+    )
     dense_rows = None
     if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
         dense_rows = materialise(cotangent.dense_infos, residuals.dense_structs)
@@ -213,6 +253,7 @@ def walk_back(
         tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         watch,
+        shared,
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)
@@ -220,6 +261,18 @@ def walk_back(
     position = _walk(walk, position)
     problem.progress_meter.close(position.meter)
     return _walked(walk, position)
+
+
+def _sums(inputs: Inputs, problem: Problem, params: Params) -> bool:
+    """Whether to sum the cotangents of what the members of a batch share.
+
+    Not those of a few parameters, which take little memory, and of which `Spread` has to
+    know what each element has added. Nor with functions of interpolated outputs, which
+    every element evaluates in a loop of its own.
+    """
+    pairs = zip(sub_saveats(problem.saveat), inputs.context.save_fns, strict=True)
+    evaluates = any(sub.ts is not None and fn is not None for sub, fn in pairs)
+    return many(params) and not evaluates
 
 
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:
@@ -263,6 +316,9 @@ def _walked(walk: Walk, position: Position) -> Walked:
         matters = growth.matters(ct.params)
         shares = [jnp.where(matters, share, 0) for share in shares]
         restarted = growth.restarts
-    gradient = Inputs(ct.y, ct.solver_state, ct.params)
+    params_bar, shared = ct.params, walk.shared
+    if shared is not None:
+        params_bar = shared.check(params_bar)
+    gradient = Inputs(ct.y, ct.solver_state, params_bar)
     counts = position.undone, position.replayed, restarted
-    return Walked(gradient, drifts, shares, *counts)
+    return Walked(gradient, drifts, shares, *counts, shared)

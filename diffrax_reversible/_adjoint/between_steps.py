@@ -1,6 +1,7 @@
 """Between two steps of the walk: known states, restarts and replays."""
 
 import dataclasses
+import functools as ft
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -17,6 +18,7 @@ from .judge import beside_rounding, judge
 from .kept import Kept
 from .known import Known
 from .pull_restart import pull_restart
+from .shared import params_where
 from .walk import Position, Walk
 
 
@@ -53,7 +55,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     arrived = _plan(walk, arrived, kept, step, replays)
     position = tree_where(here, arrived, rest)
     if walk.repeats:
-        params = _add(*params, here, missed)
+        params = _add(walk, *params, here, missed)
     position = pull_restart(walk, with_params(position, params))
     if walk.pulls_from_start:
         from_start = _from_start(walk, position, kept, here)
@@ -72,16 +74,21 @@ def with_params(position: Position, params: tuple[Params | None, ...]) -> Positi
 
 
 def _add(
-    params_bar: Params, total: Params, here: BoolScalarLike, missed: BoolScalarLike
+    walk: Walk,
+    params_bar: Params,
+    total: Params,
+    here: BoolScalarLike,
+    missed: BoolScalarLike,
 ) -> tuple[Params, Params]:
     """Add a segment's cotangent of the parameters to the `total`, unless the walk `missed`
     its known state, and begin the next with zeros, if this element is `here`."""
+    where = ft.partial(params_where, walk.shared)
     counts = here & jnp.logical_not(missed)
-    added = jtu.tree_map(lambda x: jnp.where(counts, x, 0), params_bar)
-    total = tree_add(total, added)
+    nothing = jtu.tree_map(jnp.zeros_like, params_bar)
+    total = tree_add(total, where(counts, params_bar, nothing))
     # Plain zeros would not wait for the sum, and XLA would copy the summand.
     zeros = jtu.tree_map(jnp.subtract, total, total)
-    return jtu.tree_map(lambda z, x: jnp.where(here, z, x), zeros, params_bar), total
+    return where(here, zeros, params_bar), total
 
 
 def _plan(
@@ -200,6 +207,11 @@ def _go_back(
             lambda: judge(walk, position, arrived, walked, beside, here),
             lambda: (missed, parted, reach),
         )
+    if walk.repeats and walk.shared is not None:
+        # What the batch shares has a single sum, which counts for all or for none.
+        all_miss = here & eqxi.unvmap_any(missed)
+        reach = jnp.where(all_miss & jnp.logical_not(missed), position.reach, reach)
+        missed = all_miss
     if len(walked) > 0:
         worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
         miss = worst / walk.drift_tol

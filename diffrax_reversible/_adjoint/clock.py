@@ -1,5 +1,7 @@
 """The position of the walk in time."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -38,6 +40,14 @@ class Clock(eqx.Module):
         old = self.start, self.previous_end, self.controller_state
         start, before, state = jtu.tree_map(lambda n, o: jnp.where(known, n, o), new, old)
         return Clock(start, self.end, before, state, drift)
+
+    @property
+    def still(self) -> "Clock":
+        """The clock of a step of length zero, before the one that was undone last."""
+        return dataclasses.replace(self, end=self.start)
+
+    def where(self, pred: BoolScalarLike, other: "Clock") -> "Clock":
+        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)
 
     def off(self, t: RealScalarLike) -> Float[Array, ""]:
         """The distance of `start` from the true time, as a fraction of the step."""

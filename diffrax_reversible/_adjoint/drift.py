@@ -13,6 +13,8 @@ from .._precision import eps
 from .._solver.entry_scales import growth_power, units
 from .._tree import largest
 from .growth import any_grown
+from .problem import Inputs
+from .shared import params_where, Shared
 from .validate import call, torn_steps
 
 
@@ -110,13 +112,14 @@ def _inexact_leaves(tree: PyTree) -> list[Array]:
 
 
 def refuse_wrong(
-    gradient: PyTree,
+    gradient: Inputs,
+    shared: Shared | None,
     drifts: list[Float[Array, ""]],
     shares: list[Float[Array, ""]],
     torn: Bool[Array, ""],
     drift_tol: float | None,
     throw: bool,
-) -> PyTree:
+) -> Inputs:
     """Replace a gradient by an error, or by NaN, if the walk missed a known state, if steps
     are `torn`, or if the gradient grew where the solution contracts."""
     if len(drifts) == 0:
@@ -126,7 +129,7 @@ def refuse_wrong(
     grown = any_grown(shares, tol)
     wrong = torn | jnp.invert(within) | grown
     if not throw:
-        return _poison(wrong, gradient)
+        return _poison(wrong, gradient, shared)
     worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
     decade = jnp.floor(jnp.log10(worst)) - _decades[0]
     index = jnp.where(
@@ -138,8 +141,13 @@ def refuse_wrong(
     index = jnp.where(torn, len(messages) - 1, index)
     # Only a Boolean passes through the error, which gathers its operand on one device.
     wrong = eqx.internal.branched_error_if(wrong, wrong, index, messages)
-    return _poison(wrong, gradient)
+    return _poison(wrong, gradient, shared)
 
 
-def _poison(wrong: Bool[Array, ""], gradient: PyTree) -> PyTree:
-    return jtu.tree_map(lambda g: jnp.where(wrong, jnp.nan, g), gradient)
+def _poison(wrong: Bool[Array, ""], gradient: Inputs, shared: Shared | None) -> Inputs:
+    nan = jtu.tree_map(lambda g: jnp.full_like(g, jnp.nan), gradient)
+    choose = lambda n, g: jnp.where(wrong, n, g)
+    states = lambda inputs: (inputs.y0, inputs.solver_state)
+    y0, state = jtu.tree_map(choose, states(nan), states(gradient))
+    context = params_where(shared, wrong, nan.context, gradient.context)
+    return Inputs(y0, state, context)

@@ -13,6 +13,7 @@ from .._tree import tree_zeros_like
 from .forward import finish, Residuals
 from .outputs import materialise, Output, Row
 from .problem import Context, Inputs, Problem, save_states, sub_saveats, Times
+from .shared import context_of, Shared
 
 
 class PulledFinish(eqx.Module):
@@ -34,6 +35,7 @@ def pull_finish(
     inputs: Inputs,
     params: Params,
     nondiff: Context,
+    shared: Shared | None,
     problem: Problem,
     residuals: Residuals,
     cotangent: State,
@@ -69,7 +71,7 @@ def pull_finish(
         return PulledFinish(outputs(bars), *zeros)
     zero_ys = residuals.zero_ys()
     written = {i: (save_states(end)[i].ts, zero_ys[i]) for i in bars}
-    differentiable = _Finish(inputs, nondiff, problem, residuals)
+    differentiable = _Finish(inputs, nondiff, shared, problem, residuals)
     _, pull = jax.vjp(differentiable, end.y, written, dense_info, params)
     y_bar, rows, dense_bar, params_bar = pull(bars)
     y_bar = _poison_rejected(residuals, dense_bar, y_bar)
@@ -81,6 +83,7 @@ class _Finish(NamedTuple):
 
     inputs: Inputs
     nondiff: Context
+    shared: Shared | None
     problem: Problem
     residuals: Residuals
 
@@ -88,7 +91,7 @@ class _Finish(NamedTuple):
         self, y: Y, written: dict[int, Row], dense_info: DenseInfo, params: Params
     ) -> dict[int, Row]:
         """The final outputs that have a cotangent, from those `written` before."""
-        context: Context = eqx.combine(params, self.nondiff)
+        context = context_of(params, self.nondiff, self.shared)
         state = self._end(y, written, dense_info, context.times)
         ys = self.residuals.zero_ys()
         for i, (_, some_ys) in written.items():

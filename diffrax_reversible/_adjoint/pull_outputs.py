@@ -107,6 +107,8 @@ def pull_step_outputs(walk: Walk, position: Position, t1: RealScalarLike) -> Pos
         if steps == 0:
             continue
         written = True if steps == 1 else position.step % steps == 0
+        if position.moves is not None:
+            written &= position.moves
         position, save_index = _take(position, i, jnp.where(written, 1, 0))
         row = output.row(save_index, written)
         position = pull_into_state(walk, position, output, row, lambda times: times.of(t1))
@@ -148,6 +150,9 @@ def pull_dense(
         last = position.step == walk.residuals.count
         end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
         dense_bar = tree_add(dense_bar, end_dense)
+    moves = True if position.moves is None else position.moves
+    if position.moves is not None:
+        dense_bar = jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
     cursors = list(position.cursors)
     params_bar = position.cotangent.params
     # Each of `ts` was written in the first step that ends at or after it.
@@ -156,7 +161,7 @@ def pull_dense(
         dense_bar, params_bar, cursors[i] = _pull_ts(
             walk,
             walk.outputs[i],
-            lambda t: (step == 0) | (t > last_end),
+            lambda t: moves & ((step == 0) | (t > last_end)),
             (*ends, dense_info),
             (dense_bar, params_bar, cursors[i]),
         )
@@ -175,6 +180,9 @@ def _pull_ts(
     t0, t1, dense_info = interpolation
     ts = output.sub.ts
     assert ts is not None
+
+    linear = output.saves_state and not walk.differentiates_times
+    dense_bar, params_bar, cursor = carry
 
     def more(carry):
         _, _, cursor = carry
@@ -196,7 +204,6 @@ def _pull_ts(
             interpolation = walk.problem.solver.interpolation_cls(**ends, **dense_info)
             return interpolation.evaluate(time(times))
 
-        linear = output.saves_state and not walk.differentiates_times
         y = None if linear else evaluate(dense_info, walk.params)
         row = output.row(cursor.save_index)
         y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar)
@@ -212,7 +219,10 @@ def _pull_ts(
             (new_bar,) = pull(y_bar)
         return tree_add(dense_bar, new_bar), params_bar, cursor
 
-    return lax.while_loop(more, pull, carry)
+    # Nothing is added to the cotangent of the parameters if that is linear.
+    carry = dense_bar, None if linear else params_bar, cursor
+    dense_bar, pulled, cursor = lax.while_loop(more, pull, carry)
+    return dense_bar, params_bar if linear else pulled, cursor
 
 
 def _take(

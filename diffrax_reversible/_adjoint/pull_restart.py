@@ -3,8 +3,10 @@
 import dataclasses
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
@@ -16,13 +18,13 @@ def pull_restart(walk: Walk, position: Position) -> Position:
     """Pull the cotangent back through a restart at this `position`, if one is pending."""
     if not walk.residuals.restartable and walk.departure is None:
         return position
-    # A loop of at most one iteration: under `vmap` it runs only if an element needs it.
-    ct, pending = lax.while_loop(
+    # A loop of at most one iteration, as a conditional copies what it returns.
+    ct, _ = lax.while_loop(
         lambda carry: carry[1],
         lambda carry: (_pull(walk, position, carry[0]), jnp.array(False)),
-        (position.cotangent, jnp.asarray(position.pending)),
+        (position.cotangent, eqxi.unvmap_any(position.pending)),
     )
-    return dataclasses.replace(position, cotangent=ct, pending=pending)
+    return dataclasses.replace(position, cotangent=ct, pending=jnp.array(False))
 
 
 def _pull(walk: Walk, position: Position, ct: Cotangent) -> Cotangent:
@@ -38,5 +40,8 @@ def _pull(walk: Walk, position: Position, ct: Cotangent) -> Cotangent:
         return eqx.filter(state, is_diff)
 
     _, pull = eqx.filter_vjp(restart, position.y, diff_state, walk.params)
-    y_bar, state_bar, params_bar = pull(ct.solver_state)
+    pending = ct.where(position.pending)
+    y_bar, state_bar, params_bar = pull(pending.solver_state)
+    choose = lambda new, old: jnp.where(position.pending, new, old)
+    state_bar = jtu.tree_map(choose, state_bar, ct.solver_state)
     return Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))

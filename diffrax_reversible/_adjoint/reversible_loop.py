@@ -10,6 +10,7 @@ from diffrax import is_okay
 
 from .._diffrax import State
 from .backward import walk_back, Walked
+from .batch import call_in_batches, Sharing
 from .drift import refuse_wrong
 from .forward import default_checkpoints, solve_and_record, solve_plainly
 from .partition import detach
@@ -36,7 +37,7 @@ def reversible_loop(
     inputs: Inputs, problem: Problem, settings: Settings
 ) -> tuple[State, dict]:
     """The final state, which can be differentiated, and the statistics."""
-    final_state, aux_stats = _solve(inputs, problem, settings)
+    final_state, aux_stats = call_in_batches(_solve, inputs, problem, settings)
     return _differentiate_outputs_only(final_state), aux_stats
 
 
@@ -54,13 +55,16 @@ def _differentiate_outputs_only(final_state: State) -> State:
 
 
 @eqx.filter_custom_vjp
-def _solve(inputs: Inputs, problem: Problem, settings: Settings):
-    del settings
+def _solve(inputs: Inputs, problem: Problem, settings: Settings, sharing: Sharing):
+    del settings, sharing
     return solve_plainly(inputs, problem)
 
 
 @_solve.def_fwd
-def _solve_fwd(perturbed, inputs: Inputs, problem: Problem, settings: Settings):
+def _solve_fwd(
+    perturbed, inputs: Inputs, problem: Problem, settings: Settings, sharing: Sharing
+):
+    del sharing
     times = perturbed.context.times
     with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
     moving = (with_t0 and times.t0) or (with_t1 and times.t1)
@@ -79,20 +83,26 @@ def _solve_fwd(perturbed, inputs: Inputs, problem: Problem, settings: Settings):
 
 @_solve.def_bwd
 def _solve_bwd(
-    residuals, cotangent, perturbed, inputs: Inputs, problem: Problem, settings: Settings
+    residuals,
+    cotangent,
+    perturbed,
+    inputs: Inputs,
+    problem: Problem,
+    settings: Settings,
+    sharing: Sharing,
 ):
     state_cotangent: State = cotangent[0]
     tol, throw = settings.drift_tol, settings.throw
-    walked = walk_back(
-        inputs, perturbed, problem, residuals, state_cotangent, tol, settings.watch
-    )
+    solve = inputs, perturbed, problem, residuals
+    walked = walk_back(*solve, state_cotangent, sharing, tol, settings.watch)
     torn = residuals.record.torn
     if throw:
         # Diffrax attaches this error to the solution, which need not be used.
         torn = residuals.result.error_if(torn, ~is_okay(residuals.result))
     if settings.report is not None:
         _report(settings.report, walked)
-    gradient = refuse_wrong(walked.gradient, walked.drifts, walked.shares, torn, tol, throw)
+    doubts = walked.drifts, walked.shares, torn
+    gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, tol, throw)
     return differentiate_once(gradient)
 
 

@@ -15,6 +15,11 @@ _accepted = 1e-3
 _most = 1024
 
 
+def many(params: Params) -> bool:
+    """Whether there are too many parameters to keep what each element has added to each."""
+    return sum(x.size for x in jtu.tree_leaves(params)) > _most
+
+
 class Spread(eqx.Module):
     """What was added to the cotangent of the parameters since that of the state has grown.
 
@@ -38,7 +43,7 @@ class Spread(eqx.Module):
     @staticmethod
     def start(params_bar: Params) -> "Spread | None":
         """`None` if there are too many parameters, or none."""
-        if not 0 < sum(x.size for x in jtu.tree_leaves(params_bar)) <= _most:
+        if many(params_bar) or len(jtu.tree_leaves(params_bar)) == 0:
             return None
         zeros = jnp.zeros_like(_flat(params_bar))
         return Spread(jnp.array(False), zeros, zeros, zeros)

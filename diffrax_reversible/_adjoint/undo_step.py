@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_replace
+from .._tree import tree_add, tree_replace, tree_zeros_like
 from .kept import Kept
 from .pull_outputs import pull_step_outputs
 from .pull_step import pull_step
@@ -30,8 +30,13 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
         position.y,
         args,
     )
-    position = eqx.tree_at(lambda p: p.clock, position, clock)
     restarted, crossed = record.before(step)
+    if (moves := position.moves) is not None:
+        clock, crossed = clock.where(moves, position.clock.still), crossed & moves
+        position = eqx.tree_at(
+            lambda p: p.cotangent, position, position.cotangent.where(moves)
+        )
+    position = eqx.tree_at(lambda p: p.clock, position, clock)
     position = pull_step_outputs(walk, position, clock.end)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
@@ -88,6 +93,7 @@ def _undo_jump(
     terms, args = walk.combine(walk.params)
     before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
+    choose = lambda new, old: jtu.tree_map(lambda n, o: jnp.where(crossed, n, o), new, old)
 
     def cross(y, diff_state, params):
         context = walk.context(params)
@@ -98,8 +104,8 @@ def _undo_jump(
         return eqx.filter(state, eqx.is_inexact_array)
 
     _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
-    y_bar, state_bar, params_bar = pull(ct.solver_state)
+    no_jump = tree_zeros_like(ct.solver_state)
+    y_bar, state_bar, params_bar = pull(choose(ct.solver_state, no_jump))
+    before, state_bar = choose((before, state_bar), (solver_state, ct.solver_state))
     new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-    return jtu.tree_map(
-        lambda n, o: jnp.where(crossed, n, o), (before, new), (solver_state, ct)
-    )
+    return before, new

@@ -33,6 +33,7 @@ from .growth import any_grown, Growth
 from .outputs import Cursor, Output
 from .problem import Context, Inputs, Problem
 from .replay import Replayer
+from .shared import context_of, Shared
 from .spread import Spread
 
 
@@ -63,6 +64,9 @@ class Position(eqx.Module):
     - `params_cotangent`: the part of the cotangent of the parameters from before the last
         known state, if steps may be undone again.
     - `meter`: the state of the progress meter.
+    - `moves`: whether the next step is undone; otherwise this element waits for others of
+        its batch, and a step of length zero adds nothing to the cotangent of the
+        parameters. `None` if no element waits.
     """
 
     step: IntScalarLike
@@ -86,6 +90,7 @@ class Position(eqx.Module):
     from_start: BoolScalarLike | None = None
     params_cotangent: Params | None = None
     meter: PyTree = None
+    moves: BoolScalarLike | None = None
 
     def as_origin(self, whole: bool) -> "Position":
         """The part of this position that the walk keeps as an `origin`."""
@@ -149,13 +154,17 @@ class Walk(eqx.Module):
     replay_tol: float = eqx.field(static=True)
     # Called at every known state.
     watch: Callable[[dict[str, Any]], None] | None = eqx.field(static=True)
+    # What the members of a batch share of the `params`, if its cotangent is summed over the
+    # batch. All members then go on from known states at once, and if one has missed its
+    # own, all undo their last steps again.
+    shared: Shared | None = eqx.field(static=True)
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)
         return context.terms, context.args
 
     def context(self, params: Params) -> Context:
-        return eqx.combine(params, self.nondiff)
+        return context_of(params, self.nondiff, self.shared)
 
     @property
     def start_states(self) -> tuple[Y, SolverState]:

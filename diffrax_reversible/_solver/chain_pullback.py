@@ -4,11 +4,11 @@ import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import Combine, Params
+from .._members import value_and_pullback
 from .._tree import tree_add, tree_where, tree_zeros_like
 from .chain import (
     arguments_of,
@@ -162,7 +162,7 @@ def _pull(
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
     """The value of `u`, and the cotangents of the arguments."""
     if side_bar is None:
-        u, pull, _ = jax.vjp(evaluate, *arguments, has_aux=True)
-        return u, pull(u_bar)
-    (u, _), pull = jax.vjp(evaluate, *arguments)
-    return u, pull((tree_add(u_bar, side_bar[0]), side_bar[1]))
+        return value_and_pullback(lambda *xs: evaluate(*xs)[0], arguments, u_bar)
+    bars = tree_add(u_bar, side_bar[0]), side_bar[1]
+    (u, _), pulled = value_and_pullback(evaluate, arguments, bars)
+    return u, pulled

@@ -1,6 +1,7 @@
 """The pull-back of a step that the backward pass undoes."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -69,6 +70,12 @@ class Cotangent(eqx.Module):
     solver_state: SolverState
     params: Params
     probe: Probe | None = None
+
+    def where(self, pred: BoolScalarLike) -> "Cotangent":
+        """This one where `pred`, and zero otherwise, except that of `params`."""
+        states = self.y, self.solver_state
+        y, state = jtu.tree_map(lambda x: jnp.where(pred, x, 0), states)
+        return dataclasses.replace(self, y=y, solver_state=state)
 
 
 class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):

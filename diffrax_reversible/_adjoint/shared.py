@@ -1,0 +1,79 @@
+"""Inputs that all members of a batch share, whose cotangents are summed as they arise.
+
+Otherwise every member would hold a cotangent of its own of, say, all weights of a network,
+and JAX would sum these after the backward pass.
+"""
+
+from collections.abc import Hashable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._custom_types import BoolScalarLike, Params
+from .._members import share, total, without
+from .batch import Sharing
+from .problem import Context, Inputs
+
+
+class Shared:
+    """Which of the differentiated `params` the members of a batch share.
+
+    - `names`: the axes of the batch, one for each `jax.vmap`.
+    - `flags`: for every leaf of `params`, whether it is shared.
+    """
+
+    def __init__(self, names: tuple[Hashable, ...], flags: PyTree[bool]):
+        self.names, self.flags = names, flags
+
+    @staticmethod
+    def of(sharing: Sharing, inputs: Inputs, perturbed: Inputs) -> "Shared | None":
+        """What is shared of the `perturbed` leaves of `inputs.context`, with the `sharing`
+        of all arrays in `inputs` and others; `None` if that is nothing."""
+        names, flags = sharing
+        leaves, structure = jtu.tree_flatten(eqx.filter(inputs, eqx.is_array))
+        flags = jtu.tree_unflatten(structure, flags[: len(leaves)])
+        flags = eqx.combine(flags, jtu.tree_map(lambda _: False, inputs))
+        flags = eqx.filter(flags.context, perturbed.context)
+        if len(names) == 0 or not any(jtu.tree_leaves(flags)):
+            return None
+        return Shared(names, flags)
+
+    def share(self, params: Params) -> Params:
+        """`params`, whose cotangents are summed over the batch."""
+
+        def share_if(flag, x):
+            return share(x, self.names) if flag else x
+
+        return jtu.tree_map(share_if, self.flags, params)
+
+    def any(self, pred: BoolScalarLike) -> Bool[Array, ""]:
+        """Whether `pred` holds for any member."""
+        count = total(jnp.asarray(pred).astype(jnp.int32), self.names)
+        return count > 0
+
+    def check(self, params_bar: Params) -> Params:
+        """`params_bar`, once it is certain that they are sums over the batch."""
+
+        def check(flag, x):
+            return without(x, self.names) if flag else x
+
+        return jtu.tree_map(check, self.flags, params_bar)
+
+
+def params_where(
+    shared: Shared | None, pred: BoolScalarLike, new: Params, old: Params
+) -> Params:
+    """Cotangents of the parameters: `new` where `pred`, otherwise `old`. What the members
+    of a batch share is `new` if `pred` holds for any of them."""
+    if shared is None:
+        return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, old)
+    some = shared.any(pred)
+    choose = lambda flag, n, o: jnp.where(some if flag else pred, n, o)
+    return jtu.tree_map(choose, shared.flags, new, old)
+
+
+def context_of(params: Params, nondiff: Context, shared: Shared | None) -> Context:
+    """The context with these `params`, for differentiation with respect to them."""
+    return eqx.combine(params if shared is None else shared.share(params), nondiff)

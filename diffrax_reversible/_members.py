@@ -1,0 +1,256 @@
+"""Pull-backs in a batch whose members share parameters.
+
+`jax.vmap` of a pull-back computes a cotangent of the parameters for each member. If only
+their sum matters, that takes a batch of outer products for every layer of a network, where
+the pull-back of the whole batch takes one product of matrices, which sums over the members.
+"""
+
+import functools as ft
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.core import ShapedArray
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+
+def share(x: Array, names: tuple[Hashable, ...]) -> Array:
+    """`x`, which members share along the named axes, over which its cotangent is summed."""
+    return _share_p.bind(x, names=names)
+
+
+def total(x: Array, names: tuple[Hashable, ...]) -> Array:
+    """The sum of `x` over those of the named axes that it has."""
+    return _total_p.bind(x, names=names)
+
+
+def without(x: Array, names: tuple[Hashable, ...]) -> Array:
+    """`x`, which must not have any of the named axes."""
+    return _without_p.bind(x, names=names)
+
+
+def value_and_pullback(
+    fn: Callable[..., PyTree[Array]], inputs: tuple[PyTree[Array], ...], bar: PyTree[Array]
+) -> tuple[PyTree[Array], tuple[PyTree[Array], ...]]:
+    """`fn(*inputs)`, and the pull-back of the cotangent `bar` to the `inputs`. Those that
+    go through `share` may receive that of all members."""
+    leaves, structure = jtu.tree_flatten(inputs)
+    closed, out = jax.make_jaxpr(
+        lambda *leaves: fn(*jtu.tree_unflatten(structure, leaves)), return_shape=True
+    )(*leaves)
+    bars = jtu.tree_leaves(bar)
+    results = _pull_p.bind(*(*closed.consts, *leaves, *bars), jaxpr=closed.jaxpr, levels=())
+    values, pulled = results[: len(bars)], results[len(bars) :]
+    values = jtu.tree_unflatten(jtu.tree_structure(out), values)
+    return values, jtu.tree_unflatten(structure, pulled)
+
+
+def jvp_of(fn: Callable, primals, tangents) -> tuple[list, list]:
+    """The rule of an operation for forward-mode differentiation, by that of `fn`, to which
+    symbolic zeros remain known."""
+    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents]
+
+    def of_moving(*xs):
+        xs = iter(xs)
+        return fn(*(next(xs) if m else p for m, p in zip(moving, primals, strict=True)))
+
+    choose = lambda values: [x for x, m in zip(values, moving, strict=True) if m]
+    values, dots = jax.jvp(of_moving, choose(primals), choose(tangents))
+    zero = lambda x: ad.Zero(x.aval.to_tangent_aval())
+    is_zero = lambda dot: dot.dtype == jax.dtypes.float0
+    pairs = zip(values, dots, strict=True)
+    return values, [zero(x) if is_zero(dot) else dot for x, dot in pairs]
+
+
+def _identity(x, *, names):
+    del names
+    return x
+
+
+def _linear(name: str) -> jex.Primitive:
+    primitive = jex.Primitive(name)
+    primitive.def_impl(_identity)
+    primitive.def_abstract_eval(_identity)
+    mlir.register_lowering(primitive, mlir.lower_fun(_identity, multiple_results=False))
+    return primitive
+
+
+# Both are the identity, except for `jax.vmap` over a named axis, where they are the
+# transposes of each other.
+_share_p, _total_p = _linear("share"), _linear("total")
+_without_p = _linear("without_axes")
+
+
+def _batch_share(axis_data, xs, dims, *, names):
+    del axis_data
+    return _share_p.bind(*xs, names=names), *dims
+
+
+def _batch_total(axis_data, xs, dims, *, names):
+    (x,), (dim,) = xs, dims
+    if dim is not None and axis_data.name in names:
+        x, dim = jnp.sum(x, axis=dim, dtype=x.dtype), None
+    return _total_p.bind(x, names=names), dim
+
+
+def _batch_without(axis_data, xs, dims, *, names):
+    (x,), (dim,) = xs, dims
+    assert dim is None or axis_data.name not in names
+    return _without_p.bind(x, names=names), dim
+
+
+batching.fancy_primitive_batchers[_share_p] = _batch_share
+batching.fancy_primitive_batchers[_total_p] = _batch_total
+batching.fancy_primitive_batchers[_without_p] = _batch_without
+ad.deflinear(_share_p, lambda ct, *, names: [_total_p.bind(ct, names=names)])
+ad.deflinear(_total_p, lambda ct, *, names: [_share_p.bind(ct, names=names)])
+ad.deflinear(_without_p, lambda ct, *, names: [_without_p.bind(ct, names=names)])
+
+
+class _Level(NamedTuple):
+    """One `jax.vmap`.
+
+    - `mapped`: whether each operand has its axis, which is the first.
+    - `summed`: whether the cotangent of each input is summed over it.
+    """
+
+    name: Hashable
+    size: int
+    mapped: tuple[bool, ...]
+    summed: tuple[bool, ...]
+
+
+# The operands are the constants and the inputs of the jaxpr, and the cotangents of its
+# outputs; the results, its outputs and the cotangents of its inputs.
+_pull_p = jex.Primitive("value_and_pullback")
+_pull_p.multiple_results = True
+
+
+def _axes(mapped) -> tuple[int | None, ...]:
+    return tuple(0 if m else None for m in mapped)
+
+
+def _evaluate(*xs, jaxpr, levels):
+    constants, inputs = len(jaxpr.constvars), len(jaxpr.invars)
+    both = constants + inputs
+
+    def fn(*xs):
+        closed = jex.ClosedJaxpr(jaxpr, xs[:constants])
+        return jex.jaxpr_as_fun(closed)(*xs[constants:])
+
+    def pull_of(fn):
+        def pull(*xs):
+            with_constants = lambda *inputs: fn(*xs[:constants], *inputs)
+            values, pull = jax.vjp(with_constants, *xs[constants:both])
+            return values, list(pull(list(xs[both:])))
+
+        return pull
+
+    pull, as_whole = pull_of(fn), True
+    for level in levels:
+        as_whole = as_whole and any(level.summed)
+        if as_whole:
+            fn, pull = _whole(fn, pull_of, level, constants)
+        else:
+            pull = _by_member(pull, level, both)
+    values, pulled = pull(*xs)
+    return [*values, *pulled]
+
+
+def _whole(fn, pull_of, level: _Level, constants: int):
+    """A function of the whole batch, and its pull-back."""
+    inputs = level.summed
+    mapped = list(level.mapped[: constants + len(inputs)])
+    # Each member has a cotangent of its own of what is not summed.
+    own = [not s for s in inputs]
+    axes = [*_axes(mapped[:constants]), *_axes(own)]
+    batched = jax.vmap(fn, in_axes=axes, axis_name=level.name)
+    pull = pull_of(batched)
+
+    def of_batch(*xs):
+        xs = list(xs)
+        for i, o in enumerate(own, constants):
+            if o and not mapped[i]:
+                xs[i] = jnp.broadcast_to(xs[i], (level.size, *xs[i].shape))
+        for i in range(constants + len(inputs), len(xs)):
+            if not level.mapped[i]:
+                xs[i] = jnp.broadcast_to(xs[i], (level.size, *xs[i].shape))
+        return pull(*xs)
+
+    return batched, of_batch
+
+
+def _by_member(pull, level: _Level, both: int):
+    """The pull-back of every member."""
+    has_axis = any(level.mapped[:both])
+    axes = (0 if has_axis else None, 0)
+    batched = jax.vmap(
+        pull, in_axes=_axes(level.mapped), out_axes=axes, axis_name=level.name
+    )
+
+    def of_batch(*xs):
+        values, pulled = batched(*xs)
+        pairs = zip(pulled, level.summed, strict=True)
+        return values, [jnp.sum(x, 0, dtype=x.dtype) if s else x for x, s in pairs]
+
+    return of_batch
+
+
+def _abstract_eval(*xs, jaxpr, levels):
+    del xs
+    values, pulled = [], []
+    for v in jaxpr.outvars:
+        shape = v.aval.shape
+        for level in levels:
+            both = len(jaxpr.constvars) + len(jaxpr.invars)
+            if any(level.mapped[:both]):
+                shape = (level.size, *shape)
+        values.append(ShapedArray(shape, v.aval.dtype))
+    for i, v in enumerate(jaxpr.invars):
+        shape = v.aval.shape
+        for level in levels:
+            if not level.summed[i]:
+                shape = (level.size, *shape)
+        pulled.append(ShapedArray(shape, v.aval.dtype))
+    return [*values, *pulled], jaxpr.effects
+
+
+def _jvp(primals, tangents, **params):
+    return jvp_of(ft.partial(_evaluate, **params), primals, tangents)
+
+
+def _batch(axis_data, xs, dims, *, jaxpr, levels):
+    if all(dim is None for dim in dims):
+        results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=levels)
+        return results, [None for _ in results]
+    pairs = zip(xs, dims, strict=True)
+    xs = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs]
+    mapped = tuple(dim is not None for dim in dims)
+    constants = len(jaxpr.constvars)
+    both = constants + len(jaxpr.invars)
+    pairs = zip(jaxpr.invars, mapped[constants:both], strict=True)
+    summed = tuple(not m and axis_data.name in _shared_by(jaxpr, v) for v, m in pairs)
+    level = _Level(axis_data.name, axis_data.size, mapped, summed)
+    results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=(*levels, level))
+    values = [0 if any(mapped[:both]) else None for _ in jaxpr.outvars]
+    return results, [*values, *(None if s else 0 for s in summed)]
+
+
+def _shared_by(jaxpr, variable) -> tuple[Hashable, ...]:
+    """The names of the axes along which members share an input, if it goes nowhere but
+    through `share`."""
+    uses = [e for e in jaxpr.eqns if any(v is variable for v in e.invars)]
+    if any(e.primitive is not _share_p for e in uses) or variable in jaxpr.outvars:
+        return ()
+    return tuple(name for e in uses[:1] for name in e.params["names"])
+
+
+_pull_p.def_impl(_evaluate)
+_pull_p.def_effectful_abstract_eval(_abstract_eval)
+ad.primitive_jvps[_pull_p] = _jvp
+batching.fancy_primitive_batchers[_pull_p] = _batch
+mlir.register_lowering(_pull_p, mlir.lower_fun(_evaluate, multiple_results=True))
