@@ -6,11 +6,13 @@ the pull-back of the whole batch takes one product of matrices, which sums over 
 """
 
 import functools as ft
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import ShapedArray
@@ -130,72 +132,71 @@ _pull_p = jex.Primitive("value_and_pullback")
 _pull_p.multiple_results = True
 
 
-def _axes(mapped) -> tuple[int | None, ...]:
+def _axes(mapped: Sequence[bool]) -> tuple[int | None, ...]:
     return tuple(0 if m else None for m in mapped)
 
 
 def _evaluate(*xs, jaxpr, levels):
-    constants, inputs = len(jaxpr.constvars), len(jaxpr.invars)
-    both = constants + inputs
+    constants = len(jaxpr.constvars)
+    both = constants + len(jaxpr.invars)
 
     def fn(*xs):
         closed = jex.ClosedJaxpr(jaxpr, xs[:constants])
         return jex.jaxpr_as_fun(closed)(*xs[constants:])
 
-    def pull_of(fn):
-        def pull(*xs):
-            with_constants = lambda *inputs: fn(*xs[:constants], *inputs)
-            values, pull = jax.vjp(with_constants, *xs[constants:both])
-            return values, list(pull(list(xs[both:])))
-
-        return pull
-
-    pull, as_whole = pull_of(fn), True
-    for level in levels:
-        as_whole = as_whole and any(level.summed)
-        if as_whole:
-            fn, pull = _whole(fn, pull_of, level, constants)
-        else:
-            pull = _by_member(pull, level, both)
+    whole = list(itertools.takewhile(lambda level: any(level.summed), levels))
+    pull = _of_whole(fn, whole, constants, both)
+    for level in levels[len(whole) :]:
+        pull = _of_members(pull, level, both)
     values, pulled = pull(*xs)
     return [*values, *pulled]
 
 
-def _whole(fn, pull_of, level: _Level, constants: int):
-    """A function of the whole batch, and its pull-back."""
-    inputs = level.summed
-    mapped = list(level.mapped[: constants + len(inputs)])
+def _of_whole(fn: Callable, levels: list[_Level], constants: int, both: int) -> Callable:
+    """The pull-back of a whole batch."""
     # Each member has a cotangent of its own of what is not summed.
-    own = [not s for s in inputs]
-    axes = [*_axes(mapped[:constants]), *_axes(own)]
-    batched = jax.vmap(fn, in_axes=axes, axis_name=level.name)
-    pull = pull_of(batched)
+    owns = [[*x.mapped[:constants], *(not summed for summed in x.summed)] for x in levels]
+    for level, own in zip(levels, owns, strict=True):
+        fn = jax.vmap(fn, in_axes=_axes(own), axis_name=level.name)
+
+    def expand(i, x):
+        axis = 0
+        # The axis of the last level is the first.
+        for level, own in reversed(list(zip(levels, owns, strict=True))):
+            has_axis = i >= both or own[i]
+            if has_axis and not level.mapped[i]:
+                shape = (*x.shape[:axis], level.size, *x.shape[axis:])
+                x = jnp.broadcast_to(jnp.expand_dims(x, axis), shape)
+            axis += has_axis
+        return x
+
+    def same_for_all(x):
+        axis = 0
+        for level in reversed(levels):
+            mapped = any(level.mapped[:both])
+            x = x if mapped else lax.index_in_dim(x, 0, axis, keepdims=False)
+            axis += mapped
+        return x
 
     def of_batch(*xs):
-        xs = list(xs)
-        for i, o in enumerate(own, constants):
-            if o and not mapped[i]:
-                xs[i] = jnp.broadcast_to(xs[i], (level.size, *xs[i].shape))
-        for i in range(constants + len(inputs), len(xs)):
-            if not level.mapped[i]:
-                xs[i] = jnp.broadcast_to(xs[i], (level.size, *xs[i].shape))
-        return pull(*xs)
+        xs = [expand(i, x) for i, x in enumerate(xs)]
+        of_inputs = lambda *inputs: fn(*xs[:constants], *inputs)
+        values, pull = jax.vjp(of_inputs, *xs[constants:both])
+        return [same_for_all(x) for x in values], list(pull(xs[both:]))
 
-    return batched, of_batch
+    return of_batch
 
 
-def _by_member(pull, level: _Level, both: int):
+def _of_members(pull: Callable, level: _Level, both: int) -> Callable:
     """The pull-back of every member."""
-    has_axis = any(level.mapped[:both])
-    axes = (0 if has_axis else None, 0)
-    batched = jax.vmap(
-        pull, in_axes=_axes(level.mapped), out_axes=axes, axis_name=level.name
-    )
+    axes = _axes(level.mapped), (0 if any(level.mapped[:both]) else None, 0)
+    batched = jax.vmap(pull, *axes, axis_name=level.name)
 
     def of_batch(*xs):
         values, pulled = batched(*xs)
+        # `share` has summed these already, so that they are the same for all members.
         pairs = zip(pulled, level.summed, strict=True)
-        return values, [jnp.sum(x, 0, dtype=x.dtype) if s else x for x, s in pairs]
+        return values, [x[0] if summed else x for x, summed in pairs]
 
     return of_batch
 

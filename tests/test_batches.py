@@ -194,3 +194,144 @@ def test_no_states_are_held(controller):
     assert steps[0] < 16 < 32 < steps[1]
     theirs, _ = of(dfx.RecursiveCheckpointAdjoint(checkpoints=256))
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+# More parameters than are summed member by member.
+WIDTH = 64
+NETWORK = {
+    "in": jnp.sin(jnp.arange(2.0 * WIDTH)).reshape(WIDTH, 2),
+    "mid": jnp.sin(jnp.arange(1.0 * WIDTH**2)).reshape(WIDTH, WIDTH) / 8,
+    "out": jnp.cos(jnp.arange(2.0 * WIDTH)).reshape(2, WIDTH) / WIDTH,
+}
+
+
+def shared_loss(solver, adjoint, network, rate, t1, saveat=None, controller=None, dt0=0.05):
+    def field(t, y, args):
+        network, rate = args
+        hidden = jnp.tanh(network["mid"] @ jnp.tanh(network["in"] @ y))
+        return network["out"] @ hidden - rate * (y - jnp.cos(t))
+
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        solver,
+        *(0.0, t1, dt0, jnp.array([0.2, 0.8], rate.dtype), (network, rate)),
+        saveat=dfx.SaveAt(t1=True) if saveat is None else saveat(t1),
+        stepsize_controller=controller or dfx.PIDController(rtol=1e-4, atol=1e-6),
+        adjoint=adjoint,
+        max_steps=256,
+    )
+    return sum_of_squares(sol.ys)
+
+
+# One member restarts, one hardly takes a step, and one takes none.
+RATES, ENDS = jnp.array([20.0, 0.5, 3.0, 1.0]), jnp.array([3.0, 4.0, 0.1, 0.0])
+INTERPOLATED = lambda t1: dfx.SaveAt(ts=jnp.linspace(0, 1, 4) * t1)
+FUNCTION = lambda t1: dfx.SaveAt(
+    steps=True, fn=lambda t, y, args: jnp.tanh(args[0]["in"] @ y)
+)
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint, more",
+    cases(
+        ((dr.ALF4(), dr.ReversibleAdjoint(), {}),),
+        long=((dr.McCallumFoster(dfx.Tsit5()), dr.ReversibleAdjoint(), {}),),
+        more=((dr.ALF4(), dr.ReversibleAdjoint(checkpoints=1), dict(saveat=INTERPOLATED)),),
+        slow=(
+            (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=FUNCTION)),
+            (dr.ALF6(), dr.ReversibleAdjoint(checkpoints=3), dict(saveat=INTERPOLATED)),
+            (
+                dfx.ReversibleHeun(),
+                dr.ReversibleAdjoint(),
+                dict(controller=dfx.ConstantStepSize(), dt0=0.02),
+            ),
+            (dr.Gauss4(), dr.ReversibleAdjoint(), {}),
+        ),
+    ),
+)
+def test_shared_parameters(solver, adjoint, more):
+    """Their gradient is summed over the batch as it arises. It equals the sum of those of
+    the members, each of which is computed apart, and that of the default adjoint."""
+    batch = NETWORK, RATES, ENDS
+
+    def summed(adjoint):
+        def loss(network, rates, ends):
+            one = lambda rate, t1: shared_loss(solver, adjoint, network, rate, t1, **more)
+            return jnp.sum(jax.vmap(one)(rates, ends))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(*batch)
+
+    def apart(network, rate, t1):
+        loss = lambda network, rate: shared_loss(solver, adjoint, network, rate, t1, **more)
+        return jax.grad(loss, argnums=(0, 1))(network, rate)
+
+    ours = summed(adjoint)
+    of_network, of_rates = jax.jit(jax.vmap(apart, (None, 0, 0)))(*batch)
+    of_network = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_network)
+    assert relative_error(ours, (of_network, of_rates)) < 1e-12
+    theirs = summed(dfx.RecursiveCheckpointAdjoint(checkpoints=256))
+    assert relative_error(ours, theirs) < 1e-8
+
+
+@pytest.mark.long
+def test_shared_parameters_when_a_member_misses():
+    """In single precision a member undoes steps again. The others do so with it, as what
+    they have added to a common sum cannot be taken back alone."""
+    known = []
+    network, *batch = jax.tree.map(
+        lambda x: x.astype(jnp.float32), (NETWORK, jnp.array([90.0, 0.5]), ENDS[:2])
+    )
+
+    def loss(network, rate, t1):
+        adjoint = dr.ReversibleAdjoint(watch=known.append)
+        return shared_loss(dr.ALF4(), adjoint, network, rate, t1)
+
+    def sum_of_losses(network, *batch):
+        return jnp.sum(jax.vmap(loss, (None, 0, 0))(network, *batch))
+
+    ours = jax.jit(jax.grad(sum_of_losses))(network, *batch)
+    jax.effects_barrier()
+    assert sum(state["repeated"] for state in known) > 1
+    apart = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(network, *batch)
+    expected = jax.tree.map(lambda x: jnp.sum(x, axis=0), apart)
+    assert relative_error(ours, expected) < 1e-4
+
+
+@pytest.mark.long
+def test_batches_of_batches():
+    """Some parameters are shared by all members, and some by those of a row."""
+    rates = jnp.array([[2.0, 0.5, 3.0], [1.0, 5.0, 0.1]])
+    scales = jnp.array([1.0, -0.5])
+
+    def loss(network, scale, rate):
+        network = network | dict(out=network["out"] * scale)
+        return shared_loss(dr.ALF4(), dr.ReversibleAdjoint(), network, rate, 1.0)
+
+    def sum_of_losses(network, scales):
+        row = jax.vmap(loss, (None, None, 0))
+        return jnp.sum(jax.vmap(row, (None, 0, 0))(network, scales, rates))
+
+    ours = jax.jit(jax.grad(sum_of_losses, argnums=(0, 1)))(NETWORK, scales)
+    apart = jax.vmap(jax.vmap(jax.grad(loss, (0, 1)), (None, None, 0)), (None, 0, 0))
+    of_network, of_scales = jax.jit(apart)(NETWORK, scales, rates)
+    of_network = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), of_network)
+    expected = of_network, jnp.sum(of_scales, axis=1)
+    assert relative_error(ours, expected) < 1e-12
+
+
+@pytest.mark.long
+def test_memory_per_member():
+    """No member holds a cotangent of the parameters of its own."""
+
+    def bytes_of(members):
+        def loss(network, rates):
+            one = lambda rate: shared_loss(
+                dr.ALF4(), dr.ReversibleAdjoint(), network, rate, 1.0
+            )
+            return jnp.sum(jax.vmap(one)(rates))
+
+        lowered = jax.jit(jax.grad(loss)).lower(NETWORK, jnp.linspace(1, 2, members))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    network = sum(x.nbytes for x in jax.tree.leaves(NETWORK))
+    assert bytes_of(48) - bytes_of(16) < 32 * network / 3

@@ -28,9 +28,10 @@ SAVEAT = dfx.SaveAt(t1=True, ts=jnp.linspace(0, 1, 5))
 PID = dfx.PIDController(rtol=1e-5, atol=1e-5)
 
 
-def inputs(size):
-    params = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8), "b": jnp.linspace(0, 1, 8)}
-    return params, jnp.sin(jnp.arange(8.0 * size)).reshape(size, 8)
+def inputs(size, width=8):
+    w = jnp.linspace(-8 / width, 8 / width, width**2).reshape(width, width)
+    params = {"w": w, "b": jnp.linspace(0, 1, width)}
+    return params, jnp.sin(jnp.arange(1.0 * width * size)).reshape(size, width)
 
 
 def field(t, y, params):
@@ -71,10 +72,31 @@ def assert_close(x, y):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
-def check_sharding(loss):
+def in_loops(program):
+    """The computations that the bodies of loops call."""
+    parts = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", program)
+    parts = {match[1]: part for part in parts if (match := re.search(r"%(\S+) \(", part))}
+    names, found = re.findall(r"body=%([\w.-]+)", program), set()
+    while names:
+        if (name := names.pop()) not in found:
+            found.add(name)
+            called = re.findall(r"(?:calls|to_apply|_computations?)=(\S+)", parts[name])
+            names += re.findall(r"%([\w.-]+)", " ".join(called))
+    return "\n".join(parts[name] for name in sorted(found))
+
+
+def exchanged(program):
+    """The sizes of the arrays that devices exchange."""
+    exchange = "all-reduce|all-gather|all-to-all|collective-permute"
+    moved = re.findall(rf"= (.*?) (?:{exchange})(?:-start)?\(", program)
+    shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(moved))
+    return [np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes]
+
+
+def check_sharding(loss, size=4096, width=8):
     """With sharded and donated inputs of `jit`, devices exchange only scalars and gradients
-    of the parameters."""
-    params, batch = inputs(4096)
+    of the parameters. In the loops over the steps of a batch they exchange only scalars."""
+    params, batch = inputs(size, width)
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
     gradient = jax.grad(loss, argnums=(0, 1))
@@ -87,12 +109,10 @@ def check_sharding(loss):
     )
     params, batch = jax.device_put(params, everywhere), jax.device_put(batch, split)
     compiled = sharded.lower(params, batch).compile()
-    exchange = "all-reduce|all-gather|all-to-all|collective-permute"
-    moved = re.findall(rf"= (.*?) (?:{exchange})(?:-start)?\(", compiled.as_text())
-    assert len(moved) > 0
-    shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(moved))
-    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes]
-    assert max(sizes) <= params["w"].size, sorted(set(moved))
+    program = compiled.as_text()
+    assert max(exchanged(program)) == params["w"].size
+    if loss is batch_loss:
+        assert max(exchanged(in_loops(program))) == 1
     out = compiled(params, batch)
     assert batch.is_deleted()
     assert_close(out, alone)
@@ -123,12 +143,16 @@ def check_shard_map():
 
 CHECKS = {
     "batch": lambda: check_sharding(batch_loss),
+    "batch with many parameters": lambda: check_sharding(batch_loss, 256, 36),
     "state": lambda: check_sharding(state_loss),
     "shard_map": check_shard_map,
 }
 
 
-@pytest.mark.parametrize("name", cases((), more=("batch",), slow=("shard_map", "state")))
+@pytest.mark.parametrize(
+    "name",
+    cases((), more=("batch", "batch with many parameters"), slow=("shard_map", "state")),
+)
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES} {quick_flags()}"
     root = pathlib.Path(__file__).parent.parent

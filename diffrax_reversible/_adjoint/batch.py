@@ -73,19 +73,17 @@ class _Level(NamedTuple):
 
         def for_all(*xs):
             both = self._vmap(of_member, (0, None))(*xs)
-            count, (with_axis, without) = sum(map(len, both)), map(iter, both)
-            return [
-                next(with_axis if i in axis.returned else without) for i in range(count)
-            ]
+            indices, (with_axis, without) = range(sum(map(len, both))), map(iter, both)
+            return [next(with_axis if i in axis.returned else without) for i in indices]
 
         return for_all
 
     def _vmap(self, fn: Callable, out_axes) -> Callable:
-        axes = dict(in_axes=tuple(0 if m else None for m in self.mapped), out_axes=out_axes)
-        of_group = jax.vmap(fn, **axes, axis_name=self.name)
+        axes = tuple(0 if m else None for m in self.mapped)
+        of_group = jax.vmap(fn, axes, out_axes, axis_name=self.name)
         if self.groups == 1:
             return of_group
-        of_groups = jax.vmap(of_group, **axes)
+        of_groups = jax.vmap(of_group, axes, out_axes)
 
         def divide(x):
             return x.reshape((self.groups, len(x) // self.groups, *x.shape[1:]))

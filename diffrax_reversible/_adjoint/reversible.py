@@ -157,6 +157,14 @@ class ReversibleAdjoint(AbstractAdjoint):
     an `AbstractReversibleStepSizeController` the record has no times, but only which steps
     followed a restart. Leaves of `terms` and `args` that nothing reads take no memory.
 
+    The members of a batch, as of `jax.vmap` over initial values, often share parameters, as
+    the weights of a network. Where a gradient with respect to more than 1,024 of these is
+    taken of the batch as a whole, as `jax.grad` of a mean loss, their cotangents are summed
+    over the batch in every evaluation, and none is held for each member. Then all members
+    go on from their known states at once, and if one misses its own, all undo their last
+    steps again. If a `SaveAt(ts=..., fn=...)` interpolates, or if times are differentiated,
+    each member holds a cotangent of its own.
+
     **Work**
 
     For the solvers of this package one evaluation of the vector field and one pull-back
@@ -173,9 +181,10 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     - Second derivatives are by forward mode over reverse mode, as in `jax.hessian`.
     - A batch that is sharded over devices stays sharded, forwards and backwards. Besides
-        the gradients of shared inputs, only scalars are exchanged. To raise its own errors
-        Diffrax gathers the solution on one device: pass `diffeqsolve(..., throw=False)`
-        where that matters.
+        the gradients of shared inputs, once at the end, only scalars are exchanged. (Each
+        device then has sums of its own, if their number divides the batch.) To raise its
+        own errors Diffrax gathers the solution on one device: pass
+        `diffeqsolve(..., throw=False)` where that matters.
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
     - A `progress_meter` also shows the backward pass, again from 0 % to 100 %.
     """

@@ -1,0 +1,123 @@
+"""Functions and pull-backs that are told of batches, by themselves."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffrax_reversible._adjoint.batch import call_in_batches
+from diffrax_reversible._members import share, total, value_and_pullback, without
+
+
+W, X = jnp.cos(jnp.arange(6.0)).reshape(2, 3), jnp.sin(jnp.arange(24.0)).reshape(2, 4, 3)
+BAR = jnp.cos(jnp.arange(16.0)).reshape(2, 4, 2)
+
+
+def product(names, w, x):
+    return jnp.tanh((share(w, names) if names else w) @ x)
+
+
+def pulled(names, w, x, bar):
+    return value_and_pullback(ft.partial(product, names), (w, x), bar)
+
+
+def expected(w, x, bar):
+    value, pull = jax.vjp(ft.partial(product, ()), w, x)
+    return value, pull(bar)
+
+
+def assert_equal(ours, theirs):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
+
+
+def over(fn, *axes):
+    """`fn`, which returns cotangents of a shared `w` and of `x`, for all members."""
+    return jax.vmap(fn, (None, 0, 0), (0, (*axes, 0)), axis_name="members")
+
+
+def test_sum_in_one_product():
+    """A pull-back sums over members, and multiplies matrices without their axis."""
+    ours = over(ft.partial(pulled, ("members",)), None)
+    value, (w_bar, x_bar) = over(expected, 0)(W, X[0], BAR[0])
+    assert_equal(ours(W, X[0], BAR[0]), (value, (w_bar.sum(0), x_bar)))
+    shapes = {
+        equation.outvars[0].aval.shape
+        for equation in jax.make_jaxpr(jax.jit(ours))(W, X[0], BAR[0]).eqns
+    }
+    assert (len(X[0]), *W.shape) not in shapes
+    text = jax.jit(ours).lower(W, X[0], BAR[0]).as_text()
+    assert f"tensor<{len(X[0])}x{W.shape[0]}x{W.shape[1]}x" not in text
+
+
+@pytest.mark.parametrize("names", ((), ("others",)), ids=("none", "another"))
+def test_no_sum(names):
+    """Without a shared axis, members have a cotangent of their own."""
+    args = W, X[0], BAR[0]
+    assert_equal(over(ft.partial(pulled, names), 0)(*args), over(expected, 0)(*args))
+
+
+def test_batch_of_batches():
+    """Only one of two axes is shared, in either order."""
+    inner = ft.partial(pulled, ("members",))
+    value, (w_bar, x_bar) = jax.vmap(over(expected, 0), (None, 0, 0))(W, X, BAR)
+    ours = jax.vmap(over(inner, None), (None, 0, 0))(W, X, BAR)
+    assert_equal(ours, (value, (w_bar.sum(1), x_bar)))
+    inner = jax.vmap(inner, (None, 0, 0), (0, (0, 0)))
+    assert_equal(over(inner, None)(W, X, BAR), (value, (w_bar.sum(0), x_bar)))
+
+
+def test_unmapped_operands():
+    """Members may share what is not summed, or differ in their cotangents only."""
+    ours = ft.partial(pulled, ("members",))
+    axes = dict(in_axes=(None, None, 0), axis_name="members")
+    value, (w_bar, x_bar) = jax.vmap(expected, **axes)(W, X[0, 0], BAR[0])
+    mapped = jax.vmap(ours, **axes, out_axes=(None, (None, 0)))(W, X[0, 0], BAR[0])
+    assert_equal(mapped, (value[0], (w_bar.sum(0), x_bar)))
+
+
+def test_forward_over_reverse():
+    """Differentiated once more, in a batch."""
+
+    def second(pulled, w, x, bar):
+        return jax.jvp(lambda w, x: pulled(w, x, bar), (w, x), (w, x))[1]
+
+    args = W, X[0], BAR[0]
+    ours = ft.partial(second, ft.partial(pulled, ()))
+    assert_equal(over(ours, 0)(*args), over(ft.partial(second, expected), 0)(*args))
+
+
+def test_sums_are_checked():
+    """What still has the axis is no sum over it."""
+    both = lambda x: without(total(x, ("members",)), ("members",))
+    assert jax.vmap(both, out_axes=None, axis_name="members")(X[0, 0]) == X[0, 0].sum()
+    with pytest.raises(AssertionError):
+        jax.vmap(lambda x: without(x, ("members",)), axis_name="members")(X[0, 0])
+
+
+def test_what_is_shared():
+    """A function is told what all members of a batch share, and only if it is
+    differentiated after it was batched."""
+    told = []
+
+    def forward(sharing, w, x):
+        told.append((len(sharing[0]), sharing[1]))
+        return w * x, (w, x)
+
+    product = jax.custom_vjp(lambda sharing, w, x: w * x, nondiff_argnums=(0,))
+    product.defvjp(forward, lambda _, wx, ct: (ct * wx[1], ct * wx[0]))
+
+    def call(w, x):
+        return call_in_batches(lambda w, x, sharing: product(sharing, w, x), w, x)
+
+    w, x = jnp.array(2.0), jnp.arange(3.0)
+    of_batch = lambda w, x: jnp.sum(jax.vmap(call, (None, 0))(w, x))
+    assert of_batch(w, x) == 2 * x.sum()
+    assert told == []
+    assert jax.jit(jax.grad(of_batch))(w, x) == x.sum()
+    assert told.pop() == (1, [True, False])
+    assert_equal(jax.vmap(jax.grad(call), (None, 0))(w, x), x)
+    assert told.pop() == (0, [True, True])
