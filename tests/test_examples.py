@@ -57,6 +57,7 @@ def test_figure(path):
 # - `stiff_oscillation.py`: solutions are right to 1e-4.
 # - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
 # - `small_states.py`: an option of XLA does not change a gradient.
+# - `batches.py`: gradients are as accurate as those with `Tsit5`.
 BENCHMARKS = cases(
     ("coefficients.py", "error_weights.py"),
     slow=(
@@ -68,6 +69,7 @@ BENCHMARKS = cases(
         "stiff_oscillation.py",
         "compile_time.py",
         "small_states.py",
+        "batches.py",
     ),
 )
 

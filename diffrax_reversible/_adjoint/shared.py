@@ -4,9 +4,11 @@ Otherwise every member would hold a cotangent of its own of, say, all weights of
 and JAX would sum these after the backward pass.
 """
 
+import functools as ft
 from collections.abc import Hashable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
@@ -32,13 +34,13 @@ class Shared:
         """What is shared of the `perturbed` leaves of `inputs.context`, with the `sharing`
         of all arrays in `inputs` and others; `None` if that is nothing."""
         names, flags = sharing
+        if len(names) == 0 or not _takes_sums():
+            return None
         leaves, structure = jtu.tree_flatten(eqx.filter(inputs, eqx.is_array))
         flags = jtu.tree_unflatten(structure, flags[: len(leaves)])
         flags = eqx.combine(flags, jtu.tree_map(lambda _: False, inputs))
         flags = eqx.filter(flags.context, perturbed.context)
-        if len(names) == 0 or not any(jtu.tree_leaves(flags)):
-            return None
-        return Shared(names, flags)
+        return Shared(names, flags) if any(jtu.tree_leaves(flags)) else None
 
     def share(self, params: Params) -> Params:
         """`params`, whose cotangents are summed over the batch."""
@@ -60,6 +62,19 @@ class Shared:
             return without(x, self.names) if flag else x
 
         return jtu.tree_map(check, self.flags, params_bar)
+
+
+@ft.cache
+def _takes_sums() -> bool:
+    """Whether JAX takes a cotangent for that of all members if it lacks their axis, as all
+    versions up to 0.10 do, although no documentation says so."""
+    product = jax.custom_vjp(lambda w, x: w * x)
+    summed = lambda x, ct: (total(ct * x, ("members",)), ct)
+    product.defvjp(lambda w, x: (w * x, x), summed)
+    of_members = jax.vmap(product, (None, 0), axis_name="members")
+    with jax.ensure_compile_time_eval():
+        gradient = jax.grad(lambda w: jnp.sum(of_members(w, jnp.arange(4.0))))
+        return bool(gradient(jnp.array(1.0)) == 6)
 
 
 def params_where(
