@@ -58,9 +58,6 @@ class ALF4(AbstractALF):
     once per `λ T = 10`, and more often if steps are close to the limit of stability. Every
     entry of the state is watched on its own scale: its largest magnitude so far, but at
     least `eps^(3/4)` of the largest entry of its array, as smaller values may be rounding.
-    In arrays of more than 2,048 entries, about 1,024 are watched. A deviation that shows in
-    none of these is missed, and the solution may be wrong. Its gradient is then an error,
-    as the backward pass compares every entry.
 
     The `λ` above is that of the direction that contracts fastest. Chaotic problems need as
     many restarts as dissipative ones, conservative ones few or none.
