@@ -1,0 +1,72 @@
+"""Undoing steps up to the next known state."""
+
+import dataclasses
+
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+
+from .._tree import tree_where
+from .between_steps import with_params
+from .kept import Kept
+from .pull_restart import pull_restart
+from .shared import params_where, Shared
+from .undo_step import undo_step
+from .walk import Position, Walk
+
+
+# Fields of a position that do not change while steps are undone.
+_stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
+
+# The number of steps that some elements of a batch may undo while the rest wait for a known
+# state.
+_at_once = 16
+
+
+def undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
+    """Undo steps up to the next known state or restart."""
+    if walk.shared is not None:
+        return _undo_together(walk, position, kept, walk.shared)
+
+    def undoes(carry):
+        position, count = carry
+        if not walk.stops:
+            # Only the start ends the loop; elements that are done wait for the rest.
+            return position.undoes_next
+        waits = eqxi.unvmap_any(position.needs_known | position.pending)
+        waits &= count >= _at_once
+        return position.undoes_next & jnp.logical_not(waits)
+
+    def undo(carry):
+        position, count = carry
+        return undo_step(walk, position, kept), count + 1
+
+    moves = dataclasses.replace(position, **{name: None for name in _stays})
+    moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))
+    stays = {name: getattr(position, name) for name in _stays}
+    return dataclasses.replace(moved, **stays)
+
+
+def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -> Position:
+    """As `undo_steps`, until every element of a batch has come to a known state. Then what
+    was added to the cotangents of what they share counts, or does not, for all at once."""
+
+    def undoes(position):
+        return eqxi.unvmap_any(position.undoes_next)
+
+    def undo(position):
+        moves = position.undoes_next
+        after = undo_step(walk, dataclasses.replace(position, moves=moves), kept)
+        after = dataclasses.replace(after, moves=None)
+        # The cotangents of the parameters, with those of all members where it is shared.
+        params = [p.cotangent.params for p in (after, position)]
+        params = params_where(shared, moves, *params)
+        without = lambda position: with_params(position, (None, None))
+        position = tree_where(moves, without(after), without(position))
+        position = with_params(position, (params, None))
+        return position if walk.departure is None else pull_restart(walk, position)
+
+    moves = dataclasses.replace(position, **{name: None for name in _stays})
+    moved = lax.while_loop(undoes, undo, moves)
+    stays = {name: getattr(position, name) for name in _stays}
+    return dataclasses.replace(moved, **stays)
