@@ -80,7 +80,9 @@ def in_loops(program):
     while names:
         if (name := names.pop()) not in found:
             found.add(name)
-            called = re.findall(r"(?:calls|to_apply|_computations?)=(\S+)", parts[name])
+            called = re.findall(
+                r"(?:calls|to_apply|_computations?)=({[^}]*}|\S+)", parts[name]
+            )
             names += re.findall(r"%([\w.-]+)", " ".join(called))
     return "\n".join(parts[name] for name in sorted(found))
 

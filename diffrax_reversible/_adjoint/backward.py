@@ -171,9 +171,8 @@ def walk_back(
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
-    shared = Shared.of(sharing, inputs, perturbed)
-    if with_times or not _sums(inputs, problem, params):
-        shared = None
+    sums = not with_times and _sums(inputs, problem, params)
+    shared = Shared.of(sharing, inputs, perturbed) if sums else None
     pulled = pull_finish(
         inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
     )

@@ -13,6 +13,7 @@ from .._tree import tree_add, tree_replace, tree_zeros_like
 from .kept import Kept
 from .pull_outputs import pull_step_outputs
 from .pull_step import pull_step
+from .steps import Record
 from .walk import Position, Walk
 
 
@@ -20,23 +21,11 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
     """Undo a step."""
     record, step = kept.record, position.step - 1
     assert record is not None
-    _, args = walk.combine(walk.params)
-    clock = record.undo(
-        step,
-        position.clock,
-        walk.problem.stepsize_controller,
-        walk.residuals.count - 1,
-        walk.residuals.record.outermost,
-        position.y,
-        args,
-    )
     restarted, crossed = record.before(step)
-    if (moves := position.moves) is not None:
-        clock, crossed = clock.where(moves, position.clock.still), crossed & moves
-        position = eqx.tree_at(
-            lambda p: p.cotangent, position, position.cotangent.where(moves)
-        )
-    position = eqx.tree_at(lambda p: p.clock, position, clock)
+    if position.moves is not None:
+        crossed &= position.moves
+    position = _begin(walk, position, record)
+    clock = position.clock
     position = pull_step_outputs(walk, position, clock.end)
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
@@ -78,6 +67,25 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
             *(growth, no, no | restarted, pending, hidden, from_start),
         ),
     )
+
+
+def _begin(walk: Walk, position: Position, record: Record) -> Position:
+    """The position with the clock at the step to undo, or at one of length zero, to which
+    no cotangent is pulled back, for an element that waits."""
+    _, args = walk.combine(walk.params)
+    clock = record.undo(
+        position.step - 1,
+        position.clock,
+        walk.problem.stepsize_controller,
+        walk.residuals.count - 1,
+        walk.residuals.record.outermost,
+        position.y,
+        args,
+    )
+    ct, moves = position.cotangent, position.moves
+    if moves is not None:
+        clock, ct = clock.where(moves, position.clock.still), ct.where(moves)
+    return tree_replace(lambda p: (p.clock, p.cotangent), position, (clock, ct))
 
 
 def _undo_jump(

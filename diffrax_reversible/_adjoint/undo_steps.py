@@ -25,8 +25,17 @@ _at_once = 16
 
 def undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
     """Undo steps up to the next known state or restart."""
-    if walk.shared is not None:
-        return _undo_together(walk, position, kept, walk.shared)
+    moves = dataclasses.replace(position, **{name: None for name in _stays})
+    if walk.shared is None:
+        moved = _undo_apart(walk, moves, kept)
+    else:
+        moved = _undo_together(walk, moves, kept, walk.shared)
+    stays = {name: getattr(position, name) for name in _stays}
+    return dataclasses.replace(moved, **stays)
+
+
+def _undo_apart(walk: Walk, position: Position, kept: Kept) -> Position:
+    """As `undo_steps`, where an element of a batch hardly waits for the others."""
 
     def undoes(carry):
         position, count = carry
@@ -41,10 +50,7 @@ def undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
         position, count = carry
         return undo_step(walk, position, kept), count + 1
 
-    moves = dataclasses.replace(position, **{name: None for name in _stays})
-    moved, _ = lax.while_loop(undoes, undo, (moves, jnp.array(0)))
-    stays = {name: getattr(position, name) for name in _stays}
-    return dataclasses.replace(moved, **stays)
+    return lax.while_loop(undoes, undo, (position, jnp.array(0)))[0]
 
 
 def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -> Position:
@@ -66,7 +72,4 @@ def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -
         position = with_params(position, (params, None))
         return position if walk.departure is None else pull_restart(walk, position)
 
-    moves = dataclasses.replace(position, **{name: None for name in _stays})
-    moved = lax.while_loop(undoes, undo, moves)
-    stays = {name: getattr(position, name) for name in _stays}
-    return dataclasses.replace(moved, **stays)
+    return lax.while_loop(undoes, undo, position)
