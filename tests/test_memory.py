@@ -120,7 +120,7 @@ def test_states(solver, controller):
     jax.__version_info__ < (0, 7), reason="XLA made four copies of the state more"
 )
 @pytest.mark.parametrize(
-    "controller, states", cases((), slow=((PID, 10), (dfx.ConstantStepSize(), 6.5)))
+    "controller, states", cases((), slow=((PID, 10), (dfx.ConstantStepSize(), 7)))
 )
 def test_compensated(controller, states):
     """Compensation takes so many more states."""

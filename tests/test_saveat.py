@@ -108,6 +108,34 @@ def test_steps():
     assert_same(dfx.SaveAt(subs=subs), ALF4, weighted)
 
 
+@pytest.mark.parametrize("size", (1, 3000))
+def test_many_in_a_step(size):
+    """Gradients are right with many outputs in one step and none in others, of states that
+    are pulled back several at a time, or one by one."""
+    ts = jnp.concatenate([jnp.linspace(0, 0.3, 19), jnp.array([2.1, 2.9, 2.95])])
+    weights = jnp.sin(3 * jnp.arange(22.0) + 1)
+    y0 = jnp.linspace(0.5, 1, size)
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_grad(rate):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * y),
+            dr.ALF4(),
+            *(0.0, 3.0, 0.25, y0, rate),
+            saveat=dfx.SaveAt(ts=ts),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.sum(sol.ys * weights[:, None])
+
+    value, grad = value_and_grad(0.7)
+    exact = lambda rate: jnp.sum(weights * jnp.exp(-rate * ts)) * jnp.sum(y0)
+    expected_value, expected = jax.value_and_grad(exact)(0.7)
+    # The error of the solver, and of its interpolation.
+    np.testing.assert_allclose(value, expected_value, rtol=3e-5)
+    np.testing.assert_allclose(grad, expected, rtol=3e-5)
+
+
 @pytest.mark.parametrize("case", cases((), slow=(ALF6, ALF4)))
 def test_fn(case):
     """Gradients are right with a saved function that returns integers too, even at `ts`."""

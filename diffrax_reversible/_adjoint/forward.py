@@ -20,7 +20,7 @@ from .._solver.capabilities import advance, needs_restart, statistics, to_record
 from .._tree import tree_replace
 from .branches import may_branch
 from .drift import coarsest_eps
-from .kept import Kept, least_spacing
+from .kept import first_spacing, Kept
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
 from .rest import Rest
@@ -129,7 +129,7 @@ def solve_and_record(
             ),
         )
         held = Checkpoints.allocate(checkpoints, known)
-        spacing = jnp.array(least_spacing)
+        spacing = jnp.array(first_spacing(restartable, (state.y, state.solver_state)))
         none = jnp.array(0)
         no = jnp.array(False)
         rest = Rest.start((state.y, state.solver_state)) if branches else None

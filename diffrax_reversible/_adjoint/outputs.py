@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import SubSaveAt
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 
@@ -37,6 +37,15 @@ class Output(eqx.Module):
         def get(rows):
             row = lax.dynamic_index_in_dim(rows, i, keepdims=False)
             return row if written is True else jnp.where(written, row, 0)
+
+        return jtu.tree_map(get, self.rows)
+
+    def rows_from(self, start: IntScalarLike, written: Bool[Array, " count"]) -> Row:
+        """The cotangents of several outputs, zero unless they were `written`."""
+
+        def get(rows):
+            some = lax.dynamic_slice_in_dim(rows, start, len(written))
+            return jnp.where(written[(...,) + (None,) * (rows.ndim - 1)], some, 0)
 
         return jtu.tree_map(get, self.rows)
 

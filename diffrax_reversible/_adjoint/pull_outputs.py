@@ -27,6 +27,9 @@ from .walk import Position, Walk
 
 _Time = Callable[[Times], RealScalarLike]
 
+# The number of outputs that are pulled back at once, and of their entries.
+_at_once, _most_entries = 8, 4096
+
 
 def pull_output(
     walk: Walk, output: Output, row: Row, time: _Time, y: Y, params_cotangent: Params
@@ -181,8 +184,11 @@ def _pull_ts(
     ts = output.sub.ts
     assert ts is not None
 
-    linear = output.saves_state and not walk.differentiates_times
-    dense_bar, params_bar, cursor = carry
+    if output.saves_state and not walk.differentiates_times:
+        dense_bar, params_bar, cursor = carry
+        carry = dense_bar, cursor
+        dense_bar, cursor = _pull_linear(walk, output, in_step, interpolation, carry)
+        return dense_bar, params_bar, cursor
 
     def more(carry):
         _, _, cursor = carry
@@ -204,7 +210,7 @@ def _pull_ts(
             interpolation = walk.problem.solver.interpolation_cls(**ends, **dense_info)
             return interpolation.evaluate(time(times))
 
-        y = None if linear else evaluate(dense_info, walk.params)
+        y = evaluate(dense_info, walk.params)
         row = output.row(cursor.save_index)
         y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar)
         if walk.differentiates_times:
@@ -212,17 +218,63 @@ def _pull_ts(
             new_bar, more_bar = pull(y_bar)
             params_bar = tree_add(params_bar, more_bar)
         else:
-            # Linear, so any point will do. `jax.linear_transpose` does not support loops
-            # over linear functions, as in `jnp.polyval`, before JAX 0.7.
-            anywhere = jtu.tree_map(jnp.zeros_like, dense_bar)
-            _, pull = jax.vjp(lambda info: evaluate(info, walk.params), anywhere)
-            (new_bar,) = pull(y_bar)
+            new_bar = _transpose(lambda info: evaluate(info, walk.params), dense_bar, y_bar)
         return tree_add(dense_bar, new_bar), params_bar, cursor
 
-    # Nothing is added to the cotangent of the parameters if that is linear.
-    carry = dense_bar, None if linear else params_bar, cursor
-    dense_bar, pulled, cursor = lax.while_loop(more, pull, carry)
-    return dense_bar, params_bar if linear else pulled, cursor
+    return lax.while_loop(more, pull, carry)
+
+
+def _pull_linear(
+    walk: Walk,
+    output: Output,
+    in_step: Callable[[RealScalarLike], BoolScalarLike],
+    interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
+    carry: tuple[DenseInfo, Cursor],
+) -> tuple[DenseInfo, Cursor]:
+    """As `_pull_ts`, if the interpolated states are saved as they are. Small ones are
+    pulled back several at a time, as each turn of the loop has a fixed cost."""
+    t0, t1, _ = interpolation
+    ts = output.sub.ts
+    assert ts is not None
+    entries = sum(rows[:1].size for rows in jtu.tree_leaves(output.rows))
+    count = min(len(ts), max(1, min(_at_once, _most_entries // max(entries, 1))))
+
+    def more(carry):
+        _, cursor = carry
+        i = cursor.ts_index - 1
+        return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
+
+    def pull(carry):
+        dense_bar, cursor = carry
+        first = jnp.maximum(cursor.ts_index - count, 0)
+        times = lax.dynamic_slice_in_dim(ts, first, count)
+        # As `ts` are in order, those of the step are the last ones.
+        here = (first + jnp.arange(count) < cursor.ts_index) & in_step(times)
+        _, rows = output.rows_from(first + cursor.save_index - cursor.ts_index, here)
+
+        def evaluate(dense_info):
+            interpolation = walk.problem.solver.interpolation_cls(
+                t0=t0, t1=t1, **dense_info
+            )
+            # Others may lie so far away that polynomials overflow.
+            return jax.vmap(interpolation.evaluate)(jnp.where(here, times, t1))
+
+        new_bar = _transpose(evaluate, dense_bar, rows)
+        pulled = jnp.sum(here)
+        cursor = Cursor(cursor.save_index - pulled, cursor.ts_index - pulled)
+        return tree_add(dense_bar, new_bar), cursor
+
+    return lax.while_loop(more, pull, carry)
+
+
+def _transpose(fn: Callable[[DenseInfo], Y], like: DenseInfo, y_bar: Y) -> DenseInfo:
+    """The transpose of a linear function."""
+    # Any point will do. `jax.linear_transpose` does not support loops over linear
+    # functions, as in `jnp.polyval`, before JAX 0.7.
+    anywhere = jtu.tree_map(jnp.zeros_like, like)
+    _, pull = jax.vjp(fn, anywhere)
+    (bar,) = pull(y_bar)
+    return bar
 
 
 def _take(

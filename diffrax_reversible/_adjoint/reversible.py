@@ -116,9 +116,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     an evaluation and a pull-back wherever the second approximation would otherwise add more
     than a thousandth to an entry of the cotangent. This is the gradient of a solve that
     restarts at these steps: on a slow manifold (`tests/test_growth.py::test_slow_manifold`)
-    it is right to six digits, where that of the default adjoint with the same solver has
-    none. What is not found to grow remains the gradient of the solve, even if such a mode
-    spoils it: on the same manifold, at a tolerance of 1e-6, it is off by half.
+    it is right to six digits, and with a `SaveAt(ts=...)` to at least two, where that of
+    the default adjoint with the same solver has none. What is not found to grow remains the
+    gradient of the solve, even if such a mode spoils it: on the same manifold, at a
+    tolerance of 1e-6, it may be off by half, depending on rounding.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat

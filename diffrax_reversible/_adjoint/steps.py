@@ -69,6 +69,7 @@ class Record(eqx.Module):
     - `torn`: whether a step did not start at the end of the last one, without a jump.
     - `outermost`: the first and the last step, if steps are recomputed. They may differ
         from those that the controller chose.
+    - `with_jumps`: whether there may be jumps.
     """
 
     starts: eqxi.MaybeBuffer[Float[Array, " rows"]] | None
@@ -82,6 +83,7 @@ class Record(eqx.Module):
     last_end: RealScalarLike
     torn: BoolScalarLike
     outermost: tuple[Ends, Ends] | None
+    with_jumps: bool = eqx.field(static=True)
 
     @staticmethod
     def allocate(
@@ -123,6 +125,7 @@ class Record(eqx.Module):
             last_end=t,
             torn=no,
             outermost=(ends, ends) if recomputed else None,
+            with_jumps=with_jumps,
         )
 
     @property
@@ -205,6 +208,7 @@ class Record(eqx.Module):
             jnp.where(accepted, before.tnext, self.last_end),
             torn,
             outermost,
+            self.with_jumps,
         )
 
     def reaches(self, step: IntScalarLike, last: IntScalarLike) -> BoolScalarLike:
@@ -240,12 +244,12 @@ class Record(eqx.Module):
     def before(self, step: IntScalarLike) -> tuple[BoolScalarLike, BoolScalarLike]:
         """Whether there was a restart, and whether a jump was crossed, before a step.
 
-        Python `False` if there were none at all.
+        Python `False` if there can be none.
         """
         if self.flags is None:
             return False, False
         flags = self.flags[step % self.flags.shape[0]]
-        return (flags & _restarted) != 0, (flags & _crossed) != 0
+        return (flags & _restarted) != 0, self.with_jumps and (flags & _crossed) != 0
 
     def recorded_before(self, step: IntScalarLike) -> PyTree[Array]:
         """The values that the solver recorded before a step."""

@@ -1,7 +1,9 @@
 """Diffrax's own reversible solvers."""
 
-from typing import ClassVar, TypeAlias
+import functools as ft
+from typing import Any, ClassVar, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
@@ -21,6 +23,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import Sum
+from .._members import value_and_pullback
 from .._tree import larger, tree_add, tree_zeros_like
 from .adapter import AbstractReversibleAdapter, as_reversible
 from .capabilities import HasErrorScales, HasRecord, KeepsStateAtJumps
@@ -28,7 +31,7 @@ from .chain import as_sums, as_trees, Chain, undo, Update
 from .chain_pullback import undo_and_pull
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
-from .pullback import Cotangent, HasPullbackFromStart, StepStart
+from .pullback import Cotangent, HasPullback, HasPullbackFromStart, StepStart
 
 
 # The start of the step before, and the state there.
@@ -42,15 +45,18 @@ def _leapfrog_parts(y1: Y, solver_state: _LeapfrogState) -> tuple[Sum, ...]:
 
 
 class _ReversibleHeun(
-    AbstractReversibleAdapter[tuple[Y, VF]], HasErrorScales[tuple[Y, VF]]
+    AbstractReversibleAdapter[tuple[Y, VF]],
+    HasErrorScales[tuple[Y, VF]],
+    HasPullback[tuple[Y, VF]],
 ):
     """`ŷ1 = 2 y0 - ŷ0 + f(ŷ0) X` and `y1 = y0 + (f(ŷ0) + f(ŷ1)) X / 2`, which imply
     `2 y1 = ŷ0 + ŷ1 + f(ŷ1) X`.
 
     Undoing a step takes one evaluation. Pulling a cotangent back as well takes two, and one
     pull-back, as with the default adjoint: the vector field in the solver state is
-    evaluated at both ends. At a jump Diffrax evaluates the vector field at `y`, which
-    cannot be undone afterwards.
+    evaluated at both ends. The control is evaluated once, as an evaluation of a Brownian
+    path may take longer than one of the vector field. At a jump Diffrax evaluates the
+    vector field at `y`, which cannot be undone afterwards.
 
     Reference: Kidger, Foster, Li & Lyons (2021), arXiv:2105.13493.
     """
@@ -64,13 +70,57 @@ class _ReversibleHeun(
         args: Args,
         solver_state: tuple[Y, VF],
     ) -> tuple[Y, tuple[Y, VF]]:
+        return _undo_heun(terms, t0, terms.contr(t0, t1), y1, args, solver_state)
+
+    def backward_step_and_pullback(
+        self,
+        combine: Combine,
+        params: Params,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        solver_state: tuple[Y, VF],
+        cotangent: Cotangent,
+        dense_cotangent: DenseInfo | None,
+    ) -> tuple[Y, tuple[Y, VF], Cotangent]:
+        """The transpose of the step. With `p_i = f_i X`, which have the cotangents
+        `p̄1 = ȳ1 / 2` and `p̄0 = ȳ1 / 2 + ŷ̄1`, that is:
+
+            f̄1 += X^T p̄1,    ŷ̄1 += (∂f1/∂ŷ1)ᵀ f̄1,
+            ȳ0 = ȳ1 + 2 ŷ̄1,    ŷ̄0 = -ŷ̄1,    f̄0 = X^T p̄0.
+        """
+        terms, args = combine(params)
         yhat1, vf1 = solver_state
-        control = terms.contr(t0, t1)
-        forward = terms.prod(vf1, control)
-        yhat0 = jtu.tree_map(lambda y, z, f: 2 * y - z - f, y1, yhat1, forward)
-        vf0 = terms.vf(t0, yhat0, args)
-        increment = terms.prod(tree_add(vf0, vf1), control)
-        return jtu.tree_map(lambda y, i: y - 0.5 * i, y1, increment), (yhat0, vf0)
+        y_bar, (yhat_bar, vf_bar) = cotangent.y, cotangent.solver_state
+        if dense_cotangent is not None:
+            y_bar = tree_add(y_bar, dense_cotangent["y1"])
+        control, pull_control = jax.vjp(lambda p: combine(p)[0].contr(t0, t1), params)
+        y0, state0 = _undo_heun(terms, t0, control, y1, args, solver_state)
+
+        def pull_product(vf, bar):
+            product = lambda p, vf, control: combine(p)[0].prod(vf, control)
+            _, pull = jax.vjp(product, params, vf, control)
+            return pull(bar)
+
+        def field(p, y):
+            terms, args = combine(p)
+            return terms.vf(t1, y, args)
+
+        half = jtu.tree_map(lambda y: 0.5 * y, y_bar)
+        params1, more, control1 = pull_product(vf1, half)
+        vf_bar = tree_add(vf_bar, more)
+        _, (params_bar, more) = value_and_pullback(field, (params, yhat1), vf_bar)
+        yhat_bar = tree_add(yhat_bar, more)
+        params0, vf_bar, control0 = pull_product(state0[1], tree_add(half, yhat_bar))
+        (of_control,) = pull_control(tree_add(control0, control1))
+        params_bar = ft.reduce(
+            tree_add, (cotangent.params, params1, params_bar, params0, of_control)
+        )
+        y_bar = jtu.tree_map(lambda y, z: y + 2 * z, y_bar, yhat_bar)
+        if dense_cotangent is not None:
+            y_bar = tree_add(y_bar, dense_cotangent["y0"])
+        state_bar = jtu.tree_map(jnp.negative, yhat_bar), vf_bar
+        return y0, state0, Cotangent(y_bar, state_bar, params_bar)
 
     def error_scales(
         self,
@@ -96,6 +146,22 @@ class _ReversibleHeun(
         )
         unbounded = lambda x: jnp.full(x.shape, jnp.inf, jnp.abs(x).dtype)
         return y, (yhat, jtu.tree_map(unbounded, vf0))
+
+
+def _undo_heun(
+    terms: AbstractTerm,
+    t0: RealScalarLike,
+    control: Any,
+    y1: Y,
+    args: Args,
+    solver_state: tuple[Y, VF],
+) -> tuple[Y, tuple[Y, VF]]:
+    yhat1, vf1 = solver_state
+    forward = terms.prod(vf1, control)
+    yhat0 = jtu.tree_map(lambda y, z, f: 2 * y - z - f, y1, yhat1, forward)
+    vf0 = terms.vf(t0, yhat0, args)
+    increment = terms.prod(tree_add(vf0, vf1), control)
+    return jtu.tree_map(lambda y, i: y - 0.5 * i, y1, increment), (yhat0, vf0)
 
 
 class _LeapfrogMidpoint(
