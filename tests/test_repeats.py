@@ -211,6 +211,32 @@ def test_misses_below_the_tolerance(noisy, monkeypatch):
     assert (run(dr.ReversibleAdjoint()) == once) == noisy
 
 
+@pytest.mark.parametrize("solver", (dfx.ReversibleHeun(), dr.ALF2()), ids=repr)
+def test_single_precision_without_restarts(solver):
+    """Known states are held before rounding errors have grown too large, although 60 steps
+    are too many to undo at once for `ReversibleHeun`."""
+    weights = jax.random.normal(jax.random.key(0), (4, 4), jnp.float32)
+    reports = []
+
+    @jax.jit
+    @jax.grad
+    def gradient(scale):
+        def field(t, y, scale):
+            return jnp.tanh(scale * weights @ y) - y / 2
+
+        sol = dfx.diffeqsolve(
+            *(dfx.ODETerm(field), solver),
+            *map(jnp.float32, (0, 15, 0.25)),
+            *(jnp.ones(4, jnp.float32), scale),
+            adjoint=dr.ReversibleAdjoint(report=reports.append),
+        )
+        return jnp.sum(sol.ys**2)
+
+    gradient(jnp.float32(1))
+    jax.effects_barrier()
+    assert reports[0]["undone_steps"] == 60 and reports[0]["replayed_steps"] == 0
+
+
 @pytest.mark.slow
 def test_orbits_that_are_forgotten(monkeypatch):
     """Steps are undone again after misses that are no error. A replay rounds differently:

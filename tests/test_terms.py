@@ -1,6 +1,7 @@
 """Terms of every kind, and functions that close over differentiated values."""
 
 import functools
+from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
@@ -270,3 +271,39 @@ def test_stochastic_equation():
 
     ours, default = gradients(loss, Y0, W, B, transform=jax.jit)
     assert relative_error(ours, default) < 1e-10
+
+
+class CountedPath(dfx.AbstractPath):
+    """A path that tells of its evaluations."""
+
+    tell: Callable
+    t0: float = 0.0
+    t1: float = 2.0
+
+    def evaluate(self, t0, t1=None, left=True):
+        del left
+        jax.debug.callback(self.tell, t0)
+        return jnp.sin(3 * t1) - jnp.sin(3 * t0)
+
+
+def test_evaluations_of_a_path():
+    """`ReversibleHeun` evaluates a path, which may take longer than the vector field, once
+    per step in either pass, and once for the scales at the start."""
+    times = []
+
+    @jax.jit
+    @jax.grad
+    def gradient(w):
+        terms = dfx.MultiTerm(
+            dfx.ODETerm(lambda t, y, w: -w * y),
+            dfx.ControlTerm(lambda t, y, w: w * jnp.cos(y), CountedPath(times.append)),
+        )
+        sol = dfx.diffeqsolve(
+            *(terms, dfx.ReversibleHeun(), 0.0, 2.0, 0.1, jnp.array(1.0), w),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.sum(sol.ys**2)
+
+    gradient(jnp.array(0.7))
+    jax.effects_barrier()
+    assert len(times) == 20 + 20 + 1

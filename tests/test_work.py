@@ -3,6 +3,7 @@
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import diffrax_reversible as dr
@@ -78,3 +79,24 @@ def test_evaluations_of_steps_that_are_not_interpolated_in(batched):
         y0, ts = jnp.stack([y0, y0]), jnp.stack([ts, ts + 0.25])
     forward, _ = field.during(jax.jit(solve), y0, ts)
     assert forward == members * (20 * 12 + 1 + 3 * interpolated)
+
+
+def test_outputs_at_the_ends_of_steps():
+    """They take no evaluations, and are the states there."""
+    field = Counter()
+
+    def solve(saveat):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF6(),
+            *(0.0, 3.0, 0.25, jnp.array([1.0, 2.0]), jnp.array(0.3)),
+            saveat=saveat,
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=12,
+        )
+        return sol.ys
+
+    ends = 0.25 * jnp.arange(1.0, 13.0)
+    forward, ys = field.during(jax.jit(lambda: solve(dfx.SaveAt(ts=ends))))
+    assert forward == 20 * 12 + 1
+    np.testing.assert_array_equal(ys, jax.jit(lambda: solve(dfx.SaveAt(steps=True)))())

@@ -26,7 +26,7 @@ def first_spacing(restartable: bool, state: PyTree) -> int:
     and then all of these would be undone again.
     """
     single = coarsest_eps(state) > np.finfo(np.float64).eps
-    return 16 if single and not restartable else 64
+    return 8 if single and not restartable else 64
 
 
 class Kept(eqx.Module):

@@ -107,14 +107,15 @@ class Problem(eqx.Module):
         return by_event or any(sub.steps != 0 for sub in sub_saveats(self.saveat))
 
     def interpolates(self, state: State) -> BoolScalarLike:
-        """Whether the step that begins at `state` may be interpolated."""
+        """Whether the step that begins at `state` may be interpolated before its end. There
+        the interpolation is the state itself, see `HasExtraDenseInfo`."""
         if self.saveat.dense or self.finds_roots:
             return True
         reads = False
         for sub, saved in zip(sub_saveats(self.saveat), save_states(state), strict=True):
             if sub.ts is not None and len(sub.ts) > 0:
                 i = saved.saveat_ts_index
-                within = sub.ts[jnp.minimum(i, len(sub.ts) - 1)] <= state.tnext
+                within = sub.ts[jnp.minimum(i, len(sub.ts) - 1)] < state.tnext
                 reads = jnp.logical_or(reads, (i < len(sub.ts)) & within)
         return reads
 

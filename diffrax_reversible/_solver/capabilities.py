@@ -161,7 +161,8 @@ class KeepsStateAtJumps(CanCrossJumps[_SolverState], Generic[_SolverState]):
 
 
 class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_SolverState]):
-    """A solver whose interpolation needs evaluations beyond those of a step."""
+    """A solver whose interpolation needs evaluations beyond those of a step, except at the
+    ends of the step."""
 
     @abc.abstractmethod
     def extra_dense_info(
@@ -174,8 +175,9 @@ class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_Solver
     ) -> DenseInfo:
         """The entries of `dense_info` that `advance` did not return.
 
-        `ReversibleAdjoint` asks for them only in steps with an interpolated output. With
-        `SaveAt(dense=True)` or the root finder of an event that may be any step.
+        `ReversibleAdjoint` asks for them only in steps with an output before their end, and
+        passes zeros otherwise. With `SaveAt(dense=True)` or the root finder of an event that
+        may be any step.
         """
 
 
