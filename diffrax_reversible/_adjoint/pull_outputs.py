@@ -160,14 +160,18 @@ def pull_dense(
     params_bar = position.cotangent.params
     # Each of `ts` was written in the first step that ends at or after it.
     last_end = position.clock.previous_end
+    in_step = lambda t: moves & ((step == 0) | (t > last_end))
     for i in interpolated:
-        dense_bar, params_bar, cursors[i] = _pull_ts(
-            walk,
-            walk.outputs[i],
-            lambda t: moves & ((step == 0) | (t > last_end)),
-            (*ends, dense_info),
-            (dense_bar, params_bar, cursors[i]),
-        )
+        output, cursor = walk.outputs[i], cursors[i]
+        if output.saves_state and not walk.differentiates_times:
+            dense_bar, cursors[i] = _pull_states(
+                walk, output, in_step, ends, (dense_bar, cursor)
+            )
+        else:
+            carry = dense_bar, params_bar, cursor
+            dense_bar, params_bar, cursors[i] = _pull_ts(
+                walk, output, in_step, (*ends, dense_info), carry
+            )
     ct = eqx.tree_at(lambda c: c.params, position.cotangent, params_bar)
     return dense_bar, ct, cursors
 
@@ -183,12 +187,6 @@ def _pull_ts(
     t0, t1, dense_info = interpolation
     ts = output.sub.ts
     assert ts is not None
-
-    if output.saves_state and not walk.differentiates_times:
-        dense_bar, params_bar, cursor = carry
-        carry = dense_bar, cursor
-        dense_bar, cursor = _pull_linear(walk, output, in_step, interpolation, carry)
-        return dense_bar, params_bar, cursor
 
     def more(carry):
         _, _, cursor = carry
@@ -224,16 +222,16 @@ def _pull_ts(
     return lax.while_loop(more, pull, carry)
 
 
-def _pull_linear(
+def _pull_states(
     walk: Walk,
     output: Output,
     in_step: Callable[[RealScalarLike], BoolScalarLike],
-    interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
+    ends: tuple[RealScalarLike, RealScalarLike],
     carry: tuple[DenseInfo, Cursor],
 ) -> tuple[DenseInfo, Cursor]:
     """As `_pull_ts`, if the interpolated states are saved as they are. Small ones are
     pulled back several at a time, as each turn of the loop has a fixed cost."""
-    t0, t1, _ = interpolation
+    t0, t1 = ends
     ts = output.sub.ts
     assert ts is not None
     entries = sum(rows[:1].size for rows in jtu.tree_leaves(output.rows))

@@ -176,8 +176,8 @@ class HasExtraDenseInfo(AbstractInterruptedSolver[_SolverState], Generic[_Solver
         """The entries of `dense_info` that `advance` did not return.
 
         `ReversibleAdjoint` asks for them only in steps with an output before their end, and
-        passes zeros otherwise. With `SaveAt(dense=True)` or the root finder of an event that
-        may be any step.
+        passes zeros otherwise. With `SaveAt(dense=True)` or the root finder of an event
+        that may be any step.
         """
 
 
