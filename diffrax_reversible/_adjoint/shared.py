@@ -24,23 +24,24 @@ class Shared:
 
     - `names`: the axes of the batch, one for each `jax.vmap`.
     - `flags`: for every leaf of `params`, whether it is shared.
+    - `members`: the number of members.
     """
 
-    def __init__(self, names: tuple[Hashable, ...], flags: PyTree[bool]):
-        self.names, self.flags = names, flags
+    def __init__(self, names: tuple[Hashable, ...], flags: PyTree[bool], members: int):
+        self.names, self.flags, self.members = names, flags, members
 
     @staticmethod
     def of(sharing: Sharing, inputs: Inputs, perturbed: Inputs) -> "Shared | None":
         """What is shared of the `perturbed` leaves of `inputs.context`, with the `sharing`
         of all arrays in `inputs` and others; `None` if that is nothing."""
-        names, flags = sharing
+        names, flags, members = sharing
         if len(names) == 0 or not _takes_sums():
             return None
         leaves, structure = jtu.tree_flatten(eqx.filter(inputs, eqx.is_array))
         flags = jtu.tree_unflatten(structure, flags[: len(leaves)])
         flags = eqx.combine(flags, jtu.tree_map(lambda _: False, inputs))
         flags = eqx.filter(flags.context, perturbed.context)
-        return Shared(names, flags) if any(jtu.tree_leaves(flags)) else None
+        return Shared(names, flags, members) if any(jtu.tree_leaves(flags)) else None
 
     def share(self, params: Params) -> Params:
         """`params`, whose cotangents are summed over the batch."""
