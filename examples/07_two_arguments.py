@@ -17,9 +17,9 @@ of the run time is for compiling, three gradients per model.
 The script asserts that these gradients agree to 1e-3, and that the two arguments change the
 held-out loss by less than half of what another seed does, or by less than 5 %.
 
-Run `python examples/07_two_arguments.py` after `pip install ".[examples]"`. It takes up to
-eight minutes on two cores, or eleven with `--all`, and writes `07_two_arguments.png`.
-`--quick` trains only the neural ODE, for 20 updates.
+Run `python examples/07_two_arguments.py` after `pip install ".[examples]"`. It takes two to
+three minutes on two fast cores, and up to eight on slow ones, or a third more with `--all`,
+and writes `07_two_arguments.png`. `--quick` trains only the neural ODE, for 20 updates.
 """
 
 import argparse
