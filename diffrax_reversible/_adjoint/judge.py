@@ -98,7 +98,4 @@ def _repeated_by(walk: Walk) -> float:
     If the gradient is a sum over the members of a batch, all of them repeat a segment that
     one has missed, and the miss is shared out among them.
     """
-    if not walk.shares_all:
-        return _repeated
-    assert walk.shared is not None
-    return min(1.0, _repeated * walk.shared.members)
+    return _repeated if walk.shared is None else min(1.0, _repeated * walk.shared.among)

@@ -281,14 +281,6 @@ class Walk(eqx.Module):
         return probe is not None
 
     @property
-    def shares_all(self) -> bool:
-        """Whether the members of a batch share all that is differentiated."""
-        shared = self.shared
-        if shared is None or self.differentiates_start:
-            return False
-        return all(jtu.tree_leaves(shared.flags))
-
-    @property
     def departure(self) -> Departure | None:
         """The departure of the second approximation, if the backward pass can restart in
         place of the solve, see `Growth`."""
