@@ -310,6 +310,7 @@ class Solves(OwnLU):
         return self.lu.compute(state, vector, options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("linear", cases((True,), slow=(False,)))
 def test_linear_solves(linear):
     """A step takes one linear solve, one more for its pull-back, and one to undo it. Two

@@ -106,6 +106,7 @@ def test_families(solver, field, kwargs):
     gradients(loss, y0, W, checkpoints=checkpoints)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver, longest", cases(((dr.ALF4(), 0.1),), slow=((dr.ALF6(), 0.2),))
 )

@@ -140,6 +140,7 @@ def test_at_rest_for_a_while(name, steps):
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.long
 def test_couplings_at_rest():
     """Gradients are right with a solver that does not know the whole vector field."""
     f = lambda t, y, k: k[0] * jnp.maximum(t - 0.31, 0.0) - jax.nn.relu(y)

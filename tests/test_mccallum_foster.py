@@ -81,6 +81,7 @@ def test_order(solver, order, between, steps):
 
 
 # The numbers of stages that the error estimate needs, and that `y1` needs.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver, stages, needed",
     cases(

@@ -97,6 +97,7 @@ def test_growth_with_jumps():
     assert 0 <= many - few <= 17 * ROWS + 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     cases(SOLVERS[1:2], slow=(SOLVERS[0], *SOLVERS[2:])),
@@ -298,6 +299,7 @@ def _loss(solver, checkpoints, field=_deep):
     return loss
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver, activation",
     cases(
