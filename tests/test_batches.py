@@ -12,8 +12,6 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
-from diffrax_reversible._adjoint.drift import Drift
-from diffrax_reversible._adjoint.walk import Walk
 
 from .problems import as_terms, cases, relative_error, sum_of_squares
 
@@ -314,32 +312,6 @@ def test_shared_parameters_when_a_member_misses():
     assert repeated > sum(state["repeated"] for state in known) > 0
     expected = jax.tree.map(lambda x: jnp.sum(x, axis=0), apart)
     assert relative_error(ours, expected) < 1e-4
-
-
-@pytest.mark.parametrize("with_rates", (False, True))
-def test_misses_are_shared_out(monkeypatch, with_rates):
-    """All members would repeat what one misses. In the gradient of what they share a small
-    miss is one of many, so that they do not, unless a member has a gradient of its own."""
-    drifts = Walk.drifts
-
-    def larger_drifts(self, position, *args):
-        far = position.origin.step - position.step > 3
-        # A fifth of the tolerance.
-        add = lambda x: x + jnp.where(far, 2e-7, 0).astype(x.dtype)
-        return [Drift(*map(add, drift)) for drift in drifts(self, position, *args)]
-
-    monkeypatch.setattr(Walk, "drifts", larger_drifts)
-    known = []
-
-    def loss(network, rates):
-        adjoint = dr.ReversibleAdjoint(watch=known.append)
-        one = lambda rate: shared_loss(dr.ALF4(), adjoint, network, rate, 1.0)
-        return jnp.sum(jax.vmap(one)(rates))
-
-    argnums = (0, 1) if with_rates else (0,)
-    jax.block_until_ready(jax.jit(jax.grad(loss, argnums))(NETWORK, jnp.linspace(1, 2, 32)))
-    jax.effects_barrier()
-    assert any(state["repeated"] for state in known) == with_rates
 
 
 @pytest.mark.long

@@ -6,7 +6,6 @@ in a batch, or what is shared. Here it is the operand of an operation with a rul
 batches, which notes that.
 """
 
-import math
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -22,17 +21,8 @@ from jaxtyping import PyTree
 from .._members import jvp_of
 
 
-class Sharing(NamedTuple):
-    """What the members of a batch share.
-
-    - `names`: the names of the axes of the batch, one for each `jax.vmap`.
-    - `flags`: for every array, whether they share it.
-    - `members`: how many there are.
-    """
-
-    names: tuple[Hashable, ...]
-    flags: list[bool]
-    members: int
+# The names of the axes of the batch, and for every array whether its members share it.
+Sharing = tuple[tuple[Hashable, ...], list[bool]]
 
 
 class _Axis:
@@ -49,7 +39,6 @@ class _Level(NamedTuple):
     - `told`: whether the function is told of it; otherwise JAX sums over it.
     - `groups`: the number of groups of members, of which each has a sum of its own, so that
         devices among which the batch is divided need not exchange it.
-    - `members`: the number of members of a group.
     - `mapped`: whether each input has the axis, which is its first.
     - `returned`: the same for the outputs.
     """
@@ -57,7 +46,6 @@ class _Level(NamedTuple):
     name: _Axis
     told: bool
     groups: int
-    members: int
     mapped: tuple[bool, ...]
     returned: tuple[bool, ...] = ()
 
@@ -131,7 +119,7 @@ def call_in_batches(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
         outputs[:] = [(out_structure, static_outputs)]
         return leaves
 
-    alone = Sharing((), [False] * len(leaves), 1)
+    alone: Sharing = ((), [False] * len(leaves))
     jaxpr = jax.make_jaxpr(lambda *leaves: flat(alone, *leaves))(*leaves)
     if any(isinstance(x, Tracer) for x in jaxpr.consts):
         return fn(*args, alone)
@@ -161,9 +149,7 @@ def _jvp(primals, tangents, *, fn, jaxpr, levels):
         x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype) for x, aval in pairs
     ]
     shared = [not any(level.mapped[i] for level in levels) for i in range(len(primals))]
-    told = [level for level in levels if level.told]
-    members = math.prod(level.members for level in told)
-    sharing = Sharing(tuple(level.name for level in told), shared, members)
+    sharing = tuple(level.name for level in levels if level.told), shared
     call = lambda *xs: fn(sharing, *xs)
     for level in levels:
         call = level.map(call)
@@ -180,8 +166,7 @@ def _batch(axis_data, xs, dims, *, fn, jaxpr, levels):
     devices = jax.device_count()
     told = axis_data.size % devices == 0 and axis_data.spmd_name is None
     mapped = tuple(dim is not None for dim in dims)
-    groups = devices if told else 1
-    level = _Level(_Axis(), told, groups, axis_data.size // groups, mapped)
+    level = _Level(_Axis(), told, devices if told else 1, mapped)
     jaxpr = jax.make_jaxpr(level.map_and_note(jex.jaxpr_as_fun(jaxpr)))(*xs)
     returned = tuple(i in level.name.returned for i in range(len(jaxpr.out_avals)))
     level = level._replace(returned=returned)

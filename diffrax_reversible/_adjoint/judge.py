@@ -69,7 +69,7 @@ def beside_rounding(walk: Walk, single: BoolScalarLike) -> RealScalarLike:
     """
     epsilons = jnp.where(single, _rounding_of_step, _rounding)
     rounding = coarsest_eps(walk.start_states) * epsilons
-    allowed = walk.drift_tol * jnp.where(single, 1, _repeated_by(walk))
+    allowed = walk.drift_tol * jnp.where(single, 1, _repeated)
     return rounding / jnp.maximum(allowed, rounding)
 
 
@@ -88,14 +88,5 @@ def _allowed(
     random = any(map(is_path, jtu.tree_leaves(terms, is_leaf=is_path)))
     count = jnp.maximum(walk.residuals.count, 1)
     share = jnp.asarray(length, jnp.float32) / count.astype(jnp.float32)
-    least = 1 if random else jnp.maximum(_repeated_by(walk), _repeated_of_all * share)
+    least = 1 if random else jnp.maximum(_repeated, _repeated_of_all * share)
     return jnp.clip(parted, least * walk.drift_tol, walk.drift_tol)
-
-
-def _repeated_by(walk: Walk) -> float:
-    """The fraction of the tolerance beyond which a segment is repeated.
-
-    If the gradient is a sum over the members of a batch, all of them repeat a segment that
-    one has missed, and the miss is shared out among them.
-    """
-    return _repeated if walk.shared is None else min(1.0, _repeated * walk.shared.among)

@@ -24,28 +24,23 @@ class Shared:
 
     - `names`: the axes of the batch, one for each `jax.vmap`.
     - `flags`: for every leaf of `params`, whether it is shared.
-    - `among`: the number of members among which an error of one is shared out; one, if a
-        member has a gradient of its own, too.
     """
 
-    def __init__(self, names: tuple[Hashable, ...], flags: PyTree[bool], among: int):
-        self.names, self.flags, self.among = names, flags, among
+    def __init__(self, names: tuple[Hashable, ...], flags: PyTree[bool]):
+        self.names, self.flags = names, flags
 
     @staticmethod
     def of(sharing: Sharing, inputs: Inputs, perturbed: Inputs) -> "Shared | None":
         """What is shared of the `perturbed` leaves of `inputs.context`, with the `sharing`
         of all arrays in `inputs` and others; `None` if that is nothing."""
-        names, flags, members = sharing
+        names, flags = sharing
         if len(names) == 0 or not _takes_sums():
             return None
         leaves, structure = jtu.tree_flatten(eqx.filter(inputs, eqx.is_array))
         flags = jtu.tree_unflatten(structure, flags[: len(leaves)])
         flags = eqx.combine(flags, jtu.tree_map(lambda _: False, inputs))
-        flags = eqx.filter(flags, perturbed)
-        all_shared = all(jtu.tree_leaves(flags))
-        if not any(jtu.tree_leaves(flags.context)):
-            return None
-        return Shared(names, flags.context, members if all_shared else 1)
+        flags = eqx.filter(flags.context, perturbed.context)
+        return Shared(names, flags) if any(jtu.tree_leaves(flags)) else None
 
     def share(self, params: Params) -> Params:
         """`params`, whose cotangents are summed over the batch."""
