@@ -28,7 +28,7 @@ from .walk import Position, Walk
 _Time = Callable[[Times], RealScalarLike]
 
 # The number of outputs that are pulled back at once, and of their entries.
-_at_once, _most_entries = 2, 4096
+_at_once, _most_entries = 8, 4096
 
 
 def pull_output(

@@ -96,8 +96,8 @@ class ALF6(AbstractALF):
 
     Order 6, embedded order 5, twenty evaluations per step (and one at the start). Hermite
     interpolation of order 6 takes three more, at both ends and at the mid-point of each
-    step with an interpolated output; without `ReversibleAdjoint`, in every step if there is
-    any such output. Memory of `SaveAt(dense=True)`: eight states per step.
+    step with an output before its end; without `ReversibleAdjoint`, in every step if there
+    is any output between steps. Memory of `SaveAt(dense=True)`: eight states per step.
 
     Algebraically reversible: undoing a step takes twenty evaluations, and is exact up to
     rounding. It restarts as `ALF4` does, and the same bound holds for its error estimate.

@@ -156,6 +156,7 @@ def _undo_heun(
     args: Args,
     solver_state: tuple[Y, VF],
 ) -> tuple[Y, tuple[Y, VF]]:
+    """The start of a step of reversible Heun, by one evaluation."""
     yhat1, vf1 = solver_state
     forward = terms.prod(vf1, control)
     yhat0 = jtu.tree_map(lambda y, z, f: 2 * y - z - f, y1, yhat1, forward)
