@@ -132,6 +132,37 @@ def test_batch():
         assert relative_error(grad, expected) < 1e-8
 
 
+@pytest.mark.long
+def test_evaluations_of_a_batch():
+    """Elements that restart, and are replayed, at their own steps wait for one another: a
+    batch takes some evaluations more than its longest element, and not those of all."""
+    counts = []
+
+    def count(x):
+        counts.append(1)
+        return np.ones(x.shape, x.dtype)
+
+    def counted(t, y, scale):
+        struct, x = jax.ShapeDtypeStruct(y[0].shape, y.dtype), jax.lax.stop_gradient(y[0])
+        # One call for the whole batch.
+        one = jax.pure_callback(count, struct, x, vmap_method="broadcast_all")
+        return scale * one * lorenz(t, y, None)
+
+    final = final_of(counted, jnp.float32(3.0), stepsize_controller=pid(1e-4))
+    y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
+    y0, scale = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32), jnp.float32(1.0)
+
+    def evaluations(fn, y0):
+        counts.clear()
+        jax.block_until_ready(fn(y0, scale))
+        jax.effects_barrier()
+        return len(counts)
+
+    one = gradient(final, dr.ReversibleAdjoint())
+    alone = [evaluations(one, y0) for y0 in y0]
+    assert evaluations(jax.vmap(one, (0, None)), y0) < 4 * max(alone) < sum(alone)
+
+
 E = 0.6
 ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
 

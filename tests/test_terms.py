@@ -246,31 +246,39 @@ def test_controlled_equation_either_way():
     assert relative_error(as_ode, directly) < 1e-2
 
 
+def loss_of_stochastic_equation(adjoint, y0, w, b):
+    path = dfx.VirtualBrownianTree(0.0, 2.0, tol=1e-3, shape=(2,), key=jax.random.key(1))
+    terms = dfx.MultiTerm(
+        dfx.ODETerm(lambda t, y, args: -w * y),
+        dfx.ControlTerm(lambda t, y, args: jnp.diag(jnp.cos(b * y)), path),
+    )
+    sol = dfx.diffeqsolve(
+        *(terms, dfx.ReversibleHeun(), 0.0, 2.0, 0.05, y0),
+        saveat=dfx.SaveAt(ts=TS),
+        adjoint=adjoint,
+    )
+    return sum_of_squares(sol.ys)
+
+
 @pytest.mark.long
 def test_stochastic_equation():
     """Gradients are right for `ReversibleHeun` along a Brownian path, which the backward
     pass repeats."""
-    path = dfx.VirtualBrownianTree(0.0, 2.0, tol=1e-3, shape=(2,), key=jax.random.key(1))
-
-    def loss(adjoint, y0, w, b):
-        terms = dfx.MultiTerm(
-            dfx.ODETerm(lambda t, y, args: -w * y),
-            dfx.ControlTerm(lambda t, y, args: jnp.diag(jnp.cos(b * y)), path),
-        )
-        sol = dfx.diffeqsolve(
-            terms,
-            dfx.ReversibleHeun(),
-            0.0,
-            2.0,
-            0.05,
-            y0,
-            saveat=dfx.SaveAt(ts=TS),
-            adjoint=adjoint,
-        )
-        return sum_of_squares(sol.ys)
-
-    ours, default = gradients(loss, Y0, W, B, transform=jax.jit)
+    ours, default = gradients(loss_of_stochastic_equation, Y0, W, B, transform=jax.jit)
     assert relative_error(ours, default) < 1e-10
+
+
+@pytest.mark.long
+def test_second_derivative_along_a_path():
+    """A Brownian path does not admit tangents of its times, so that known states may not
+    mix these with the state."""
+
+    def product(adjoint):
+        gradient = jax.grad(lambda w: loss_of_stochastic_equation(adjoint, Y0, w, B))
+        return jax.jit(lambda w: jax.jvp(gradient, (w,), (jnp.cos(w),)))(W)
+
+    ours, expected = product(dr.ReversibleAdjoint()), product(dfx.DirectAdjoint())
+    assert relative_error(ours, expected) < 1e-10
 
 
 class CountedPath(dfx.AbstractPath):
@@ -288,7 +296,7 @@ class CountedPath(dfx.AbstractPath):
 
 def test_evaluations_of_a_path():
     """`ReversibleHeun` evaluates a path, which may take longer than the vector field, once
-    per step in either pass, and once for the scales at the start."""
+    per step in either pass, and once for the scales at every known state."""
     times = []
 
     @jax.jit
@@ -306,4 +314,5 @@ def test_evaluations_of_a_path():
 
     gradient(jnp.array(0.7))
     jax.effects_barrier()
-    assert len(times) == 20 + 20 + 1
+    # Known states after 16 and 8 steps, and the start.
+    assert len(times) == 20 + 20 + 3

@@ -22,6 +22,11 @@ from .shared import params_where
 from .walk import Position, Walk
 
 
+# The number of steps that some elements of a batch may undo while the rest need a replay,
+# which takes all elements as long as the longest.
+_most_waited = 32
+
+
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     """Continue from a known state where the step before cannot be undone, and compare the
     reconstruction with it. If that state is not held, or the steps before it are not
@@ -35,6 +40,11 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     # A known position continues from an earlier state.
     held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
     replays = here & jnp.logical_not(held)
+    if walk.replays and walk.shared is None:
+        waits = _waits(position, replays)
+        waited = jnp.where(waits, jnp.maximum(position.waited, 0), -1)
+        position = dataclasses.replace(position, waited=waited)
+        here, replays = here & jnp.logical_not(waits), replays & jnp.logical_not(waits)
     limit = step + jnp.where(held, 1, 0)
     known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays:
@@ -61,6 +71,13 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         from_start = _from_start(walk, position, kept, here)
         position = dataclasses.replace(position, from_start=from_start)
     return position, kept
+
+
+def _waits(position: Position, replays: BoolScalarLike) -> BoolScalarLike:
+    """Whether an element that needs a replay waits for more of its batch to need one."""
+    others = jnp.logical_not(replays | position.done)
+    enough = eqxi.unvmap_any(position.waited >= _most_waited)
+    return replays & eqxi.unvmap_any(others) & jnp.logical_not(enough)
 
 
 def params_of(position: Position) -> tuple[Params, Params | None]:

@@ -25,11 +25,14 @@ from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
 from .rest import Rest
 from .stepper import Advancing, Stepper
-from .steps import Record, room_for_steps
+from .steps import Record, room_for_residuals
 
 
 # Symplectic solvers hold as many states as fit into this many bytes, see below.
 _room_in_single_precision = 1 << 20
+# Of states with at most so many bytes, twice as many as usual are held, if they fit into
+# this fraction of the room for all residuals.
+_small, _share_of_room = 1 << 10, 1 / 2
 
 
 class Residuals(eqx.Module):
@@ -98,13 +101,19 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
     orbit, as in a close encounter, amplifies rounding errors: in single precision beyond
     the tolerance within some ten steps, in double precision only if it is extreme or long.
     So in single precision states are held, except large ones, whose memory matters.
+
+    Small states are held twice as often, as the solve would be replayed more often.
     """
     state, count = (inputs.y0, inputs.solver_state), problem.solver.default_checkpoints
-    if coarsest_eps(state) <= np.finfo(np.float64).eps:
-        return count
     size = sum(x.nbytes for x in jtu.tree_leaves(eqx.filter(state, eqx.is_array)))
-    most = AbstractReversibleSolver.default_checkpoints
-    return max(count, min(most, _room_in_single_precision // max(size, 1)))
+    if coarsest_eps(state) > np.finfo(np.float64).eps:
+        most = AbstractReversibleSolver.default_checkpoints
+        count = max(count, min(most, _room_in_single_precision // max(size, 1)))
+    t = jnp.asarray(problem.t0)
+    room = _share_of_room * room_for_residuals(inputs.y0, t, problem.max_steps)
+    # Besides the state, a known state has about eight numbers.
+    twice = 2 * count * (size + 8 * t.itemsize)
+    return 2 * count if size <= _small and twice <= room else count
 
 
 def solve_and_record(
@@ -114,6 +123,7 @@ def solve_and_record(
     controller, solver = problem.stepsize_controller, problem.solver
     restartable = needs_restart(solver, inputs.solver_state) is not False
     branches = _may_branch(inputs, problem)
+    room = room_for_residuals(inputs.y0, problem.t0, problem.max_steps)
 
     def make_kept(state):
         known = Known.of(state, state.tprev, problem.varying)
@@ -124,12 +134,11 @@ def solve_and_record(
             with_jumps=problem.with_jumps,
             recomputed=isinstance(controller, AbstractReversibleStepSizeController),
             max_steps=problem.max_steps,
-            room=room_for_steps(
-                inputs.y0, problem.t0, problem.max_steps, known.bytes * checkpoints
-            ),
+            # With many known states, the record may take as much memory again.
+            room=max(room - known.bytes * checkpoints, known.bytes * checkpoints),
         )
         held = Checkpoints.allocate(checkpoints, known)
-        spacing = jnp.array(first_spacing(restartable, (state.y, state.solver_state)))
+        spacing = jnp.array(first_spacing)
         none = jnp.array(0)
         no = jnp.array(False)
         rest = Rest.start((state.y, state.solver_state)) if branches else None

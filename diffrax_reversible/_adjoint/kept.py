@@ -4,29 +4,22 @@ from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
 from .._custom_types import BoolScalarLike, IntScalarLike, SolverState
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import to_record
 from .._tree import tree_replace
-from .drift import coarsest_eps
 from .known import Checkpoints, Known
 from .rest import Rest
 from .steps import Record
 
 
-def first_spacing(restartable: bool, state: PyTree) -> int:
-    """The number of steps between known states at first. A solve of fewer steps holds only
-    those before restarts.
-
-    Without restarts, rounding errors in single precision may grow too large in 64 steps,
-    and then all of these would be undone again.
-    """
-    single = coarsest_eps(state) > np.finfo(np.float64).eps
-    return 8 if single and not restartable else 64
+# The number of steps between known states at first. A solve of fewer steps holds only those
+# before restarts. Rounding errors grow too large in 64 steps of Lorenz' equations, and if
+# one member of a batch has to undo them again, so do all.
+first_spacing = 8
 
 
 class Kept(eqx.Module):

@@ -20,6 +20,10 @@ from .._tree import read_row, tree_replace, tree_where, write_row
 from .packed import Packed
 
 
+# Exceeds the number of any step.
+_never = jnp.iinfo(jnp.int32).max
+
+
 class Known(eqx.Module):
     """All that a solve continues from: after a step, and before a restart or a jump.
 
@@ -69,6 +73,18 @@ class Known(eqx.Module):
             ),
         )
 
+    def pack(self) -> tuple[Packed, Packed]:
+        """All but the times, and these apart, as they may not be differentiated."""
+        times = self.t, self.next_t, self.last_end
+        rest = tree_replace(lambda k: (k.t, k.next_t, k.last_end), self, (None,) * 3)
+        return Packed.of(rest), Packed.of(times)
+
+    def unpack(self, packed: tuple[Packed, Packed]) -> "Known":
+        """What was packed, with the structure of this state."""
+        where = lambda k: (k.t, k.next_t, k.last_end)
+        rest = packed[0].unpack(tree_replace(where, self, (None,) * 3))
+        return tree_replace(where, rest, packed[1].unpack(where(self)))
+
     def where(self, pred: BoolScalarLike, other: "Known") -> "Known":
         return tree_where(pred, self, other)
 
@@ -81,13 +97,16 @@ class Checkpoints(eqx.Module):
     """A bounded number of known states.
 
     - `rows`: the states, in any order.
-    - `steps`: the number of steps before each; negative in empty rows.
+    - `steps`: the number of steps before each, in increasing order; `_never` for rows that
+        are empty.
     - `restarts`: whether the solve was restarted there, which cannot be undone.
+    - `places`: the row of each, in the order of `steps`.
     """
 
-    rows: Packed
+    rows: tuple[Packed, Packed]
     steps: Int[Array, " capacity"]
     restarts: Bool[Array, " capacity"]
+    places: Int[Array, " capacity"]
 
     @property
     def capacity(self) -> int:
@@ -95,10 +114,10 @@ class Checkpoints(eqx.Module):
 
     @staticmethod
     def allocate(capacity: int, like: Known) -> "Checkpoints":
-        row = jax.eval_shape(Packed.of, like)
+        row = jax.eval_shape(Known.pack, like)
         rows = jtu.tree_map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
-        steps = jnp.full(capacity, -1, jnp.result_type(like.step))
-        return Checkpoints(rows, steps, jnp.zeros(capacity, bool))
+        steps = jnp.full(capacity, _never, jnp.result_type(like.step))
+        return Checkpoints(rows, steps, jnp.zeros(capacity, bool), jnp.arange(capacity))
 
     def hold(
         self,
@@ -127,56 +146,78 @@ class Checkpoints(eqx.Module):
         """
         if self.capacity == 0:
             return self
+        new = jnp.asarray(known.step), jnp.asarray(restarts)
+        order = self.steps, self.restarts, self.places
         # A conditional keeps XLA from repeating all this for every array that is written.
-        i, wanted = lax.cond(
+        order, i, wanted = lax.cond(
             eqxi.unvmap_any(wanted),
-            lambda: self._place(known.step, restarts, wanted, end, prefer_restarts, needed),
-            lambda: (jnp.array(0), jnp.array(False)),
+            lambda: self._place(*new, wanted, end, prefer_restarts, needed),
+            lambda: (order, jnp.array(0), jnp.array(False)),
         )
-        new = Checkpoints(Packed.of(known), jnp.asarray(known.step), jnp.asarray(restarts))
-        return write_row(self, i, new, wanted)
+        return Checkpoints(write_row(self.rows, i, known.pack(), wanted), *order)
 
     def _place(
         self,
-        step: IntScalarLike,
-        restarts: BoolScalarLike,
+        step: Int[Array, ""],
+        restarts: Bool[Array, ""],
         wanted: BoolScalarLike,
         end: IntScalarLike,
         prefer_restarts: BoolScalarLike,
         needed: BoolScalarLike,
-    ) -> tuple[IntScalarLike, BoolScalarLike]:
-        """The row to hold another state in, and whether it is held at all."""
+    ) -> tuple[tuple[Array, Array, Array], IntScalarLike, BoolScalarLike]:
+        """The `steps`, `restarts` and `places` with those of another state, the row to hold
+        it in, and whether it is held at all."""
+        index = jnp.arange(self.capacity)
+        live = jnp.sum(self.steps < end)
+        full = live == self.capacity
+        cheapest = self._cheapest(step, restarts, end, prefer_restarts, needed)
+        dropped = jnp.where(full, cheapest, live)
+        # A replay begins at a state that is held already.
+        wanted = wanted & (dropped < self.capacity) & jnp.logical_not(self.held(step))
+        place = self.places[jnp.minimum(dropped, self.capacity - 1)]
+        last = jnp.where(full, self.capacity - 1, live)
+
+        def replace(new, olds):
+            later = jnp.where(full & (index >= dropped), jnp.roll(olds, -1), olds)
+            return jnp.where(wanted, jnp.where(index == last, new, later), olds)
+
+        order = replace(step, self.steps), replace(restarts, self.restarts)
+        return (*order, replace(place, self.places)), place, wanted
+
+    def _cheapest(
+        self,
+        step: Int[Array, ""],
+        restarts: Bool[Array, ""],
+        end: IntScalarLike,
+        prefer_restarts: BoolScalarLike,
+        needed: BoolScalarLike,
+    ) -> IntScalarLike:
+        """The state to drop, in the order of `steps`, where all are live. The last one is
+        the state that is new."""
         steps = jnp.append(self.steps, step)
         spread = jnp.logical_not(jnp.append(self.restarts, restarts))
-        live = (steps >= 0) & (steps < end)
-        # Live states first, in order.
-        steps = jnp.where(live, steps, end)
-        order = jnp.argsort(steps)
-        steps, live, spread = steps[order], live[order], spread[order]
-        before, after = jnp.roll(steps, 1).at[0].set(0), jnp.roll(steps, -1).at[-1].set(end)
+        index = jnp.arange(len(steps))
+        before = jnp.where(index == 0, 0, jnp.roll(steps, 1))
+        after = jnp.where(index == self.capacity, end, jnp.roll(steps, -1))
         gap, to_end = after - before, jnp.maximum(end - steps, 1)
-        follow = jnp.sum(live) - jnp.arange(len(steps))
-        missed = (follow * gap).astype(jnp.float32) / to_end.astype(jnp.float32)
+        follow = len(steps) - index
+        cost = (follow * gap).astype(jnp.float32) / to_end.astype(jnp.float32)
         evenly = gap.astype(jnp.float32) * jnp.float32(1e-9)
-        missed = jnp.where(prefer_restarts & spread, evenly, missed)
-        missed = jnp.where(needed & (order == self.capacity), jnp.inf, missed)
-        i = order[jnp.argmin(jnp.where(live, missed, -jnp.inf))]
-        # A replay begins at a state that is held already.
-        wanted = wanted & (i < self.capacity) & jnp.logical_not(self.held(step))
-        return jnp.minimum(i, self.capacity - 1), wanted
+        cost = jnp.where(prefer_restarts & spread, evenly, cost)
+        return jnp.argmin(jnp.where(needed & (index == self.capacity), jnp.inf, cost))
 
     def before(self, step: IntScalarLike, start: Known) -> Known:
         """The last known state before a `step`, which may be the `start`."""
         if self.capacity == 0:
             return start
-        steps = jnp.where(self.steps < step, self.steps, -1)
-        i = jnp.argmax(steps)
+        count = jnp.sum(self.steps < step)
+        place = self.places[jnp.maximum(count - 1, 0)]
         row = jtu.tree_map(
-            lambda row, first: jnp.where(steps[i] >= 0, row, first),
-            read_row(self.rows, i),
-            Packed.of(start),
+            lambda row, first: jnp.where(count > 0, row, first),
+            read_row(self.rows, place),
+            start.pack(),
         )
-        return row.unpack(start)
+        return start.unpack(row)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
         """The step of the last known state before a `step`."""

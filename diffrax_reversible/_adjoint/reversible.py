@@ -59,10 +59,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     The backward pass undoes the steps from one *known state* to the one before, and
     continues from there, so that rounding errors grow over one such segment only. The known
     states are the start and at most `checkpoints` more: the states before restarts (see
-    `ALF4`), which cannot be undone, and in the remaining room one every 64 steps or more,
-    evenly spread. (Every eight steps, in single precision with a solver that does not
-    restart.) A jump can be undone: the solvers of this package exchange the value of the
-    vector field that they carry, by two evaluations and no stored state.
+    `ALF4`), which cannot be undone, and in the remaining room one every eight steps or
+    more, evenly spread. A jump can be undone: the solvers of this package exchange the
+    value of the vector field that they carry, by two evaluations and no stored state.
 
     `checkpoints` is a memory budget, not a limit on the number of restarts. At a restart
     whose state is not held, the backward pass replays the solve from the known state
@@ -267,7 +266,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: the largest number of states and solver states to hold, besides the start.
     More of them take more memory, and save evaluations if there are as many restarts:
-    `sol.stats["num_restarts"]` reports their number. Defaults to 8. With symplectic
+    `sol.stats["num_restarts"]` reports their number. Defaults to 8, or to 16 of states with
+    at most a kilobyte, if these take no more than half the memory of the checkpoints of
+    `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`. With symplectic
     solvers rounding errors grow less: the default is none in double precision, and
     otherwise as many of 8 as fit into a megabyte. Pass 8 for very unstable orbits in
     double precision, such as a comet's that all but hits the sun, which are an error else.

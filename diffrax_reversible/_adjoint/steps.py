@@ -24,7 +24,7 @@ from .clock import Clock, Ends
 _write = cast(Callable[..., Array], eqxi.buffer_at_set)
 
 # The record always has room for so many steps, and for more if Diffrax's default adjoint
-# takes as much memory, see `room_for_steps`.
+# takes as much memory, see `room_for_residuals`.
 _least_rows = 256
 _most_rows = 1 << 14
 # Stands in for `max_steps=None`.
@@ -37,19 +37,17 @@ def _is_buffer(x: Any) -> bool:
     return hasattr(x, "shape")
 
 
-def room_for_steps(y: Y, t: RealScalarLike, max_steps: int | None, known: int) -> int:
-    """The bytes available to a record of steps, so that it and so many bytes of `known`
-    states take no more memory than `diffrax.RecursiveCheckpointAdjoint`.
+def room_for_residuals(y: Y, t: RealScalarLike, max_steps: int | None) -> int:
+    """The bytes that `diffrax.RecursiveCheckpointAdjoint` takes for its checkpoints.
 
-    By default that has `n` checkpoints with `n (n + 3) / 2 >= max_steps`. Each stores the
+    By default that has `n` of them with `n (n + 3) / 2 >= max_steps`. Each stores the
     state, its derivative, and about eight numbers: times, counters, and the state of the
     controller.
     """
     steps = _without_bound if max_steps is None else max_steps
     count = math.floor(math.sqrt(2 * steps + 0.25) - 1.5) + 1
     state = sum(jnp.asarray(x).nbytes for x in jtu.tree_leaves(y))
-    # With many known states, the record may take as much memory again.
-    return max(count * (2 * state + 8 * jnp.asarray(t).itemsize) - known, known)
+    return count * (2 * state + 8 * jnp.asarray(t).itemsize)
 
 
 class Record(eqx.Module):

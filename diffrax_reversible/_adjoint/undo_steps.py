@@ -18,9 +18,9 @@ from .walk import Position, Walk
 # Fields of a position that do not change while steps are undone.
 _stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
 
-# The number of steps that some elements of a batch may undo while the rest wait for a known
-# state.
-_at_once = 16
+# The number of steps that some elements of a batch may undo while the rest have come to a
+# known state.
+_at_once = 4
 
 
 def undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:
@@ -42,15 +42,18 @@ def _undo_apart(walk: Walk, position: Position, kept: Kept) -> Position:
         if not walk.stops:
             # Only the start ends the loop; elements that are done wait for the rest.
             return position.undoes_next
-        waits = eqxi.unvmap_any(position.needs_known | position.pending)
-        waits &= count >= _at_once
+        waits = position.needs_known & (position.waited < 0)
+        waits = eqxi.unvmap_any(waits | position.pending) & (count >= _at_once)
         return position.undoes_next & jnp.logical_not(waits)
 
     def undo(carry):
         position, count = carry
         return undo_step(walk, position, kept), count + 1
 
-    return lax.while_loop(undoes, undo, (position, jnp.array(0)))[0]
+    position, count = lax.while_loop(undoes, undo, (position, jnp.array(0)))
+    waited = position.waited + eqxi.unvmap_max(count)
+    waited = jnp.where(position.waited < 0, position.waited, waited)
+    return dataclasses.replace(position, waited=waited)
 
 
 def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -> Position:

@@ -64,6 +64,8 @@ class Position(eqx.Module):
     - `params_cotangent`: the part of the cotangent of the parameters from before the last
         known state, if steps may be undone again.
     - `meter`: the state of the progress meter.
+    - `waited`: the number of steps that other elements of the batch have undone since the
+        walk has needed a replay to go on; negative if it does not.
     - `moves`: whether the next step is undone; otherwise this element waits for others of
         its batch, and a step of length zero adds nothing to the cotangent of the
         parameters. `None` if no element waits.
@@ -90,6 +92,7 @@ class Position(eqx.Module):
     from_start: BoolScalarLike | None = None
     params_cotangent: Params | None = None
     meter: PyTree = None
+    waited: IntScalarLike = -1
     moves: BoolScalarLike | None = None
 
     def as_origin(self, whole: bool) -> "Position":
@@ -220,6 +223,7 @@ class Walk(eqx.Module):
             parted=jnp.array(0, jnp.float32),
             undone=jnp.array(0),
             replayed=jnp.array(0),
+            waited=jnp.array(-1),
         )
         if self.residuals.kept.rest is not None:
             hidden = tree_zeros_like((position.y, position.solver_state))
