@@ -170,8 +170,12 @@ class Checkpoints(eqx.Module):
         index = jnp.arange(self.capacity)
         live = jnp.sum(self.steps < end)
         full = live == self.capacity
-        cheapest = self._cheapest(step, restarts, end, prefer_restarts, needed)
-        dropped = jnp.where(full, cheapest, live)
+        dropped = lax.cond(
+            eqxi.unvmap_any(full & wanted),
+            lambda: self._cheapest(step, restarts, end, prefer_restarts, needed),
+            lambda: live,
+        )
+        dropped = jnp.where(full, dropped, live)
         # A replay begins at a state that is held already.
         wanted = wanted & (dropped < self.capacity) & jnp.logical_not(self.held(step))
         place = self.places[jnp.minimum(dropped, self.capacity - 1)]

@@ -1,5 +1,7 @@
 """Replaying steps of a solve from a known state."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -8,6 +10,7 @@ from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .._diffrax import State
+from .._solver.base import AbstractReversibleSolver
 from .._tree import tree_replace
 from .clock import Ends
 from .kept import Kept
@@ -60,11 +63,15 @@ class _Replay(Kept):
     - `target`: the step to replay to.
     - `recorded`: whether every step up to there, with restarts and jumps, is recorded.
     - `last`: the last recorded step, and its end.
+    - `ahead`: the ends of the step after the next accepted one, if recorded; `None` if
+        steps are recomputed. They are read after each write: XLA would copy a record that
+        is read before.
     """
 
     target: IntScalarLike = 0
     recorded: BoolScalarLike = False
     last: tuple[IntScalarLike, RealScalarLike] = (0, 0.0)
+    ahead: Ends | None = None
 
     @staticmethod
     def of(
@@ -84,7 +91,7 @@ class _Replay(Kept):
         # The record has room for the steps before each state.
         rows = kept.record.rows or jnp.iinfo(jnp.int32).max
         spacing = jnp.minimum(spacing, rows)
-        return _Replay(
+        replay = _Replay(
             kept.restarts,
             kept.record.rewind(known.step, known.last_end, last[0]),
             kept.checkpoints,
@@ -96,6 +103,7 @@ class _Replay(Kept):
             recorded=kept.record.covers(known.step, target, last[0]),
             last=to,
         )
+        return dataclasses.replace(replay, ahead=replay._ends(known.step + 1))
 
     @property
     def _end(self) -> IntScalarLike:
@@ -129,16 +137,16 @@ class _Replay(Kept):
     def start(self, state: State) -> State:
         """`state`, with the next accepted step, if it is recorded, in place of the first
         attempt."""
-        step = self._step(state.num_accepted_steps)
-        if step is None:
+        ends = self._ends(state.num_accepted_steps)
+        if ends is None:
             return state
-        ends = step.ends.where(step.known, Ends(state.tprev, state.tnext))
+        ends = ends.where(self.recorded, Ends(state.tprev, state.tnext))
         return tree_replace(lambda s: (s.tprev, s.tnext), state, (ends.start, ends.end))
 
     def before_step(self, state: State) -> State:
-        step = self._step(state.num_accepted_steps + 1)
-        if step is None:
+        if self.ahead is None:
             return state
+        step = _Next(self.recorded, self.ahead)
         replayed = _ReplayedState(state.controller_state, step)
         return tree_replace(lambda s: s.controller_state, state, replayed)
 
@@ -148,12 +156,19 @@ class _Replay(Kept):
         inner = state.controller_state.state
         return tree_replace(lambda s: s.controller_state, state, inner)
 
-    def _step(self, step: IntScalarLike) -> _Next | None:
-        """The recorded step, or `None` if steps are recomputed."""
+    def append(
+        self, before: State, after: State, solver: AbstractReversibleSolver
+    ) -> tuple["_Replay", BoolScalarLike]:
+        replay, holds = super().append(before, after, solver)
+        ahead = replay._ends(after.num_accepted_steps + 1)
+        return dataclasses.replace(replay, ahead=ahead), holds
+
+    def _ends(self, step: IntScalarLike) -> Ends | None:
+        """The ends of the recorded step, or `None` if steps are recomputed."""
         assert self.record is not None
         if self.record.starts is None:
             return None
-        return _Next(self.recorded, self.record.ends(step, *self.last))
+        return self.record.ends(step, *self.last)
 
 
 class Replayer:

@@ -70,11 +70,14 @@ def _of_replays(explanation: Explanation) -> str | None:
     count = sum(explanation.attempts.accepted)
     if replayed <= 0.1 * count:
         return None
-    restarts = explanation.num_restarts
-    longest = "" if restarts > 0 else " The recorded steps do not reach back to the start."
+    restarts, cause = explanation.num_restarts, ""
+    if any(known["repeated"] for known in explanation.known_states):
+        cause = " Rounding errors grow too far between known states."
+    elif restarts == 0:
+        cause = " The recorded steps do not reach back to the start."
     return (
-        f"The backward pass replays {replayed} steps of {count}.{longest} "
-        f"`ReversibleAdjoint(checkpoints={max(2 * restarts, 16)})` replays fewer."
+        f"The backward pass replays {replayed} steps of {count}.{cause} "
+        f"`ReversibleAdjoint(checkpoints={max(2 * restarts, 32)})` replays fewer."
     )
 
 
