@@ -6,7 +6,7 @@ differentiate six problems (`speed_problems.py`), in one process, in float64.
 - Points: a dry run of every solver, with 4, 8, ... fixed steps and with tolerances of
   1e-2, 1e-3, ..., finds the settings whose gradients have errors around 1e-3, 1e-5 and
   1e-7. Each of these is compiled separately and timed. It has room for its number of steps,
-  rounded up to a power of two, and for its restarts in the same way, at least eight. Values
+  rounded up to a power of two, and for its restarts in the same way, or as usual. Values
   are interpolated between measured errors, and never extrapolated.
 - Errors: Euclidean, of the gradient with respect to the initial state and all parameters,
   relative to that of `Dopri8` with a tolerance of 1e-13.

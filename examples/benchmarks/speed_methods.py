@@ -68,9 +68,10 @@ class Method(NamedTuple):
 
 
 def _reversible(setting, bounds):
-    """`ReversibleAdjoint` with room for all restarts."""
+    """`ReversibleAdjoint`, with room for all restarts if these are more than usual."""
     del setting
-    return dr.ReversibleAdjoint(checkpoints=bounds.restarts)
+    more = bounds.restarts > Bounds(bounds.max_steps).restarts
+    return dr.ReversibleAdjoint(checkpoints=bounds.restarts if more else None)
 
 
 def _symplectic(setting, bounds):
