@@ -12,6 +12,8 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._adjoint.drift import Drift
+from diffrax_reversible._adjoint.walk import Walk
 
 from .problems import as_terms, cases, relative_error, sum_of_squares
 
@@ -228,6 +230,42 @@ def shared_loss(
         max_steps=256,
     )
     return sum_of_squares(sol.ys)
+
+
+@pytest.mark.parametrize(
+    "miss, of_all, with_rates, repeats",
+    (
+        (2e-7, False, False, False),
+        (2e-7, False, True, True),
+        (2e-7, True, False, True),
+        (2e-6, False, False, True),
+    ),
+    ids=("one", "one, own gradients", "all", "one, beyond the tolerance"),
+)
+def test_mean_miss(monkeypatch, miss, of_all, with_rates, repeats):
+    """If a batch asks for a sum over its members, the mean of their misses decides whether
+    all undo their last steps again. The tolerance is 1e-6."""
+    drifts = Walk.drifts
+
+    def larger_drifts(self, position, *args):
+        _, rate = self.inputs.context.args
+        far = position.origin.step - position.step > 3
+        far &= of_all | (rate == 2)
+        add = lambda x: x + jnp.where(far, miss, 0).astype(x.dtype)
+        return [Drift(*map(add, drift)) for drift in drifts(self, position, *args)]
+
+    monkeypatch.setattr(Walk, "drifts", larger_drifts)
+    known = []
+
+    def loss(network, rates):
+        adjoint = dr.ReversibleAdjoint(watch=known.append)
+        one = lambda rate: shared_loss(dr.ALF4(), adjoint, network, rate, 1.0)
+        return jnp.sum(jax.vmap(one)(rates))
+
+    argnums = (0, 1) if with_rates else (0,)
+    jax.block_until_ready(jax.jit(jax.grad(loss, argnums))(NETWORK, jnp.linspace(1, 2, 32)))
+    jax.effects_barrier()
+    assert any(state["repeated"] for state in known) == repeats
 
 
 # One member restarts, one hardly takes a step, and one takes none.

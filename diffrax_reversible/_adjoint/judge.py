@@ -44,7 +44,13 @@ def judge(
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
-    right = within & (off <= _allowed(walk, parted, length))
+    beyond = off / _allowed(walk, parted, length)
+    right = within & (beyond <= 1)
+    if walk.shared is not None and walk.shares_all:
+        # All members repeat what one misses, and the gradient is the sum of theirs.
+        right |= walk.shared.all(within | jnp.logical_not(here)) & (
+            walk.shared.mean(beyond, here) <= 1
+        )
     several = (length > 1) & (reach > 1)
     missed = several & jnp.logical_not(right)
     if walk.pulls_from_start:

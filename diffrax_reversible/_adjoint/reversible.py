@@ -163,8 +163,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     taken of the batch as a whole, as `jax.grad` of a mean loss, their cotangents are summed
     over the batch in every evaluation, and none is held for each member. Then all members
     go on from their known states at once, and if one misses its own, all undo their last
-    steps again. If a `SaveAt(ts=..., fn=...)` interpolates, or if times are differentiated,
-    each member holds a cotangent of its own.
+    steps again. If nothing but shared parameters is differentiated, so that the gradient is
+    a sum over the members, they do so if the mean of their misses is too large, or one
+    exceeds `drift_tol`. If a `SaveAt(ts=..., fn=...)` interpolates, or if times are
+    differentiated, each member holds a cotangent of its own.
 
     **Work**
 

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, Params
 from .._members import share, total, without
@@ -54,6 +54,17 @@ class Shared:
         """Whether `pred` holds for any member."""
         count = total(jnp.asarray(pred).astype(jnp.int32), self.names)
         return count > 0
+
+    def all(self, pred: BoolScalarLike) -> Bool[Array, ""]:
+        """Whether `pred` holds for all members."""
+        return jnp.logical_not(self.any(jnp.logical_not(pred)))
+
+    def mean(self, x: Float[Array, ""], here: BoolScalarLike) -> Float[Array, ""]:
+        """The mean of `x` over the members that are `here`; NaN if any of these is."""
+        # Both have the same axes.
+        sums = jnp.where(here, x, 0), jnp.where(here, x - x + 1, 0)
+        x, count = (total(s, self.names) for s in sums)
+        return x / jnp.maximum(count, 1)
 
     def check(self, params_bar: Params) -> Params:
         """`params_bar`, once it is certain that they are sums over the batch."""

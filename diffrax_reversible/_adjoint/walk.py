@@ -197,6 +197,13 @@ class Walk(eqx.Module):
         return self.residuals.kept.holds and math.isfinite(self.drift_tol)
 
     @property
+    def shares_all(self) -> bool:
+        """Whether only what the members of a batch share is differentiated."""
+        if self.shared is None or self.differentiates_start:
+            return False
+        return all(jtu.tree_leaves(self.shared.flags))
+
+    @property
     def pulls_from_start(self) -> bool:
         """Whether steps that cannot be undone are differentiated from their start."""
         return self.repeats and isinstance(self.problem.solver, HasPullbackFromStart)
