@@ -314,5 +314,5 @@ def test_evaluations_of_a_path():
 
     gradient(jnp.array(0.7))
     jax.effects_barrier()
-    # Known states after 16 and 8 steps, and the start.
-    assert len(times) == 20 + 20 + 3
+    # The known state after 16 steps, and the start.
+    assert len(times) == 20 + 20 + 2
