@@ -138,7 +138,7 @@ def solve_and_record(
             room=max(room - known.bytes * checkpoints, known.bytes * checkpoints),
         )
         held = Checkpoints.allocate(checkpoints, known)
-        spacing = jnp.array(first_spacing(restartable, (state.y, state.solver_state)))
+        spacing = jnp.array(first_spacing((state.y, state.solver_state)))
         none = jnp.array(0)
         no = jnp.array(False)
         rest = Rest.start((state.y, state.solver_state)) if branches else None

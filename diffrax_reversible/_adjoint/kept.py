@@ -18,17 +18,14 @@ from .rest import Rest
 from .steps import Record
 
 
-def first_spacing(restartable: bool, state: PyTree) -> int:
+def first_spacing(state: PyTree) -> int:
     """The number of steps between known states at first. A solve of fewer steps holds only
     those before restarts.
 
     Rounding errors grow too large in 64 steps of Lorenz' equations, and in single precision
-    without restarts in 16 steps of milder ones. If one member of a batch has to undo steps
-    again, so do all. With a spacing of eight throughout, batches of solves of some ten
-    steps take longer.
+    in 16 steps of milder ones. If one member of a batch has to undo steps again, so do all.
     """
-    single = coarsest_eps(state) > np.finfo(np.float64).eps
-    return 8 if single and not restartable else 16
+    return 8 if coarsest_eps(state) > np.finfo(np.float64).eps else 16
 
 
 class Kept(eqx.Module):

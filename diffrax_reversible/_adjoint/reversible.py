@@ -60,9 +60,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     continues from there, so that rounding errors grow over one such segment only. The known
     states are the start and at most `checkpoints` more: the states before restarts (see
     `ALF4`), which cannot be undone, and in the remaining room one every 16 steps or more,
-    evenly spread. (Every eight steps, in single precision with a solver that does not
-    restart.) A jump can be undone: the solvers of this package exchange the value of the
-    vector field that they carry, by two evaluations and no stored state.
+    evenly spread, or every eight in single precision. A jump can be undone: the solvers of
+    this package exchange the value of the vector field that they carry, by two evaluations
+    and no stored state.
 
     `checkpoints` is a memory budget, not a limit on the number of restarts. At a restart
     whose state is not held, the backward pass replays the solve from the known state
