@@ -144,6 +144,23 @@ SINGLE = Rival(dr.ALF4(), 3.0, 1, 5e-6, dtype="float32")
 
 
 @pytest.mark.parametrize(
+    "restarts, repeated, cause",
+    ((0, False, "do not reach back"), (0, True, "Rounding errors grow"), (3, False, None)),
+    ids=("record", "misses", "restarts"),
+)
+def test_cause_of_replays(restarts, repeated, cause):
+    attempts = Attempts.of([(0.0, 1.0, True)], 1.0)
+    explanation = dr.Explanation("", None, attempts, 0, [], 1, 0, 0, None, {}, [], [])
+    counts = dict(num_restarts=restarts, undone_steps=1, replayed_steps=1)
+    explanation = dataclasses.replace(
+        explanation, known_states=[{"repeated": repeated}], **counts
+    )
+    (sentence,) = advise(explanation, dr.ALF4(), tolerance=1e-4, single=False)
+    assert sentence.count(". ") == 1 + (cause is not None)
+    assert (cause or "") in sentence
+
+
+@pytest.mark.parametrize(
     "own, others, advised",
     (
         (Rival(dr.ALF4(), 5.0, 1, 1e-5), [Rival(dr.ALF6(), 3.0, 1, 5e-6)], "ALF6()"),

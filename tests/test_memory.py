@@ -274,6 +274,23 @@ def test_room_in_single_precision():
         assert count > 0 or more == 0, size
 
 
+@pytest.mark.parametrize(
+    "size, max_steps, count", ((3, 4096, 16), (3, 256, 8), (200, 4096, 8)), ids=str
+)
+def test_default_number_of_checkpoints(size, max_steps, count):
+    """Twice as many of small states, unless the default adjoint takes little memory."""
+
+    def program(checkpoints):
+        def loss(y0):
+            adjoint = dr.ReversibleAdjoint(checkpoints)
+            args = dfx.ODETerm(lambda t, y, args: -y), dr.ALF4(), 0.0, 1.0, 0.1, y0
+            return jnp.sum(dfx.diffeqsolve(*args, adjoint=adjoint, max_steps=max_steps).ys)
+
+        return jax.jit(jax.grad(loss)).lower(jnp.ones(size)).as_text()
+
+    assert program(None) == program(count) != program(24 - count)
+
+
 def _deep(t, y, weights, activation=jnp.tanh):
     del t
     for weight in weights:

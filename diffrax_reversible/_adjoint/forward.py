@@ -102,7 +102,7 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
     the tolerance within some ten steps, in double precision only if it is extreme or long.
     So in single precision states are held, except large ones, whose memory matters.
 
-    Small states are held twice as often, as the solve would be replayed more often.
+    Of small states twice as many are held, as they take little memory and save replays.
     """
     state, count = (inputs.y0, inputs.solver_state), problem.solver.default_checkpoints
     size = sum(x.nbytes for x in jtu.tree_leaves(eqx.filter(state, eqx.is_array)))

@@ -273,8 +273,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     at most a kilobyte, if these take no more than half the memory of the checkpoints of
     `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`. With symplectic
     solvers rounding errors grow less: the default is none in double precision, and
-    otherwise as many of 8 as fit into a megabyte. Pass 8 for very unstable orbits in
-    double precision, such as a comet's that all but hits the sun, which are an error else.
+    otherwise as many of 8 as fit into a megabyte, or 16 of small states. Pass 8 for very
+    unstable orbits in double precision, such as a comet's that all but hits the sun, which
+    are an error else.
 - `drift_tol`: the largest accepted error of the reconstructed state, at the start of the
     solve and at every known state. Each entry is measured as a fraction of its size there,
     of its size at the known state before, or of its update by a step, whichever is largest,

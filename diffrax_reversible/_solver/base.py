@@ -29,7 +29,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     """
 
     # The default number of states that `ReversibleAdjoint` holds as checkpoints. In single
-    # precision it holds as many of 8 as fit into a megabyte, if these are more.
+    # precision it holds as many of 8 as fit into a megabyte, if these are more. Of small
+    # states it holds twice as many.
     default_checkpoints: ClassVar[int] = 8
 
     @abc.abstractmethod
