@@ -281,6 +281,35 @@ def test_gradients_may_grow_as_the_flow_demands(solver, tol):
         assert not is_refused(gradient(chaotic, y0, 8.0, solver, tol))
 
 
+@pytest.mark.parametrize(
+    "solver",
+    cases((dr.McCallumFoster(dfx.Tsit5()),), slow=(dr.McCallumFoster(dfx.Dopri8()),)),
+)
+def test_copies_that_take_turns(solver):
+    """Ten steps of a harmonic oscillator, with short steps. With these cotangents of the
+    end, that of one copy stays next to zero while that of the solution grows."""
+    matrix = jnp.array([[0.0, 1.0], [-40.0, 0.0]])
+
+    def pulled(y1_bar):
+        def solve(y0):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, args: matrix @ y),
+                solver,
+                *(0.0, 0.1, 0.01, y0),
+                adjoint=dr.ReversibleAdjoint(),
+                max_steps=16,
+            )
+            return sol.ys[-1]
+
+        _, pull = jax.vjp(solve, jnp.array([1.0, 0.0]))
+        return pull(y1_bar)[0]
+
+    y1_bars = jnp.stack([jnp.linspace(0.3, 0.5, 11), jnp.ones(11)], axis=1)
+    got = jax.jit(lambda y1_bars: jax.lax.map(pulled, y1_bars))(y1_bars)
+    want = y1_bars @ jax.scipy.linalg.expm(0.1 * matrix)
+    assert relative_error(got, want) < 1e-6
+
+
 @pytest.mark.slow
 def test_what_sums_over_the_steps_do_not_see():
     """The gradient with respect to the field needs no restarts where that of `y0` does."""

@@ -370,7 +370,8 @@ class McCallumFoster(
         term = as_ode_term(self, combine(params)[0])
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
-        probe = Probe(vf_bar, passed, control, tree_add(y0_bar, z0_bar), outputs)
+        y_bar = tree_add(y0_bar, z0_bar)
+        probe = Probe(vf_bar, self._if_large(passed, y_bar), control, y_bar, outputs)
         cotangent = Cotangent(
             y0_bar,
             with_copy(cotangent.solver_state, z0_bar),
@@ -379,6 +380,24 @@ class McCallumFoster(
         )
         off = y_off, with_copy(cotangent.solver_state, z_off)
         return y0, with_copy(solver_state, z0), cotangent, off
+
+    def _if_large(self, passed: Y, y_bar: Y) -> Y:
+        """What is `passed` through the first stage, without entries that cannot be a fast
+        mode's.
+
+        The cotangent that a step passes on is that of the first copy at its start, and the
+        solution's, `y_bar`, is the sum of both copies'. As the copies take turns, the former
+        may stay next to zero while the latter grows, in a harmless oscillation of many
+        steps, and their quotient would be any. In a mode with `h λ < -1` the former is at
+        least as large, so that `passed`, which has its weight in the step as a factor, is
+        larger than `y_bar` times that.
+        """
+        weight = abs(float(self._tableau.b_sol[0]))
+
+        def choose(passed, y_bar):
+            return jnp.where(jnp.abs(passed) < weight * jnp.abs(y_bar), 0, passed)
+
+        return jtu.tree_map(choose, passed, y_bar)
 
     def probe(
         self,
