@@ -385,12 +385,12 @@ class McCallumFoster(
         """What is `passed` through the first stage, without entries that cannot be a fast
         mode's.
 
-        The cotangent that a step passes on is that of the first copy at its start, and the
-        solution's, `y_bar`, is the sum of both copies'. As the copies take turns, the former
-        may stay next to zero while the latter grows, in a harmless oscillation of many
-        steps, and their quotient would be any. In a mode with `h λ < -1` the former is at
-        least as large, so that `passed`, which has its weight in the step as a factor, is
-        larger than `y_bar` times that.
+        The first stage passes on the cotangent of one copy at the start of the step, and
+        `y_bar` is the sum of both copies'. As these take turns, the former may stay next to
+        zero over many steps of a harmless oscillation, while the sum grows. The quotient of
+        `passed` and that cotangent may then have any size. In a growing mode, `h λ < -1`,
+        the copy's cotangent is at least as large as the sum. `passed` is `h λ` times it,
+        and times the weight of the stage.
         """
         weight = abs(float(self._tableau.b_sol[0]))
 

@@ -240,8 +240,8 @@ def outcome(
     dtype,
 ) -> Outcome:
     """Judge a gradient. `anyway` returns it without refusals, `reference` is the stored
-    gradient in double precision, `nudged` returns stored ones for initial states that differ
-    by rounding, and `exact` is the gradient of the exact solution."""
+    gradient in double precision, `nudged` returns stored ones for initial states that
+    differ by rounding, and `exact` is the gradient of the exact solution."""
     precision = float(jnp.finfo(dtype).eps) ** 0.5
     allowed = max(precision, 1e-6)
     # Distances from non-finite values are NaN, and fail every comparison.
