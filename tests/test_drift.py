@@ -147,9 +147,10 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
 
     def stops(walk, end):
         position = walk.start(end, jnp.array(False))
-        return dataclasses.replace(position, meter=walk.problem.progress_meter.init())
+        meter = walk.problem.progress_meter.init()
+        return dataclasses.replace(position, meter=meter), jnp.array(False)
 
-    monkeypatch.setattr(backward, "_walk", stops)
+    monkeypatch.setattr(backward, "walk_twice", stops)
 
     def field(t, y, rate):
         # A new function, whose backward pass JAX has not traced before.

@@ -58,6 +58,7 @@ def test_figure(path):
 # - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
 # - `small_states.py`: an option of XLA does not change a gradient.
 # - `batches.py`: gradients are as accurate as those with `Tsit5`.
+# - `refusals.py`: hardly any right gradient is refused, or worse than a stored one.
 BENCHMARKS = cases(
     ("coefficients.py", "error_weights.py"),
     slow=(
@@ -70,6 +71,7 @@ BENCHMARKS = cases(
         "compile_time.py",
         "small_states.py",
         "batches.py",
+        "refusals.py",
     ),
 )
 

@@ -5,9 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import equinox.internal as eqxi
-import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
@@ -15,115 +12,23 @@ from jaxtyping import Array, Float
 from .._custom_types import BoolScalarLike, IntScalarLike, Params
 from .._diffrax import State
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_zeros_like
+from .._tree import tree_add
 from .batch import Sharing
-from .between_steps import go_on, params_of, with_params
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
 from .forward import Residuals
-from .kept import Kept
 from .outputs import Cursor, materialise
+from .position import Position
 from .problem import Inputs, Problem, save_states, sub_saveats
 from .pull_outputs import (
     pull_dense_times,
     pull_last,
-    pull_start,
 )
 from .replay import Replayer
 from .shared import Shared
 from .spread import many
-from .undo_steps import undo_steps
-from .walk import Position, Walk
-
-
-def _pull_init(walk: Walk, position: Position) -> Position:
-    """Pull the cotangent of the first solver state back, unless that was passed.
-
-    `init` is called again here, so that its activations need not be stored.
-    """
-    problem, ct = walk.problem, position.cotangent
-    if problem.passed_solver_state:
-        return position
-
-    def init(y, params):
-        context = walk.context(params)
-        step = context.times.t0, context.times.of(problem.init_state.tnext)
-        state = problem.solver.init(context.terms, *step, y, context.args)
-        return eqx.filter(state, eqx.is_inexact_array)
-
-    _, pull = jax.vjp(init, position.y, walk.params)
-    y_bar, params_bar = pull(ct.solver_state)
-    state_bar = tree_zeros_like(ct.solver_state)
-    ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-    return eqx.tree_at(lambda p: p.cotangent, position, ct)
-
-
-def _walk(walk: Walk, end: Position) -> Position:
-    """The whole walk, from the `end` to the start.
-
-    Restarts and known states are handled outside the loop over steps. If the gradient grows
-    where the solution contracts, the walk begins once more, see `Growth.spoils`.
-    """
-    position = walk.start(end, jnp.array(False))
-    meter = walk.problem.progress_meter.init()
-    position = dataclasses.replace(position, meter=meter)
-    kept = dataclasses.replace(walk.residuals.kept, rest=None)
-
-    def segment(position, kept):
-        return go_on(walk, undo_steps(walk, position, kept), kept)
-
-    def finish(position):
-        return _pull_init(walk, pull_start(walk, position))
-
-    if not walk.stops:
-        # Without an outer loop, fewer states are in memory.
-        return finish(segment(position, kept)[0])
-
-    def on_the_way(carry):
-        return carry[2] < 2
-
-    def go(carry):
-        position, kept, walks = carry
-        position, kept = segment(position, kept)
-        some_wait = eqxi.unvmap_any(jnp.logical_not(position.done))
-        # With the branches in the other order, XLA holds two more copies of the parameters.
-        position, walks = lax.cond(
-            jnp.logical_not(some_wait),
-            lambda: _once_more(walk, end, finish(position), kept, walks == 0),
-            lambda: (position, walks),
-        )
-        return position, kept, walks
-
-    return lax.while_loop(on_the_way, go, (position, kept, jnp.array(0)))[0]
-
-
-def _once_more(
-    walk: Walk, end: Position, position: Position, kept: Kept, first: BoolScalarLike
-) -> tuple[Position, IntScalarLike]:
-    """The position at the start of the solve, or the `end` if some element of the batch has
-    to begin once more after its `first` walk; and the number of walks that are done."""
-    if walk.departure is None:
-        return position, jnp.array(2)
-    record = kept.record
-    assert record is not None
-    grown = walk.has_grown(position)
-    again = first & eqxi.unvmap_any(grown)
-    # Some of what was held and recorded is lost.
-    there = record.reaches(end.step, walk.residuals.count - 1)
-    begin = lambda: dataclasses.replace(
-        walk.start(end, grown),
-        stop=jnp.where(there, end.stop, end.step),
-        undone=position.undone,
-        replayed=position.replayed,
-        meter=position.meter,
-    )
-    without = lambda position: with_params(position, (None, None))
-    params = jtu.tree_map(
-        lambda b, p: jnp.where(again, b, p), params_of(begin()), params_of(position)
-    )
-    # Selected apart: in the conditional, XLA holds another copy of the parameters.
-    position = lax.cond(again, lambda: without(begin()), lambda: without(position))
-    return with_params(position, params), jnp.where(again, 1, 2)
+from .walk import Walk
+from .walk_twice import walk_twice
 
 
 class Walked(NamedTuple):
@@ -199,9 +104,9 @@ def walk_back(
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)
     position = pull_dense_times(walk, position, cotangent)
-    position = _walk(walk, position)
+    position, agree = walk_twice(walk, position)
     problem.progress_meter.close(position.meter)
-    return _walked(walk, position)
+    return _walked(walk, position, agree)
 
 
 def _sums(inputs: Inputs, problem: Problem, params: Params) -> bool:
@@ -240,8 +145,9 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
     )
 
 
-def _walked(walk: Walk, position: Position) -> Walked:
-    """The results, from the position at which the walk ended."""
+def _walked(walk: Walk, position: Position, agree: BoolScalarLike) -> Walked:
+    """The results, from the position at which the walk ended. Growth does not matter if two
+    walks `agree`."""
     ct, drifts = position.cotangent, position.drifts
     assert drifts is not None
     if position.params_cotangent is not None:
@@ -254,7 +160,7 @@ def _walked(walk: Walk, position: Position) -> Walked:
         drifts = [*drifts, last.astype(drifts[0].dtype)]
     shares, restarted = walk.shares(position), jnp.array(0)
     if (growth := position.growth) is not None:
-        matters = growth.matters(ct.params)
+        matters = growth.matters(ct.params) & jnp.logical_not(agree)
         shares = [jnp.where(matters, share, 0) for share in shares]
         restarted = growth.restarts
     params_bar, shared = ct.params, walk.shared

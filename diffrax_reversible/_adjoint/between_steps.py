@@ -8,18 +8,18 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
 from .._solver.capabilities import CanRestart
 from .._tree import tree_add, tree_replace, tree_where, tree_zeros_like
 from .drift import Drift
-from .judge import beside_rounding, judge
+from .judge import Arrival, beside_rounding, judge
 from .kept import Kept
 from .known import Known
+from .position import Position
 from .pull_restart import pull_restart
 from .shared import params_where
-from .walk import Position, Walk
+from .walk import Walk
 
 
 # The number of steps that some elements of a batch may undo while the rest need a replay,
@@ -163,10 +163,8 @@ def _replay(
 def _come_to(
     walk: Walk, position: Position, known: Known, here: BoolScalarLike
 ) -> tuple[Position, BoolScalarLike]:
-    """Replace the reconstruction by the `known` state, see `_go_back`.
-
-    - `here`: whether this element of a batch does so.
-    """
+    """Replace the reconstruction by the `known` state, if this element of a batch is
+    `here`. See `_go_back`."""
     restarted = position.restarted & here
     state = known.solver_state
     if walk.residuals.restartable:
@@ -200,28 +198,24 @@ def _come_to(
         restarted=jnp.array(False),
         pending=position.restarted,
     )
-    return _go_back(walk, position, arrived, walked, beside, here)
+    return _go_back(walk, position, Arrival(arrived, walked, beside, here))
 
 
 def _go_back(
-    walk: Walk,
-    position: Position,
-    arrived: Position,
-    walked: list[Float[Array, ""]],
-    beside: list[Float[Array, ""]],
-    here: BoolScalarLike,
+    walk: Walk, position: Position, arrival: Arrival
 ) -> tuple[Position, BoolScalarLike]:
-    """The position to continue from: the known state at which the walk `arrived` or, if it
-    `missed` that by too much, the origin of the segment, to undo the steps again with known
-    states in between."""
+    """The position to continue from: the known state of the `arrival` or, if the walk
+    missed that by too much, the origin of the segment, to undo the steps again with known
+    states in between. Also returns whether it missed."""
     origin, drifts = position.origin, position.drifts
     assert origin is not None and drifts is not None
+    arrived, walked, _, here = arrival
     missed, parted, reach = jnp.array(False), position.parted, position.reach
     if walk.repeats:
         # A conditional keeps XLA from repeating all this for every array that is chosen.
         missed, parted, reach = lax.cond(
             eqxi.unvmap_any(here),
-            lambda: judge(walk, position, arrived, walked, beside, here),
+            lambda: judge(walk, position, arrival),
             lambda: (missed, parted, reach),
         )
     if walk.repeats and walk.shared is not None:
@@ -230,8 +224,7 @@ def _go_back(
         reach = jnp.where(all_miss & jnp.logical_not(missed), position.reach, reach)
         missed = all_miss
     if len(walked) > 0:
-        worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
-        miss = worst / walk.drift_tol
+        miss = arrival.worst / walk.drift_tol
         walk.tell(here, arrived, position.restarted, miss, missed)
     new = arrived.as_origin(walk.repeats)
     if walk.drift_tol < walk.replay_tol:

@@ -1,6 +1,7 @@
 """Detecting cotangents that grow where the solution contracts."""
 
 import dataclasses
+import functools as ft
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -21,10 +22,13 @@ from .spread import Spread
 # der Pol's, Lorenz' and Kepler's equations, on networks, and on states with entries in very
 # different units.
 #
-# Steps with `h λ` between these may be too large for a mode. Beyond, `λ` is not a mode's
+# Steps with `-h λ` between these may be too large for a mode. Beyond, `λ` is not a mode's
 # but due to entries in other units.
-_contracts = -1.0
+_contracts = 1.0
 _at_most = 1000.0
+# If the backward pass restarts, so that the second approximation does not spoil the
+# cotangent, only steps with more than this fraction of the stability limit count.
+_unstable = 0.75
 # Smaller steps count as well if the cotangent of a solver state that has departed from the
 # state pulls back to so many times the cotangent of the state.
 _parasitic = 2.0
@@ -104,47 +108,16 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def update(self, probe: Probe) -> "Growth":
+    def update(self, probe: Probe, departure: Departure | None) -> "Growth":
         """The growth after the pull-back of a step."""
-        control = jnp.asarray(probe.control)
         y_bar = probe.y_bar
         if probe.first is not None:
             # This is the better estimate, and the other one detects more.
             choose = lambda first, y: jnp.where(self.cures, first, y)
             y_bar = jtu.tree_map(choose, probe.first, y_bar)
-
-        def grow(size, factor, vf_bar, pulled, y_bar, outputs):
-            y_bar = jnp.abs(y_bar)
-            size = size.astype(y_bar.dtype) + outputs
-            rate, strength = control.astype(pulled.dtype) * pulled, jnp.abs(vf_bar)
-            product = jnp.real(rate * jnp.conj(vf_bar))
-            contracts = product < _contracts * strength**2
-            contracts &= jnp.abs(rate) < _at_most * strength
-            contracts |= (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
-            # An entry that grows from zero, as other entries are passed on to it, does not
-            # count. Passed on in larger units, it grows more, but by no more than the
-            # quotient, which an unstable step exceeds. With outputs in the step, the two
-            # cannot be distinguished.
-            known = size == units(size)
-            by = y_bar / units(size)
-            unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
-            # Among thousands of entries some are next to zero, where the quotient may have
-            # any size, just before other entries are passed on to them: a single step of
-            # these proves nothing.
-            factor = factor.astype(by.dtype)
-            next_to_zero = strength < _next_to_zero * largest(strength)
-            most = jnp.where(next_to_zero, _passed_on * factor, jnp.inf)
-            most = jnp.where(unstable, most, _passed_on)
-            # An entry that has not decayed, with the quotient of a slow mode, does not
-            # consist of growing fast ones.
-            slow = jnp.logical_not(contracts) & (2 * by > 1)
-            by = jnp.minimum(by, most)
-            by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
-            by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
-            return jnp.maximum(factor * by, 1)
-
+        stable = jnp.where(self.cures, 0 if departure is None else departure.stable, 0)
         factors = jtu.tree_map(
-            grow,
+            ft.partial(_grow, jnp.asarray(probe.control), stable),
             *(self.sizes, self.factors),
             *(probe.vf_bar, probe.pulled, y_bar, probe.outputs),
         )
@@ -224,6 +197,53 @@ class Growth(eqx.Module):
             return grown / jnp.where(beside == 0, 1, beside)
 
         return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors, self.largest))
+
+
+def _grow(
+    control: Array,
+    stable: Array,
+    size: BFloat16[Array, "..."],
+    factor: BFloat16[Array, "..."],
+    vf_bar: Array,
+    pulled: Array,
+    y_bar: Array,
+    outputs: Array,
+) -> Array:
+    """The next of the `Growth.factors` of an array, from its `Probe`.
+
+    - `stable`: the limit of stability of `|h λ|`, if the second approximation does not
+        spoil the cotangent; otherwise zero.
+    """
+    y_bar = jnp.abs(y_bar)
+    size = size.astype(y_bar.dtype) + outputs
+    rate, strength = control.astype(pulled.dtype) * pulled, jnp.abs(vf_bar)
+    product = jnp.real(rate * jnp.conj(vf_bar))
+    alone = stable > 0
+    least = jnp.where(alone, _unstable * stable, _contracts).astype(strength.dtype)
+    contracts = product < -least * strength**2
+    contracts &= jnp.abs(rate) < _at_most * strength
+    parasitic = (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
+    contracts |= parasitic & jnp.logical_not(alone)
+    # An entry that grows from zero, as other entries are passed on to it, does not count.
+    # Passed on in larger units, it grows more, but by no more than the quotient, which an
+    # unstable step exceeds. With outputs in the step, the two cannot be distinguished.
+    known = size == units(size)
+    by = y_bar / units(size)
+    unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
+    # Among thousands of entries some are next to zero, where the quotient may have any
+    # size, just before other entries are passed on to them: a single step of these proves
+    # nothing.
+    factor = factor.astype(by.dtype)
+    next_to_zero = strength < _next_to_zero * largest(strength)
+    most = jnp.where(next_to_zero, _passed_on * factor, jnp.inf)
+    most = jnp.where(unstable, most, _passed_on)
+    # An entry that has not decayed, with the quotient of a slow mode, does not consist of
+    # growing fast ones.
+    slow = jnp.logical_not(contracts) & (2 * by > 1)
+    by = jnp.minimum(by, most)
+    by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
+    by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
+    return jnp.maximum(factor * by, 1)
 
 
 def any_grown(shares: list[Float[Array, ""]], drift_tol: float) -> Bool[Array, ""]:

@@ -1,5 +1,7 @@
 """Whether the walk missed a known state, and the number of steps to the next one."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractBrownianPath
@@ -7,7 +9,8 @@ from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .drift import coarsest_eps
-from .walk import longest_reach, Position, Walk
+from .position import longest_reach, Position
+from .walk import Walk
 
 
 # Fractions of the tolerance. The walk repeats a segment whose miss exceeds both the first,
@@ -20,26 +23,43 @@ _repeated, _repeated_of_all, _well = 1 / 64, 1 / 8, 1 / 512
 _rounding, _rounding_of_step = 4, 16
 
 
+class Arrival(NamedTuple):
+    """The arrival of the walk at a known state.
+
+    - `at`: the position there, with the known state.
+    - `walked`, `beside`: the errors of each array of the reconstruction, relative to the
+        scale of each entry, and to that beside the largest of its array. See `Drift`.
+    - `here`: whether this element of a batch has arrived.
+    """
+
+    at: Position
+    walked: list[Float[Array, ""]]
+    beside: list[Float[Array, ""]]
+    here: BoolScalarLike
+
+    @property
+    def worst(self) -> Float[Array, ""]:
+        """The largest of the `walked` errors; NaN if the walk has overflowed."""
+        return _largest(self.walked)
+
+
+def _largest(errors: list[Float[Array, ""]]) -> Float[Array, ""]:
+    return jnp.max(jnp.stack([e.astype(jnp.float32) for e in errors]))
+
+
 def judge(
-    walk: Walk,
-    position: Position,
-    arrived: Position,
-    walked: list[Float[Array, ""]],
-    beside: list[Float[Array, ""]],
-    here: BoolScalarLike,
+    walk: Walk, position: Position, arrival: Arrival
 ) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
     """Whether the walk missed a known state, the largest error of a replay so far, and the
     next number of steps between known states, which adapts as step sizes do."""
     origin, drifts, reach = position.origin, position.drifts, position.reach
     assert origin is not None and drifts is not None
-    # NaN if the walk has overflowed.
-    off = [w.astype(jnp.float32) for w in beside]
-    worst = jnp.max(jnp.stack([w.astype(jnp.float32) for w in walked]))
+    here, off, worst = arrival.here, arrival.beside, arrival.worst
     within = worst <= walk.drift_tol
     if walk.residuals.record.outermost is not None:
         # Recorded times are exact, unless the solve was replayed.
-        off.append(position.clock.off(arrived.clock.start).astype(jnp.float32))
-    off = jnp.max(jnp.stack(off))
+        off = [*off, position.clock.off(arrival.at.clock.start)]
+    off = _largest(off)
     parted = jnp.maximum(position.parted, jnp.where(here & position.known, off, 0))
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)

@@ -1,5 +1,7 @@
 """Known states of a solve, from which the walk continues."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -93,6 +95,16 @@ class Known(eqx.Module):
         return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(self))
 
 
+class _New(NamedTuple):
+    """A state to hold, see `Checkpoints.hold`."""
+
+    step: Int[Array, ""]
+    restarts: Bool[Array, ""]
+    end: IntScalarLike
+    prefer_restarts: BoolScalarLike
+    needed: BoolScalarLike
+
+
 class Checkpoints(eqx.Module):
     """A bounded number of known states.
 
@@ -146,69 +158,58 @@ class Checkpoints(eqx.Module):
         """
         if self.capacity == 0:
             return self
-        new = jnp.asarray(known.step), jnp.asarray(restarts)
+        new = _New(
+            *(jnp.asarray(known.step), jnp.asarray(restarts)),
+            *(end, prefer_restarts, needed),
+        )
         order = self.steps, self.restarts, self.places
         # A conditional keeps XLA from repeating all this for every array that is written.
         order, i, wanted = lax.cond(
             eqxi.unvmap_any(wanted),
-            lambda: self._place(*new, wanted, end, prefer_restarts, needed),
+            lambda: self._place(new, wanted),
             lambda: (order, jnp.array(0), jnp.array(False)),
         )
         return Checkpoints(write_row(self.rows, i, known.pack(), wanted), *order)
 
     def _place(
-        self,
-        step: Int[Array, ""],
-        restarts: Bool[Array, ""],
-        wanted: BoolScalarLike,
-        end: IntScalarLike,
-        prefer_restarts: BoolScalarLike,
-        needed: BoolScalarLike,
+        self, new: _New, wanted: BoolScalarLike
     ) -> tuple[tuple[Array, Array, Array], IntScalarLike, BoolScalarLike]:
-        """The `steps`, `restarts` and `places` with those of another state, the row to hold
-        it in, and whether it is held at all."""
+        """The `steps`, `restarts` and `places` with those of the `new` state, the row to
+        hold it in, and whether it is held at all."""
         index = jnp.arange(self.capacity)
-        live = jnp.sum(self.steps < end)
+        live = jnp.sum(self.steps < new.end)
         full = live == self.capacity
         dropped = lax.cond(
-            eqxi.unvmap_any(full & wanted),
-            lambda: self._cheapest(step, restarts, end, prefer_restarts, needed),
-            lambda: live,
+            eqxi.unvmap_any(full & wanted), lambda: self._cheapest(new), lambda: live
         )
         dropped = jnp.where(full, dropped, live)
         # A replay begins at a state that is held already.
-        wanted = wanted & (dropped < self.capacity) & jnp.logical_not(self.held(step))
+        wanted = wanted & (dropped < self.capacity) & jnp.logical_not(self.held(new.step))
         place = self.places[jnp.minimum(dropped, self.capacity - 1)]
         last = jnp.where(full, self.capacity - 1, live)
 
-        def replace(new, olds):
+        def replace(last_one, olds):
             later = jnp.where(full & (index >= dropped), jnp.roll(olds, -1), olds)
-            return jnp.where(wanted, jnp.where(index == last, new, later), olds)
+            return jnp.where(wanted, jnp.where(index == last, last_one, later), olds)
 
-        order = replace(step, self.steps), replace(restarts, self.restarts)
+        order = replace(new.step, self.steps), replace(new.restarts, self.restarts)
         return (*order, replace(place, self.places)), place, wanted
 
-    def _cheapest(
-        self,
-        step: Int[Array, ""],
-        restarts: Bool[Array, ""],
-        end: IntScalarLike,
-        prefer_restarts: BoolScalarLike,
-        needed: BoolScalarLike,
-    ) -> IntScalarLike:
+    def _cheapest(self, new: _New) -> IntScalarLike:
         """The state to drop, in the order of `steps`, where all are live. The last one is
-        the state that is new."""
-        steps = jnp.append(self.steps, step)
-        spread = jnp.logical_not(jnp.append(self.restarts, restarts))
+        the `new` state."""
+        steps = jnp.append(self.steps, new.step)
+        spread = jnp.logical_not(jnp.append(self.restarts, new.restarts))
         index = jnp.arange(len(steps))
         before = jnp.where(index == 0, 0, jnp.roll(steps, 1))
-        after = jnp.where(index == self.capacity, end, jnp.roll(steps, -1))
-        gap, to_end = after - before, jnp.maximum(end - steps, 1)
+        after = jnp.where(index == self.capacity, new.end, jnp.roll(steps, -1))
+        gap, to_end = after - before, jnp.maximum(new.end - steps, 1)
         follow = len(steps) - index
         cost = (follow * gap).astype(jnp.float32) / to_end.astype(jnp.float32)
         evenly = gap.astype(jnp.float32) * jnp.float32(1e-9)
-        cost = jnp.where(prefer_restarts & spread, evenly, cost)
-        return jnp.argmin(jnp.where(needed & (index == self.capacity), jnp.inf, cost))
+        cost = jnp.where(new.prefer_restarts & spread, evenly, cost)
+        kept = new.needed & (index == self.capacity)
+        return jnp.argmin(jnp.where(kept, jnp.inf, cost))
 
     def before(self, step: IntScalarLike, start: Known) -> Known:
         """The last known state before a `step`, which may be the `start`."""

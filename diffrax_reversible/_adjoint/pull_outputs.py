@@ -21,8 +21,9 @@ from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
 from .outputs import Cursor, Output, Row
+from .position import Position
 from .problem import Times
-from .walk import Position, Walk
+from .walk import Walk
 
 
 _Time = Callable[[Times], RealScalarLike]

@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
 from .._tree import tree_add
-from .walk import Position, Walk
+from .position import Position
+from .walk import Walk
 
 
 def pull_restart(walk: Walk, position: Position) -> Position:

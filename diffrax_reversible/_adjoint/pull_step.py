@@ -22,8 +22,9 @@ from .._solver.pullback import (
 )
 from .kept import Kept
 from .outputs import Cursor
+from .position import Position
 from .pull_outputs import pull_dense
-from .walk import Position, Walk
+from .walk import Walk
 
 
 class PulledStep(NamedTuple):

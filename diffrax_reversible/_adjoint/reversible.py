@@ -110,23 +110,29 @@ class ReversibleAdjoint(AbstractAdjoint):
     **Fast modes that have died out**
 
     Such modes do not affect the solution, but a gradient excites them again. The second
-    approximation of `ALF4` and its like then amplifies it, under every adjoint: in the
+    approximation of the solvers that restart then amplifies it, under every adjoint: in the
     solve both approximations agree there, so that it has no reason to restart. If the
-    gradient grows in steps in which the vector field contracts the growing mode, and would
-    be useless, the backward pass is done once more, with restarts in place of the solve: by
-    an evaluation and a pull-back wherever the second approximation would otherwise add more
-    than a thousandth to an entry of the cotangent. This is the gradient of a solve that
-    restarts at these steps: on a slow manifold (`tests/test_growth.py::test_slow_manifold`)
-    it is right to six digits, and with a `SaveAt(ts=...)` to at least two, where that of
-    the default adjoint with the same solver has none. What is not found to grow remains the
-    gradient of the solve, even if such a mode spoils it: on the same manifold, at a
-    tolerance of 1e-6, it may be off by half, depending on rounding.
+    gradient seems to grow in steps in which the vector field contracts the growing mode,
+    the backward pass is done once more, with restarts in place of the solve wherever the
+    second approximation would otherwise add more than a thousandth to an entry of the
+    cotangent. (With `ALF4` and its like each takes an evaluation and a pull-back, with
+    `McCallumFoster` none.) This is the gradient of a solve that restarts at these steps: on
+    a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
+    six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
+    adjoint with the same solver has none. What is not found to grow remains the gradient of
+    the solve, even if such a mode spoils it: on the same manifold, at a tolerance of 1e-6,
+    it may be off by half, depending on rounding.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
     equation of 50 points that of `diffrax.Tsit5` is off by a factor of more than ten, at
     all tolerances from 1e-3 to 1e-10. Here, with the solvers that restart, it is an error
-    that says how to bound the steps.
+    that says how to bound the steps, if the gradient seems to grow in the second backward
+    pass, too, unless this pass has come to the same gradient as the first, up to a tenth:
+    what spoils a gradient spoils the two in different ways. `McCallumFoster` restarts in
+    most steps where the flow contracts, so that often both are the same, which proves
+    nothing. With it, more right gradients are refused: `examples/benchmarks/refusals.py`
+    counts them.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a

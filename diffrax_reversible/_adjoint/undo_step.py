@@ -11,10 +11,11 @@ from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace, tree_zeros_like
 from .kept import Kept
+from .position import Position
 from .pull_outputs import pull_step_outputs
 from .pull_step import pull_step
 from .steps import Record
-from .walk import Position, Walk
+from .walk import Walk
 
 
 def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
@@ -36,7 +37,7 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
     pending = no
     if growth is not None:
         assert pulled.probe is not None
-        growth = growth.update(pulled.probe)
+        growth = growth.update(pulled.probe, walk.departure)
         if departure is not None:
             # At the start of the solve, it would change nothing.
             pending = growth.spoils(pulled.probe, departure) & (step > 0)

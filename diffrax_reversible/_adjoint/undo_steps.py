@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from .._tree import tree_where
 from .between_steps import with_params
 from .kept import Kept
+from .position import Position
 from .pull_restart import pull_restart
 from .shared import params_where, Shared
 from .undo_step import undo_step
-from .walk import Position, Walk
+from .walk import Walk
 
 
 # Fields of a position that do not change while steps are undone.

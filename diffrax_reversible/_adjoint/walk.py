@@ -1,4 +1,4 @@
-"""The walk over the steps of a solve, from the last to the first, and its position."""
+"""The walk over the steps of a solve, from the last to the first."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._custom_types import (
     Args,
@@ -24,116 +24,17 @@ from .._custom_types import (
     Y,
 )
 from .._solver.capabilities import CanRestart, error_scales
-from .._solver.pullback import Cotangent, Departure, HasProbe, HasPullbackFromStart
-from .._tree import tree_add, tree_replace, tree_zeros_like
-from .clock import Clock
+from .._solver.pullback import Departure, HasProbe, HasPullbackFromStart
+from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals
 from .growth import any_grown, Growth
-from .outputs import Cursor, Output
+from .outputs import Output
+from .position import longest_reach, Position
 from .problem import Context, Inputs, Problem
 from .replay import Replayer
 from .shared import context_of, Shared
 from .spread import Spread
-
-
-# Exceeds the number of steps between known states.
-longest_reach = 1 << 28
-
-
-class Position(eqx.Module):
-    """The position of the walk, with `step` steps still to undo.
-
-    - `known`: whether the state and the solver state are known, and not reconstructed.
-    - `restarted`: whether a restart here is still to be undone.
-    - `pending`: whether the cotangent is still to be pulled back through a restart here.
-    - `from_start`: whether the step before is made again from its start, which is known, as
-        it cannot be undone; `None` if no step ever is.
-    - `stop`: the step of the next known state, or of the oldest step on record.
-    - `growth`: the growth of the cotangent, if the solver can detect it.
-    - `origin`: the position at the last known state; only its step, state, and
-        differentiated leaves of the solver state, if steps are never undone again.
-    - `reach`: the largest number of steps between known states; zero if not even a single
-        step is to be undone.
-    - `parted`: the largest difference between a replay and the solve.
-    - `drifts`: the largest errors at known states; those of replays are scaled by the ratio
-        of the tolerances.
-    - `undone`, `replayed`: the numbers of steps undone and replayed so far.
-    - `hidden`: the errors of entries that have come to rest since the last known state;
-        `None` if entries at rest do not matter.
-    - `params_cotangent`: the part of the cotangent of the parameters from before the last
-        known state, if steps may be undone again.
-    - `meter`: the state of the progress meter.
-    - `waited`: the number of steps that other elements of the batch have undone since the
-        walk has needed a replay to go on; negative if it does not.
-    - `moves`: whether the next step is undone; otherwise this element waits for others of
-        its batch, and a step of length zero adds nothing to the cotangent of the
-        parameters. `None` if no element waits.
-    """
-
-    step: IntScalarLike
-    clock: Clock
-    y: Y
-    solver_state: SolverState
-    cotangent: Cotangent
-    cursors: list[Cursor]
-    known: BoolScalarLike
-    restarted: BoolScalarLike
-    pending: BoolScalarLike
-    stop: IntScalarLike
-    growth: Growth | None
-    origin: "Position | None" = None
-    reach: IntScalarLike = longest_reach
-    parted: RealScalarLike = 0.0
-    drifts: list[Float[Array, ""]] | None = None
-    undone: IntScalarLike = 0
-    replayed: IntScalarLike = 0
-    hidden: PyTree | None = None
-    from_start: BoolScalarLike | None = None
-    params_cotangent: Params | None = None
-    meter: PyTree = None
-    waited: IntScalarLike = -1
-    moves: BoolScalarLike | None = None
-
-    def as_origin(self, whole: bool) -> "Position":
-        """The part of this position that the walk keeps as an `origin`."""
-        ct = dataclasses.replace(self.cotangent, params=None)
-        here = dataclasses.replace(
-            self,
-            cotangent=ct,
-            origin=None,
-            drifts=None,
-            undone=None,
-            replayed=None,
-            hidden=None,
-            params_cotangent=None,
-            meter=None,
-        )
-        if whole:
-            return here
-        nothing = jtu.tree_map(lambda _: None, here)
-        diff_state = eqx.filter(here.solver_state, eqx.is_inexact_array)
-        kept = here.step, here.y, diff_state
-        return tree_replace(lambda p: (p.step, p.y, p.solver_state), nothing, kept)
-
-    @property
-    def least_reach(self) -> IntScalarLike:
-        """The number of steps between known states, at least one."""
-        return jnp.maximum(self.reach, 1)
-
-    @property
-    def undoes_next(self) -> BoolScalarLike:
-        """Whether the step before can be undone."""
-        return (self.step > self.stop) & jnp.logical_not(self.restarted | self.pending)
-
-    @property
-    def needs_known(self) -> BoolScalarLike:
-        """Whether the walk continues from a known state."""
-        return jnp.logical_not(self.undoes_next | self.pending | self.done)
-
-    @property
-    def done(self) -> BoolScalarLike:
-        return (self.step == 0) & self.known
 
 
 class Walk(eqx.Module):

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import (
     AbstractAdaptiveSolver,
     AbstractERK,
@@ -41,7 +42,14 @@ from .chain import as_sums, as_trees, Chain, run, undo, Update
 from .chain_pullback import undo_and_pull
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasProbe, HasPullbackFromStart, Probe, StepStart
+from .pullback import (
+    Cotangent,
+    Departure,
+    HasProbe,
+    HasPullbackFromStart,
+    Probe,
+    StepStart,
+)
 
 
 class CoupledInterpolation(AbstractLocalInterpolation):
@@ -371,7 +379,8 @@ class McCallumFoster(
         control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
         y_bar = tree_add(y0_bar, z0_bar)
-        probe = Probe(vf_bar, self._if_large(passed, y_bar), control, y_bar, outputs)
+        passed = self._if_large(passed, y_bar)
+        probe = Probe(vf_bar, passed, control, y_bar, outputs, y_bar, y0_bar)
         cotangent = Cotangent(
             y0_bar,
             with_copy(cotangent.solver_state, z0_bar),
@@ -399,6 +408,22 @@ class McCallumFoster(
 
         return jtu.tree_map(choose, passed, y_bar)
 
+    @property
+    def departure(self) -> Departure:
+        """By the stability function `R`: on `y' = λ y` two equal copies differ after a step
+        by `R(h λ) R(-h λ) - 1`."""
+        rows = [[], *self._tableau.a_lower]
+        a = np.array([[*row, *[0] * (len(rows) - len(row))] for row in rows])
+        ones = np.ones(len(rows))
+
+        def amplify(z):
+            stages = np.linalg.solve(np.eye(len(rows)) - z * a, ones)
+            return 1 + z * np.dot(self._tableau.b_sol, stages)
+
+        distance = amplify(2.0) * amplify(-2.0) - 1
+        power = (self.solver.order(None) or 1) + 1
+        return Departure.of(distance, power, np.vectorize(amplify))
+
     def probe(
         self,
         combine: Combine,
@@ -417,7 +442,8 @@ class McCallumFoster(
         _, pull = jax.vjp(lambda y: term.vf(t0, y, args), y0)
         (pulled,) = pull(y_bar)
         outputs = _outputs(y_bar, dense_cotangent)
-        return Probe(y_bar, pulled, term.contr(t0, t1), y_bar, outputs)
+        control = term.contr(t0, t1)
+        return Probe(y_bar, pulled, control, y_bar, outputs, y_bar, cotangent.y)
 
 
 McCallumFoster.__init__.__doc__ = """**Arguments:**

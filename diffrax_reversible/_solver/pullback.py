@@ -10,6 +10,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from .._custom_types import (
@@ -169,16 +170,23 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
 
 class Departure(NamedTuple):
     """The distance of the second approximation from the first after a step of `y' = λ y`
-    that began with both equal: about `coefficient * |h λ|**power` times `y`."""
+    that began with both equal: about `coefficient * |h λ|**power` times `y`. The first one
+    does not grow if `-stable < h λ < 0`."""
 
     coefficient: float
     power: int
+    stable: float
 
     @staticmethod
-    def of(distance: float, power: int) -> "Departure":
-        """From the distance after a step with `h λ = -2`: smaller steps add little, and
-        larger ones are hardly stable."""
-        return Departure(float(abs(distance)) / 2**power, power)
+    def of(
+        distance: float, power: int, amplify: Callable[[np.ndarray], np.ndarray]
+    ) -> "Departure":
+        """From the distance after a step with `h λ = -2`, as smaller steps add little, and
+        larger ones are hardly stable; and from the first approximation after a step."""
+        z = np.linspace(0, 20, 2001)
+        grows = np.abs(amplify(-z)) > 1 + 1e-9
+        stable = z[np.argmax(grows)] if np.any(grows) else z[-1]
+        return Departure(float(abs(distance)) / 2**power, power, float(stable))
 
 
 class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
@@ -188,7 +196,7 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     @property
     def departure(self) -> Departure | None:
         """How far the second approximation departs from the first in a step. `None` if the
-        backward pass has no use for restarts of its own, as the solver restarts often."""
+        backward pass cannot restart in place of the solve."""
         return None
 
     @abc.abstractmethod
