@@ -9,7 +9,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._solver.pullback import Cotangent
@@ -18,7 +17,7 @@ from .between_steps import go_on, params_of, with_params
 from .kept import Kept
 from .position import Position
 from .pull_outputs import pull_start
-from .sketch import alike, sketch
+from .sketch import alike, Sketch, sketch
 from .undo_steps import undo_steps
 from .walk import Walk
 
@@ -45,12 +44,9 @@ def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     def segment(position, kept):
         return go_on(walk, undo_steps(walk, position, kept), kept)
 
-    def finish(position):
-        return _pull_init(walk, pull_start(walk, position))
-
     if not walk.stops:
         # Without an outer loop, fewer states are in memory.
-        return finish(segment(position, kept)[0]), jnp.array(False)
+        return _finish(walk, segment(position, kept)[0])[0], jnp.array(False)
 
     def go(carry):
         position, kept, walks = carry
@@ -59,7 +55,7 @@ def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
         # With the branches in the other order, XLA holds two more copies of the parameters.
         position, walks = lax.cond(
             jnp.logical_not(some_wait),
-            lambda: _once_more(walk, end, finish(position), kept, walks),
+            lambda: _once_more(walk, end, *_finish(walk, position), kept, walks),
             lambda: (position, walks),
         )
         return position, kept, walks
@@ -67,6 +63,20 @@ def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     walks = _Walks.start(walk, position)
     carry = lax.while_loop(lambda carry: carry[2].left > 0, go, (position, kept, walks))
     return carry[0], carry[2].agree
+
+
+def _finish(walk: Walk, position: Position) -> tuple[Position, list[Sketch]]:
+    """The position with the gradient at the start of the solve, and a sketch of that, but
+    for what `init` adds to the parameters."""
+    position = pull_start(walk, position)
+    # Sketches are linear, and the sum of both would be another copy.
+    params, earlier = map(sketch, params_of(position))
+    params = tree_add(params, earlier) if len(earlier) > 0 else params
+    position = _pull_init(walk, position)
+    if walk.departure is None:
+        return position, []
+    states = position.cotangent.y if walk.differentiates_start else []
+    return position, [*sketch(states), *params]
 
 
 def _pull_init(walk: Walk, position: Position) -> Position:
@@ -100,44 +110,38 @@ class _Walks(NamedTuple):
     """
 
     left: IntScalarLike
-    first: list[Float[Array, " numbers"]]
+    first: list[Sketch]
     agree: BoolScalarLike
 
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
-        sketch = jax.eval_shape(lambda: _sketch(walk, position))
-        nothing = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), sketch)
+        here = jax.eval_shape(lambda: _finish(walk, position)[1])
+        nothing = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), here)
         return _Walks(jnp.array(2), nothing, jnp.array(False))
 
 
-def _sketch(walk: Walk, position: Position) -> list[Float[Array, " numbers"]]:
-    """A sketch of the gradient, at the start of the solve."""
-    if walk.departure is None:
-        return []
-    params, earlier = params_of(position)
-    if earlier is not None:
-        params = tree_add(params, earlier)
-    states = position.cotangent.y if walk.differentiates_start else None
-    return sketch((states, params))
-
-
 def _once_more(
-    walk: Walk, end: Position, position: Position, kept: Kept, walks: _Walks
+    walk: Walk,
+    end: Position,
+    position: Position,
+    here: list[Sketch],
+    kept: Kept,
+    walks: _Walks,
 ) -> tuple[Position, _Walks]:
     """The position at the start of the solve, or the `end` if some element of the batch has
-    to begin once more after its first walk."""
+    to begin once more after its first walk. `here` is a sketch of the gradient."""
     if walk.departure is None:
         return position, walks._replace(left=jnp.array(0))
     assert position.growth is not None
     record, first = kept.record, walks.left == 2
-    here = _sketch(walk, position)
     # The second walk restarts where the two approximations depart, unless the solve does. A
     # walk without restarts comes to the same gradient, and proves nothing if the solve has
     # restarted.
     proves = (position.growth.restarts > 0) | (kept.restarts == 0)
     agree = alike(walks.first, here, _alike) & proves
     assert record is not None
-    grown = walk.has_grown(position)
+    # Depends on the sketch, so that XLA need not copy what is sketched.
+    grown = walk.has_grown(position) & jnp.logical_not(agree)
     again = first & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
     there = record.reaches(end.step, walk.residuals.count - 1)
