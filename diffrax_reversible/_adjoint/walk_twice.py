@@ -18,6 +18,7 @@ from .kept import Kept
 from .position import Position
 from .pull_outputs import pull_start
 from .sketch import alike, Sketch, sketch
+from .spread import many
 from .undo_steps import undo_steps
 from .walk import Walk
 
@@ -66,15 +67,16 @@ def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
 
 
 def _finish(walk: Walk, position: Position) -> tuple[Position, list[Sketch]]:
-    """The position with the gradient at the start of the solve, and a sketch of that, but
-    for what `init` adds to the parameters."""
-    position = pull_start(walk, position)
-    # Sketches are linear, and the sum of both would be another copy.
-    params, earlier = map(sketch, params_of(position))
-    params = tree_add(params, earlier) if len(earlier) > 0 else params
-    position = _pull_init(walk, position)
+    """The position with the gradient at the start of the solve, and a sketch of that."""
+    before = pull_start(walk, position)
+    position = _pull_init(walk, before)
     if walk.departure is None:
         return position, []
+    # What `init` adds to many parameters would be another copy, as would the sum of both
+    # parts, and sketches are linear.
+    parts = params_of(before if many(walk.params) else position)
+    params, earlier = map(sketch, parts)
+    params = tree_add(params, earlier) if len(earlier) > 0 else params
     states = position.cotangent.y if walk.differentiates_start else []
     return position, [*sketch(states), *params]
 
