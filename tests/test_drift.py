@@ -146,11 +146,11 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
     """A backward pass that stops halfway, should one occur, is always an error."""
 
     def stops(walk, end):
-        position = walk.start(end, jnp.array(False))
+        position = walk.start(end, jnp.array(False), jnp.array(False))
         meter = walk.problem.progress_meter.init()
         return dataclasses.replace(position, meter=meter), jnp.array(False)
 
-    monkeypatch.setattr(backward, "walk_twice", stops)
+    monkeypatch.setattr(backward, "walk_until_right", stops)
 
     def field(t, y, rate):
         # A new function, whose backward pass JAX has not traced before.

@@ -1,4 +1,5 @@
-"""A gradient that grows where the solution contracts is refused; no other gradient is."""
+"""A gradient that grows where the solution contracts is corrected by another backward pass,
+accepted if two agree, or refused."""
 
 import functools
 
@@ -92,7 +93,7 @@ def test_dead_modes(solver, saveat):
 )
 def test_slow_manifold(solver, tol):
     """The fast mode follows the slow one, so that the solve has no reason to restart. The
-    gradient of the solve as it is is off by several percent or more."""
+    uncorrected gradient is off by several percent or more."""
     y0 = jnp.array([1.0, 1 / 500])
     want = implicit(slow_manifold, y0, 3.0)
     reports = []
@@ -287,7 +288,10 @@ def test_gradients_may_grow_as_the_flow_demands(solver, tol):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(),)))
+@pytest.mark.parametrize(
+    "solver",
+    cases((dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())), slow=(dr.ALF6(),)),
+)
 def test_entries_that_are_passed_on(solver):
     """Upwind advection, in some twenty steps: entries of the cotangent grow as others are
     passed on to them, with any quotient of both sides of the vector field. Such gradients
@@ -321,13 +325,17 @@ def test_entries_that_are_passed_on(solver):
         rows = speeds, y0s, t1s, weights
         return jax.jit(lambda rows: jax.lax.map(of_instance, rows))(rows)
 
-    got = gradients(solver, dr.ReversibleAdjoint(), 1e-3)
     want = gradients(dfx.Dopri8(), DEFAULT, 1e-9)
-    errors = jnp.linalg.norm(got - want, axis=2) / jnp.linalg.norm(want, axis=2)
+
+    def errors(adjoint):
+        off = gradients(solver, adjoint, 1e-3) - want
+        return jnp.linalg.norm(off, axis=2) / jnp.linalg.norm(want, axis=2)
+
+    got, stored = errors(dr.ReversibleAdjoint()), errors(DEFAULT)
+    assert jnp.sum(jnp.isnan(got).any(axis=1)) <= 1
     # The gradient with respect to a state that has decayed is small, and less accurate.
-    refused = jnp.isnan(errors).any(axis=1)
-    assert jnp.sum(refused) <= 1
-    assert jnp.nanquantile(errors, 0.99) < 0.03
+    most = jnp.nanquantile(got, 0.99)
+    assert most < 0.04 and most < 1.05 * jnp.nanquantile(stored, 0.99)
 
 
 @pytest.mark.parametrize(

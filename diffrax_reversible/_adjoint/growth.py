@@ -78,6 +78,8 @@ class Growth(eqx.Module):
     - `largest`: the largest entry of each array so far among those that have not grown.
     - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
         see `spoils`.
+    - `compares`: whether the steps have other derivatives, whose gradient that of the next
+        backward pass is compared with.
     - `restarts`: the number of these restarts.
     - `spread`: what the parameters have received since, if `cures`; `None` if the initial
         state is differentiated, or if there are many.
@@ -89,15 +91,18 @@ class Growth(eqx.Module):
     factors: PyTree[BFloat16[Array, "..."]]
     largest: PyTree[Float[Array, ""]]
     cures: BoolScalarLike
+    compares: BoolScalarLike
     restarts: IntScalarLike
     spread: Spread | None
 
     @staticmethod
-    def start(y_bar: Y, cures: BoolScalarLike, spread: Spread | None) -> "Growth":
+    def start(
+        y_bar: Y, cures: BoolScalarLike, compares: BoolScalarLike, spread: Spread | None
+    ) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         sizes, ones, most = _few_digits(sizes), _few_digits(ones), largest(sizes)
-        return Growth(sizes, ones, most, cures, jnp.array(0), spread)
+        return Growth(sizes, ones, most, cures, compares, jnp.array(0), spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -132,7 +137,8 @@ class Growth(eqx.Module):
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
-        return Growth(sizes, factors, rights, self.cures, self.restarts, self.spread)
+        new = dict(sizes=sizes, factors=factors, largest=rights)
+        return dataclasses.replace(self, **new)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""

@@ -55,7 +55,8 @@ def pull_step(
     - `solver_state`: the solver state there, with what the solver recalls of the step.
     - `kept`: the known states.
     """
-    index, rest = position.step - 1, walk.residuals.kept.rest
+    solver, index = walk.solver_at(position), position.step - 1
+    rest = walk.residuals.kept.rest
     t0, t1 = position.clock.start, position.clock.end
     step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
@@ -69,7 +70,7 @@ def pull_step(
             dense_bar, ct, cursors = pull_dense(walk, position, interpolated, struct)
         needs = _needs_start(walk, position)
         *begin, ct, off = backward_step_and_pullback(
-            *(walk.problem.solver, *step, position.y, solver_state, ct, dense_bar),
+            *(solver, *step, position.y, solver_state, ct, dense_bar),
             None if needs is None else StepStart(needs, start, end),
         )
     else:
@@ -79,7 +80,7 @@ def pull_step(
             return times.of(t0), times.of(t1)
 
         begin = start()
-        made, pull = linearise_step(walk.problem.solver, *step, begin, step_times)
+        made, pull = linearise_step(solver, *step, begin, step_times)
         dense_bar, ct, cursors = pull_dense(walk, position, interpolated, made.dense_info)
         ct, off = pull(ct, dense_bar), made.errors(end)
     y0, state0 = walk.settle(2 * index, tuple(begin))

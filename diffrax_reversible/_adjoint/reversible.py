@@ -119,20 +119,19 @@ class ReversibleAdjoint(AbstractAdjoint):
     `McCallumFoster` none.) This is the gradient of a solve that restarts at these steps: on
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
-    adjoint with the same solver has none. What is not found to grow remains the gradient of
-    the solve, even if such a mode spoils it: on the same manifold, at a tolerance of 1e-6,
-    it may be off by half, depending on rounding.
+    adjoint with the same solver is off by several percent or more. Growth that is not
+    detected is not corrected: on the same manifold, at a tolerance of 1e-6, the gradient
+    may be off by half, depending on rounding.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
     equation of 50 points that of `diffrax.Tsit5` is off by a factor of more than ten, at
-    all tolerances from 1e-3 to 1e-10. Here, with the solvers that restart, it is an error
-    that says how to bound the steps, if the gradient seems to grow in the second backward
-    pass, too, unless this pass has come to the same gradient as the first, up to a tenth:
-    what spoils a gradient spoils the two in different ways. `McCallumFoster` restarts in
-    most steps where the flow contracts, so that often both are the same, which proves
-    nothing. With it, more right gradients are refused: `examples/benchmarks/refusals.py`
-    counts them.
+    all tolerances from 1e-3 to 1e-10. With the solvers that restart, a gradient that seems
+    to grow in the second backward pass, too, is an error that says how to bound the steps.
+    It is accepted if both passes agree to a tenth, as a spoilt gradient would differ
+    between them. `McCallumFoster` restarts in most steps where the flow contracts, so that
+    both may be the same. With it, there is a pass in between, by derivatives of the
+    embedded method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a
@@ -185,7 +184,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
     checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
     1 checkpoint 6 times. A backward pass that is done once more, see above, takes at least
-    twice as many evaluations.
+    twice as many evaluations, or three times with `McCallumFoster`.
 
     **Transformations**
 
@@ -196,7 +195,8 @@ class ReversibleAdjoint(AbstractAdjoint):
         own errors Diffrax gathers the solution on one device: pass
         `diffeqsolve(..., throw=False)` where that matters.
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
-    - A `progress_meter` also shows the backward pass, again from 0 % to 100 %.
+    - A `progress_meter` also shows the backward pass, again from 0 % to 100 %, but not how
+        often that is done.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
@@ -215,8 +215,8 @@ class ReversibleAdjoint(AbstractAdjoint):
         if not (tol is None or (isinstance(tol, int | float) and tol >= 0)):
             raise ValueError(
                 f"`ReversibleAdjoint(drift_tol={tol})` must be a non-negative number, "
-                "known when the solve is compiled, or `None` for the square root of the "
-                "machine epsilon."
+                "known when the solve is compiled, or `None` for the default: 1e-6, or "
+                "the square root of the machine epsilon, if that is larger."
             )
         for name in ("report", "watch"):
             value = getattr(self, name)
@@ -317,6 +317,6 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     forward mode, for second derivatives along times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if the backward pass misses a known state, if a step
     does not begin where the last one ended although the controller reports no jump, or if
-    the gradient grows where the solution contracts (unless `drift_tol` accepts
-    everything).
+    the gradient grows where the solution contracts and another backward pass does not
+    confirm it (unless `drift_tol` accepts everything).
 """

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -23,6 +23,7 @@ from .._custom_types import (
     Terms,
     Y,
 )
+from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import CanRestart, error_scales
 from .._solver.pullback import Departure, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
@@ -114,16 +115,18 @@ class Walk(eqx.Module):
         """Whether a known state, or a gap in the record, may interrupt the walk."""
         return self.replays or self.residuals.kept.holds
 
-    def start(self, position: Position, cures: BoolScalarLike) -> Position:
+    def start(
+        self, position: Position, cures: BoolScalarLike, compares: BoolScalarLike
+    ) -> Position:
         """The position at the start of the walk, with all fields.
 
-        - `cures`: see `Growth`.
+        - `cures`, `compares`: see `Growth`.
         """
         if self.tells_growth(position):
             spread = None
             if self.departure is not None and not self.differentiates_start:
                 spread = Spread.start(position.cotangent.params)
-            growth = Growth.start(position.cotangent.y, cures, spread)
+            growth = Growth.start(position.cotangent.y, cures, compares, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -200,6 +203,23 @@ class Walk(eqx.Module):
         if isinstance(solver, HasProbe) and isinstance(solver, CanRestart):
             return solver.departure
         return None
+
+    @property
+    def compares(self) -> bool:
+        """Whether a gradient that seems to grow is compared with one of less accurate
+        derivatives."""
+        solver = self.problem.solver
+        if self.departure is None or not isinstance(solver, HasProbe):
+            return False
+        return solver.with_other_derivatives(False) is not None
+
+    def solver_at(self, position: Position) -> AbstractReversibleSolver:
+        """The solver, to pull back with."""
+        solver, growth = self.problem.solver, position.growth
+        if growth is None or not self.compares:
+            return solver
+        assert isinstance(solver, HasProbe)
+        return cast(HasProbe, solver.with_other_derivatives(growth.compares))
 
     def shares(self, position: Position) -> list[Float[Array, ""]]:
         """See `Growth.shares`, at the start of the solve."""

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -223,6 +224,10 @@ class McCallumFoster(
             stages.append(term.vf_prod(t, stage, args, control))
         return stages
 
+    def _increment(self, stages: list[Y]) -> Y:
+        """`Ψ`, from its stages."""
+        return _combine(self._tableau.b_sol, stages)
+
     def _chain(
         self, t0: RealScalarLike, t1: RealScalarLike, tap: tuple[Y, Y] | None = None
     ) -> Chain:
@@ -240,13 +245,13 @@ class McCallumFoster(
                 first = self._first_stage(terms, t0, t1, first, args)
                 first = first if tap is None else tree_add(first, tap[1])
                 stages = self._stages(terms, t0, t1, z, args, first)
-                increment = _combine(self._tableau.b_sol, stages)
+                increment = self._increment(stages)
                 return tree_axpy(1 - self.coupling, z, increment), (increment, stages)
 
             def back(y):
                 first = self._first_stage(terms, t1, t0, y, args)
                 stages = self._stages(terms, t1, t0, y, args, first)
-                return _combine(self._tableau.b_sol, stages), None
+                return self._increment(stages), None
 
             return Update(0, forth, self.coupling, tap=tap), Update(1, back, factor=-1)
 
@@ -424,6 +429,13 @@ class McCallumFoster(
         power = (self.solver.order(None) or 1) + 1
         return Departure.of(distance, power, np.vectorize(amplify))
 
+    def with_other_derivatives(self, where: BoolScalarLike) -> "McCallumFoster | None":
+        """Those of the embedded method."""
+        weights = _embedded(self._tableau)
+        if weights is None:
+            return None
+        return _OtherDerivatives(self.solver, self.coupling, where, tuple(map(float, weights)))
+
     def probe(
         self,
         combine: Combine,
@@ -457,6 +469,35 @@ McCallumFoster.__init__.__doc__ = """**Arguments:**
 `ValueError` for other solvers and couplings, and in the solve for terms that are not
 integrated with respect to time.
 """
+
+
+class _OtherDerivatives(McCallumFoster):
+    """The same steps, whose derivatives are by other weights where this is wanted."""
+
+    where: BoolScalarLike = False
+    weights: tuple[float, ...] = eqx.field(static=True, default=())
+
+    def _increment(self, stages: list[Y]) -> Y:
+        increment = super()._increment(stages)
+        weights = np.array(self.weights) - self._tableau.b_sol
+        difference = _combine(weights, stages)
+        # Zero, with derivatives.
+        difference = jtu.tree_map(lambda x: x - lax.stop_gradient(x), difference)
+        return tree_axpy(jnp.where(self.where, 1, 0), difference, increment)
+
+
+def _embedded(tableau: ButcherTableau) -> np.ndarray | None:
+    """The weights of the embedded method, without the last stages if the solution does not
+    use them, so that they need not be evaluated, and scaled to a sum of one.
+
+    `None` if that is not possible, or if they hardly differ from those of the solution.
+    """
+    weights = np.array(tableau.b_sol - tableau.b_error)
+    weights[np.max(np.flatnonzero(tableau.b_sol)) + 1 :] = 0
+    if abs(total := np.sum(weights)) < 0.1:
+        return None
+    weights = weights / total
+    return weights if np.max(np.abs(weights - tableau.b_sol)) > 0.01 else None
 
 
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:

@@ -199,6 +199,15 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
         backward pass cannot restart in place of the solve."""
         return None
 
+    def with_other_derivatives(
+        self, where: BoolScalarLike
+    ) -> "AbstractReversibleSolver | None":
+        """A solver with the same steps, whose derivatives `where` this is wanted are those
+        of a less accurate method: two gradients that are both accurate agree. `None` if
+        there is no such method."""
+        del where
+        return None
+
     @abc.abstractmethod
     def probe(
         self,

@@ -1,4 +1,4 @@
-"""The whole walk, done once more if the gradient grows where the solution contracts."""
+"""The whole walk, done again if the gradient grows where the solution contracts."""
 
 import dataclasses
 from typing import NamedTuple
@@ -24,19 +24,23 @@ from .walk import Walk
 
 
 # A gradient that seems to have grown is accepted if it differs by no more than this
-# fraction from that of a walk with fewer restarts, which what spoils a gradient affects in
-# another way. Tuned on `examples/benchmarks/refusals.py`.
+# fraction from that of another walk: a spoilt gradient would differ more. Tuned on
+# `examples/benchmarks/refusals.py`.
 _alike = 0.1
 
 
-def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
+def walk_until_right(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     """The whole walk, from the `end` to the start.
 
     Restarts and known states are handled outside the loop over steps. If the gradient grows
-    where the solution contracts, the walk begins once more, see `Growth.spoils`. Also
-    returns whether both walks have come to the same gradient.
+    where the solution contracts, the walk begins again and restarts there, see
+    `Growth.spoils`. Also returns whether two walks have come to the same gradient.
+
+    A spoilt gradient differs between the first and the second walk, as these restart at
+    different steps. If a solver has steps with other derivatives, there is a walk with
+    those in between, with which the last one is compared.
     """
-    position = walk.start(end, jnp.array(False))
+    position = walk.start(end, jnp.array(False), jnp.array(False))
     meter = walk.problem.progress_meter.init()
     position = dataclasses.replace(position, meter=meter)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
@@ -55,7 +59,7 @@ def walk_twice(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
         # With the branches in the other order, XLA holds two more copies of the parameters.
         position, walks = lax.cond(
             jnp.logical_not(some_wait),
-            lambda: _once_more(walk, end, *_finish(walk, position), kept, walks),
+            lambda: _again(walk, end, *_finish(walk, position), kept, walks),
             lambda: (position, walks),
         )
         return position, kept, walks
@@ -106,22 +110,27 @@ class _Walks(NamedTuple):
     """The walks from the end to the start of a solve.
 
     - `left`: the number of walks to go, if the gradient grows where it should not.
-    - `first`: a sketch of the gradient by the first one.
-    - `agree`: whether the second one has come to the same gradient.
+    - `last`: a sketch of the gradient by the last one.
+    - `agree`: whether two walks have come to the same gradient.
     """
 
     left: IntScalarLike
-    first: list[Sketch]
+    last: list[Sketch]
     agree: BoolScalarLike
 
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
         here = jax.eval_shape(lambda: _finish(walk, position)[1])
         nothing = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), here)
-        return _Walks(jnp.array(2), nothing, jnp.array(False))
+        return _Walks(jnp.array(_most(walk)), nothing, jnp.array(False))
 
 
-def _once_more(
+def _most(walk: Walk) -> int:
+    """The number of walks, if the gradient grows."""
+    return 3 if walk.compares else 2
+
+
+def _again(
     walk: Walk,
     end: Position,
     position: Position,
@@ -130,25 +139,27 @@ def _once_more(
     walks: _Walks,
 ) -> tuple[Position, _Walks]:
     """The position at the start of the solve, or the `end` if some element of the batch has
-    to begin once more after its first walk. `here` is a sketch of the gradient."""
+    to begin again. `here` is a sketch of the gradient."""
     if walk.departure is None:
         return position, walks._replace(left=jnp.array(0))
-    assert position.growth is not None
-    record, first = kept.record, walks.left == 2
-    # The second walk restarts where the two approximations depart, as they do in every step
-    # beyond the limit of stability, unless the solve restarts there. If neither ever does,
-    # no step is unstable. If only the solve does, both walks are the same, which proves
-    # nothing.
-    proves = (position.growth.restarts > 0) | (kept.restarts == 0)
-    agree = alike(walks.first, here, _alike) & proves
-    assert record is not None
+    growth, record = position.growth, kept.record
+    assert growth is not None and record is not None
+    first, last = walks.left == _most(walk), walks.left == 1
+    agree = alike(walks.last, here, _alike)
+    if not walk.compares:
+        # The second walk restarts where the two approximations depart, as they do in every
+        # step beyond the limit of stability, unless the solve restarts there. If neither
+        # ever does, no step is unstable. If only the solve does, both walks are the same,
+        # which proves nothing.
+        agree &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
     grown = walk.has_grown(position) & jnp.logical_not(agree)
-    again = first & eqxi.unvmap_any(grown)
+    grown = jnp.where(first, grown, growth.cures)
+    again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
     there = record.reaches(end.step, walk.residuals.count - 1)
     begin = lambda: dataclasses.replace(
-        walk.start(end, grown),
+        walk.start(end, grown, grown & first if walk.compares else jnp.array(False)),
         stop=jnp.where(there, end.stop, end.step),
         undone=position.undone,
         replayed=position.replayed,
@@ -160,5 +171,6 @@ def _once_more(
     )
     # Selected apart: in the conditional, XLA holds another copy of the parameters.
     position = lax.cond(again, lambda: without(begin()), lambda: without(position))
-    walks = _Walks(jnp.where(again, 1, 0), here, jnp.logical_not(first) & agree)
+    left = jnp.where(again, walks.left - 1, 0)
+    walks = _Walks(left, here, jnp.logical_not(again) & jnp.logical_not(first) & agree)
     return with_params(position, params), walks
