@@ -434,7 +434,8 @@ class McCallumFoster(
         weights = _embedded(self._tableau)
         if weights is None:
             return None
-        return _OtherDerivatives(self.solver, self.coupling, where, tuple(map(float, weights)))
+        weights = tuple(map(float, weights))
+        return _OtherDerivatives(self.solver, self.coupling, where, weights)
 
     def probe(
         self,
