@@ -112,9 +112,9 @@ def walk_back(
 def _sums(inputs: Inputs, problem: Problem, params: Params) -> bool:
     """Whether to sum the cotangents of what the members of a batch share.
 
-    Not those of a few parameters, which take little memory, and of which `Spread` has to
-    know what each element has added. Nor with functions of interpolated outputs, which
-    every element evaluates in a loop of its own.
+    A few parameters are not summed: they take little memory, and `Spread` needs what each
+    element has added. Functions of interpolated outputs exclude it too, as every element
+    evaluates them in a loop of its own.
     """
     pairs = zip(sub_saveats(problem.saveat), inputs.context.save_fns, strict=True)
     evaluates = any(sub.ts is not None and fn is not None for sub, fn in pairs)

@@ -37,7 +37,7 @@ class _Level(NamedTuple):
 
     - `name`: the name of its axis.
     - `told`: whether the function is told of it; otherwise JAX sums over it.
-    - `groups`: the number of groups of members, of which each has a sum of its own, so that
+    - `groups`: the number of groups of members. Each group has a sum of its own, so that
         devices among which the batch is divided need not exchange it.
     - `mapped`: whether each input has the axis, which is its first.
     - `returned`: the same for the outputs.

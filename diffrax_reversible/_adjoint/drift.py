@@ -27,7 +27,7 @@ _decades = range(-16, 9)
 
 def _message(size: str) -> str:
     return (
-        f"{call}: the walk back from the end of the solve missed a state that is known "
+        f"{call}: the backward pass, from the end of the solve, missed a known state "
         f"by a relative error {size}, more than `ReversibleAdjoint(drift_tol=...)` allows, "
         "so its gradient would be wrong. Either steps were too large to be stable "
         "(decrease the tolerances or `dt0`), or the solution contracts too strongly or is "
@@ -51,11 +51,11 @@ _grown = (
 
 _messages = [
     *(_message(f"between 1e{d:+03d} and 1e{d + 1:+03d}") for d in _decades),
-    f"{call}: the walk back from the end of the solve met values that are not finite, so "
-    "there is no gradient. The solution or its vector field overflowed, or is NaN, or the "
-    "equations of an implicit step were not solved; check the solution itself, decrease "
-    "the tolerances or `dt0`, and check the `linear_solver` and `root_finder` of an "
-    "implicit solver.",
+    f"{call}: the backward pass, from the end of the solve, met values that are not "
+    "finite, so there is no gradient. The solution or its vector field overflowed, or is "
+    "NaN, or the equations of an implicit step were not solved; check the solution itself, "
+    "decrease the tolerances or `dt0`, and check the `linear_solver` and `root_finder` of "
+    "an implicit solver.",
 ]
 
 

@@ -30,8 +30,8 @@ from .steps import Record, room_for_residuals
 
 # Symplectic solvers hold as many states as fit into this many bytes, see below.
 _room_in_single_precision = 1 << 20
-# Of states with at most so many bytes, twice as many as usual are held, if they fit into
-# this fraction of the room for all residuals.
+# Twice as many states are held if each has at most so many bytes, and if all fit into this
+# fraction of the room for all residuals.
 _small, _share_of_room = 1 << 10, 1 / 2
 
 

@@ -35,8 +35,8 @@ _parasitic = 2.0
 # The largest size of an entry of the cotangent decays by this factor per step, to detect
 # growth that begins after the entry has decayed.
 _remembered = 0.97
-# An entry has grown if by more than this factor in steps in which it should not. Any solve
-# of a few, barely accurate steps may show less.
+# An entry counts as grown above this factor, over steps in which it should decay. Any
+# solve of a few, barely accurate steps may show less.
 _least = 4.0
 # The limit per step on growth that other entries may have passed on.
 _passed_on = 3.0

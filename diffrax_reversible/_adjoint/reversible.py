@@ -89,10 +89,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     and its like, and `McCallumFoster`, then do not undo it, but differentiate it from its
     start, as the default adjoint does. They store none of its stages, but compute them from
     the start: for the `n` evaluations of a step of `ALF4` and its like that takes
-    `n (n - 1) / 2` more, and for `McCallumFoster` `n / 2`. An entry of a vector
-    field is a sum, and rounds as its terms do: a miss of four machine epsilons of the
-    largest entry of its array repeats no segment, and one of 16 in a single step is no
-    miss.
+    `n (n - 1) / 2` more, and for `McCallumFoster` `n / 2`. An entry of a vector field is a
+    sum, and rounds as its terms do. So no segment is repeated for misses below four machine
+    epsilons of the largest entry of the array, and no step for misses below 16.
 
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
     The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a replay
@@ -144,47 +143,47 @@ class ReversibleAdjoint(AbstractAdjoint):
     The solve records how long each entry of the state keeps its initial value, to the last
     bit. The gradient is thus on the same side of a kink as the solve, even if the solve
     begins at one, as at zero with `relu`. For vector fields that compare or take maxima,
-    this takes an integer and a number for each entry of the state and the solver state and,
-    in steps in which an entry begins to move, two more evaluations for each evaluation, or
-    for a state of many kilobytes half as many as a step has. With an implicit solver, a
+    this takes an integer and a number for each entry of the state and the solver state.
+    Each step in which an entry begins to move takes two more evaluations per evaluation, or
+    for a state of many kilobytes half as many as the step has. With an implicit solver, a
     stage in such a step may be at the kink up to rounding, and the gradient on either side,
     under every adjoint.
 
     **Memory**
 
-    A few states, whatever the number of stages; some two to four more for each of
-    `checkpoints`, and with those a second sum of the cotangent of everything differentiated
-    except the state; one evaluation of the vector field with its pull-back; and a record of
-    the last steps, of 9 bytes each in float64 (17 if there may be jumps). The record has
-    room for at least 256 steps, for more if `diffrax.RecursiveCheckpointAdjoint` takes
-    as much memory for `max_steps` or if there are many `checkpoints`, and for at most
-    16,384. So memory is bounded for any number of steps, and `max_steps=None` has
-    gradients. From `max_steps=256` on, 128 states of 64 numbers, or one of 4,096, take no
-    more than with the default adjoint; smaller states and fewer steps may take more. With
-    an `AbstractReversibleStepSizeController` the record has no times, but only which steps
-    followed a restart. Leaves of `terms` and `args` that nothing reads take no memory.
+    A gradient holds a few states, whatever the number of stages; some two to four more for
+    each of `checkpoints`, and with those a second sum of the cotangent of everything
+    differentiated except the state; one evaluation of the vector field with its pull-back;
+    and a record of the last steps, of 9 bytes each in float64 (17 if there may be jumps).
+    The record has room for at least 256 steps, for more if
+    `diffrax.RecursiveCheckpointAdjoint` takes as much memory for `max_steps` or if there
+    are many `checkpoints`, and for at most 16,384. So memory is bounded for any number of
+    steps, and `max_steps=None` has gradients. From `max_steps=256` on, 128 states of 64
+    numbers, or one of 4,096, take no more than with the default adjoint; smaller states and
+    fewer steps may take more. With an `AbstractReversibleStepSizeController` the record has
+    no times, but only which steps followed a restart. Leaves of `terms` and `args` that
+    nothing reads take no memory.
 
     The members of a batch, as of `jax.vmap` over initial values, often share parameters, as
-    the weights of a network. Where a gradient with respect to more than 1,024 of these is
-    taken of the batch as a whole, as `jax.grad` of a mean loss, their cotangents are summed
-    over the batch in every evaluation, and none is held for each member. Then all members
-    go on from their known states at once, and if one misses its own, all undo their last
-    steps again. If nothing but shared parameters is differentiated, so that the gradient is
-    a sum over the members, they do so if the mean of their misses is too large, or one
-    exceeds `drift_tol`. If a `SaveAt(ts=..., fn=...)` interpolates, or if times are
-    differentiated, each member holds a cotangent of its own.
+    the weights of a network. For `jax.grad` of a mean loss with more than 1,024 shared
+    parameters, every evaluation sums their cotangents over the batch, and no member holds
+    its own. Then all members go on from their known states at once, and if one misses its
+    own, all undo their last steps again. If only shared parameters are differentiated, they
+    do so if the mean of their misses is too large, or if one exceeds `drift_tol`. If a
+    `SaveAt(ts=..., fn=...)` interpolates, or if times are differentiated, each member holds
+    a cotangent of its own.
 
     **Work**
 
-    For the solvers of this package one evaluation of the vector field and one pull-back
-    through it for each evaluation of the forward pass. If a `SaveAt(fn=...)` interpolates,
-    or if times are differentiated, half as much again; for `ALF6` also in steps with
-    interpolated outputs. Each known state costs one evaluation or one step, but none with
-    `ALF4` and its like. A replay takes the evaluations of a solve: on
-    `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
-    checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
-    1 checkpoint 6 times. A backward pass that is done once more, see above, takes at least
-    twice as many evaluations, or three times with `McCallumFoster`.
+    With the solvers of this package, the backward pass takes one evaluation of the vector
+    field and one pull-back through it for each evaluation of the forward pass. If a
+    `SaveAt(fn=...)` interpolates, or if times are differentiated, half as much again; for
+    `ALF6` also in steps with interpolated outputs. Each known state costs one evaluation or
+    one step, but none with `ALF4` and its like. A replay takes the evaluations of a solve:
+    on `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps.
+    There 8 checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4
+    twice, and 1 checkpoint 6 times. A backward pass that is done once more, see above,
+    takes at least twice as many evaluations, or three times with `McCallumFoster`.
 
     **Transformations**
 

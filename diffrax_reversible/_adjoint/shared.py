@@ -31,8 +31,8 @@ class Shared:
 
     @staticmethod
     def of(sharing: Sharing, inputs: Inputs, perturbed: Inputs) -> "Shared | None":
-        """What is shared of the `perturbed` leaves of `inputs.context`, with the `sharing`
-        of all arrays in `inputs` and others; `None` if that is nothing."""
+        """The shared leaves among the `perturbed` ones of `inputs.context`, by the
+        `sharing` of all arrays in `inputs` and others. `None` if there are none."""
         names, flags = sharing
         if len(names) == 0 or not _takes_sums():
             return None

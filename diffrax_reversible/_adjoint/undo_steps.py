@@ -58,8 +58,8 @@ def _undo_apart(walk: Walk, position: Position, kept: Kept) -> Position:
 
 
 def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -> Position:
-    """As `undo_steps`, until every element of a batch has come to a known state. Then what
-    was added to the cotangents of what they share counts, or does not, for all at once."""
+    """As `undo_steps`, until every element of a batch has come to a known state. The sums
+    of shared cotangents are then accepted, or discarded, for the whole batch."""
 
     def undoes(position):
         return eqxi.unvmap_any(position.undoes_next)

@@ -25,7 +25,7 @@ def detach_unread(
     """`terms` and `args`, where leaves that no step, output, event or controller reads have
     no derivative.
 
-    Often `args` is a whole model, of which the vector field is a part. The cotangent of the
+    Often `args` is a whole model that includes the vector field. The cotangent of the
     rest is zero, and takes no memory if JAX knows that.
     """
     diff, nondiff = eqx.partition((terms, args), eqx.is_inexact_array)

@@ -17,8 +17,9 @@ class AbstractReversibleStepSizeController(
 ):
     """A step-size controller that can compute the start of a step from its end.
 
-    `ReversibleAdjoint` records the steps of other controllers, but not those of this kind:
-    the memory of a gradient does not depend on the number of steps, and gradients work with
+    Subclass it for a controller of your own that needs no record. `ReversibleAdjoint`
+    records the steps of other controllers, but not those of this kind: the memory of a
+    gradient does not depend on the number of steps, and gradients work with
     `diffeqsolve(..., max_steps=None)`.
 
     Every step has to begin where the last one ended, so jumps are not supported. The

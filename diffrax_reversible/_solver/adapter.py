@@ -81,7 +81,7 @@ class AbstractReversibleAdapter(
 ):
     """A wrapper around an existing `solver`, to which a subclass adds `backward_step`.
 
-    See `as_reversible`.
+    For solvers that others have written. See `as_reversible`.
 
     **Arguments:**
 

@@ -125,7 +125,7 @@ class ALF6(AbstractALF):
 
 
 class ALF8(AbstractALF):
-    """Composition of asynchronous leapfrog of order 8, for tolerances of 1e-10 and below.
+    """Composition of asynchronous leapfrog of order 8, for errors below 1e-9.
 
     Order 8, embedded order 7, thirty-four evaluations per step (and one at the start).
     Hermite interpolation of order 7 takes two more, as with `ALF4`. Memory of
@@ -158,7 +158,7 @@ class ALF(AbstractALF):
     """Composition of asynchronous leapfrog with coefficients of your own.
 
     Order, embedded order, evaluations per step and interpolation are those of the
-    `tableau`; otherwise it works as `ALF4` does.
+    `tableau`; otherwise it works as `ALF4` does, which also names the sources.
 
     Example:
 

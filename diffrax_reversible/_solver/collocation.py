@@ -12,7 +12,11 @@ from .._custom_types import RealScalarLike, Y
 class CollocationInterpolation(AbstractLocalInterpolation):
     """The collocation polynomial of a Gauss method, of degree and order `s`.
 
-    It is exact to the bit at both ends, and linear in the data.
+    Gauss methods use it between steps. It is exact to the bit at both ends, and linear in
+    the data.
+
+    Reference: Hairer, Nørsett & Wanner (1993), *Solving Ordinary Differential Equations I*,
+    section II.7, doi:10.1007/978-3-540-78862-1.
 
     **Arguments:**
 

@@ -40,7 +40,7 @@ class AbstractCouplingSolver(HasPullbackFromStart[_SolverState], Generic[_Solver
     Each step evaluates each increment once. The backward pass takes one evaluation and one
     pull-back of each. There is no error estimate: steps have to be constant, given, or, if
     the subclass has a `func`, chosen by `StepDensityController`. Interpolation is linear.
-    Memory of `SaveAt(dense=True)`: two states per step.
+    Memory of `SaveAt(dense=True)`: two states per step. `Coupling` names the sources.
 
     **Raises:**
 

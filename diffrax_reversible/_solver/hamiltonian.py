@@ -68,6 +68,9 @@ class BlanesMoan4(AbstractSplitting):
     drift. Cubic Hermite interpolation is of order 4. Memory of `SaveAt(dense=True)`: four
     states per step.
 
+    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
+    and the energy are as for `StormerVerlet`.
+
     Example:
 
     >>> import diffrax
@@ -109,6 +112,9 @@ class BlanesMoan6(AbstractSplitting):
     the vector fields, if there is anything to interpolate. Memory of `SaveAt(dense=True)`:
     six states per step.
 
+    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
+    and the energy are as for `StormerVerlet`.
+
     Example:
 
     >>> import diffrax
@@ -146,6 +152,9 @@ class KahanLi8(AbstractSplitting):
     of the force at the start). Septic Hermite interpolation of order 8 uses second and
     third derivatives at both ends of a step, by forward mode, if there is anything to
     interpolate. Memory of `SaveAt(dense=True)`: eight states per step.
+
+    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
+    and the energy are as for `StormerVerlet`.
 
     Example:
 

@@ -15,10 +15,10 @@ from .._tree import tree_axpy
 class HermiteInterpolation(AbstractLocalInterpolation):
     """Hermite interpolation through both ends of a step and values within it.
 
-    The polynomial through the solution and its derivative at both ends, the solution at
-    given fractions of the step and, if given, the derivative at the mid-point. Its degree
-    is three, and one more for each value within the step. It is exact to the bit at both
-    ends, and linear in the data.
+    `ALF4` and its like use it between steps. It is the polynomial through the solution and
+    its derivative at both ends, the solution at given fractions of the step and, if given,
+    the derivative at the mid-point. Its degree is three, and one more for each value within
+    the step. It is exact to the bit at both ends, and linear in the data.
 
     **Arguments:**
 
@@ -32,6 +32,9 @@ class HermiteInterpolation(AbstractLocalInterpolation):
 
     `y0`, `y1`, `k0`, `k1`, `k_mid` and the elements of `inner` are PyTrees of arrays with
     the structure and shapes of the state.
+
+    Reference: Hairer, Nørsett & Wanner (1993), *Solving Ordinary Differential Equations I*,
+    section II.6, doi:10.1007/978-3-540-78862-1.
 
     Example:
 

@@ -396,8 +396,8 @@ class McCallumFoster(
         return y0, with_copy(solver_state, z0), cotangent, off
 
     def _if_large(self, passed: Y, y_bar: Y) -> Y:
-        """What is `passed` through the first stage, without entries that cannot be a fast
-        mode's.
+        """The cotangent `passed` through the first stage, with zeros for entries that
+        cannot belong to a fast mode.
 
         The first stage passes on the cotangent of one copy at the start of the step, and
         `y_bar` is the sum of both copies'. As these take turns, the former may stay next to
