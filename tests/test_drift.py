@@ -53,7 +53,7 @@ def test_error_says_by_how_much_and_what_helps():
     with pytest.raises(RuntimeError) as e:
         gradient(jnp.array(4.0))
     message = str(e.value)
-    assert "adjoint=ReversibleAdjoint())`: the walk back" in message
+    assert "adjoint=ReversibleAdjoint())`: the backward pass" in message
     assert "relative error between 1e" in message
     for remedy in (
         *(

@@ -217,7 +217,7 @@ def test_misses_are_not_hidden():
         return jnp.sum(sol.ys)
 
     assert jnp.isfinite(jax.grad(loss)(1.0))
-    with pytest.raises(RuntimeError, match="the walk back"):
+    with pytest.raises(RuntimeError, match="the backward pass"):
         eqx.filter_jit(jax.grad(loss))(150.0)
 
 
