@@ -304,6 +304,7 @@ LABELS = {
     REVERSIBLE.name: ("C0", "neural ODE,\nReversibleAdjoint"),
     TSIT5.name: ("0.3", "neural ODE,\ndefault adjoint"),
     EULER.name: ("0.6", "residual layers,\ncheckpoints"),
+    DIRECT.name: ("C4", "neural ODE,\nDirectAdjoint"),
     STACK: ("C3", "residual layers,\nall stored"),
 }
 

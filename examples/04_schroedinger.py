@@ -275,7 +275,7 @@ def draw(before, after, losses, file: pathlib.Path) -> None:
     axes[0].set_ylabel("time")
     axes[0].legend(loc="upper left")
     axes[2].semilogy(losses)
-    axes[2].set(title="probability to lose the atom", xlabel="update")
+    axes[2].set(title="probability of losing the atom", xlabel="update")
     figure.savefig(file, dpi=100)
 
 

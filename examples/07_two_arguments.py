@@ -19,7 +19,9 @@ held-out loss by less than half of what another seed does, or by less than 5 %.
 
 Run `python examples/07_two_arguments.py` after `pip install ".[examples]"`. It takes two to
 three minutes on two fast cores, and up to eight on slow ones, or a third more with `--all`,
-and writes `07_two_arguments.png`. `--quick` trains only the neural ODE, for 20 updates.
+and writes `07_two_arguments.png`. The committed figure is drawn with `--all`. `--quick`
+trains only the neural ODE, for 20 updates. `--quick --all` trains all seven models, for
+three updates, and does not ask whether they learn anything.
 """
 
 import argparse
@@ -525,43 +527,52 @@ def plot_ratios(axes, results: dict[str, Result]) -> None:
         field = "milliseconds" if kind == "time" else "megabytes"
         values = [getattr(r, field) for r in results.values()]
         ratios = [v[OURS] / v[DIFFRAX] for v in values]
-        bars = axes.barh(rows + shift, ratios, 0.34, color=colour, label=kind)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.axvline(1, color=ORANGE, linewidth=2)
+        bars = axes.barh(rows + shift, ratios, 0.34, color=colour, label=kind, zorder=2)
+        # The numbers cover the line.
+        box = dict(facecolor="white", edgecolor="none", pad=0.8)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=3, bbox=box, zorder=3)
+    axes.axvline(1, color=ORANGE, linewidth=2, zorder=1)
     axes.set_yticks(rows, list(results))
     axes.invert_yaxis()
     axes.set_title("an update, Diffrax's = 1", fontsize=10)
-    axes.set_xlim(0, 1.6 * axes.get_xlim()[1])
-    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
     axes.legend(fontsize=8, frameon=False, **below)
 
 
 def plot(results: dict[str, Result], path: pathlib.Path) -> None:
+    # The legend takes the last panel of the losses.
     rows = min(2, len(results))
-    columns = -(-(len(results) + 1) // rows)
-    figure, grid = plt.subplots(rows, columns, figsize=(2.8 * columns, 4.5))
-    panels = list(grid.flat)
-    for axes, (name, result) in zip(panels, results.items(), strict=False):
+    columns = len(results) // rows + 1
+    size = 2.2 * columns + 3.2, 4.8
+    figure = plt.figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(rows, columns + 1, width_ratios=(*[1] * columns, 1.25))
+    panels = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
+    *panels, last = panels
+    for axes, (name, result) in zip(panels, results.items(), strict=True):
         plot_losses(axes, name, result)
-    plot_ratios(panels[-1], results)
-    for axes in panels:
+    ratios = figure.add_subplot(grid[:, -1])
+    plot_ratios(ratios, results)
+    for axes in (*panels, ratios):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    figure.suptitle("Two arguments changed, and the same training", weight="bold")
-    figure.supxlabel("training loss by updates; dots: held-out loss", fontsize=8, y=0.065)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    title = "training loss by updates\n(dots: held-out loss)"
+    style = dict(fontsize=9, title_fontsize=9, frameon=False)
+    last.legend(handles, labels, loc="center", title=title, **style)
+    last.axis("off")
+    figure.suptitle("Two arguments changed, and the same training", weight="bold")
     figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one model, 20 updates")
+    parser.add_argument("--quick", action="store_true", help="one model, few updates")
     parser.add_argument("--all", action="store_true", help="seven models, not five")
     options = parser.parse_args()
-    names = list(CASES)[: 1 if options.quick else len(CASES) if options.all else 5]
-    results = {name: train(name, 20 if options.quick else None) for name in names}
+    names = list(CASES)[: len(CASES) if options.all else 1 if options.quick else 5]
+    updates = (3 if options.all else 20) if options.quick else None
+    results = {name: train(name, updates) for name in names}
     print_table(results)
     path = pathlib.Path(__file__).with_suffix(".png")
     plot(results, path)
@@ -575,7 +586,8 @@ def main() -> None:
         # difference of 5 % always passes.
         allowed = max(0.5 * abs(other - theirs), 0.05 * theirs)
         assert abs(ours - theirs) < allowed, (name, result.held_out)
-        assert ours < 0.8 * result.before, (name, result.before, result.held_out)
+        if not (options.quick and options.all):
+            assert ours < 0.8 * result.before, (name, result.before, result.held_out)
     print("OK")
 
 

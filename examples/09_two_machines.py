@@ -209,7 +209,8 @@ def plot(alone: Training, together: Training, path) -> None:
     )
     off = np.max(np.abs(np.divide(together.losses, alone.losses) - 1))
     axes.set(xlabel="update", ylabel="loss")
-    axes.set_title(f"Two machines train as one: losses agree to {off:.0e}", loc="left")
+    title = f"Two processes on one machine train as one: losses agree to {off:.0e}"
+    axes.set_title(title, loc="left")
     figure.savefig(path, dpi=100)
 
 

@@ -2,7 +2,7 @@
 
 `ReversibleBlock` below is the block of a Reformer (Kitaev, Kaiser & Levskaya 2020,
 arXiv:2001.04451). It keeps two streams, x and y: it adds the attention of y to x, and then
-a feed-forward network of x to y. A solver states such a chain of `Coupling`s, and the
+a feed-forward network of x to y. A solver declares such a chain of `Coupling`s, and the
 package derives its inverse and its pull-back. One step of the solver is one block, and
 every block has its own weights.
 

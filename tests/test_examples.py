@@ -1,5 +1,5 @@
-"""Every example checks its claims and then prints `OK`; some run in part, with `--quick`.
-Every example has a figure that is small enough to commit."""
+"""Every example checks its claims and then prints `OK`: in part, with `--quick`, and in
+full. Every example has a figure that is small enough to commit."""
 
 import os
 import pathlib
@@ -21,20 +21,43 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 RUNNING = "03_argon.py"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example(path, tmp_path):
+IN_FULL = [path.name for path in EXAMPLES if "--quick" in path.read_text()]
+
+
+def run_example(name, arguments, folder, environment):
     # Run a copy, so that its figure does not end up in the source tree.
-    script = tmp_path / path.name
-    shutil.copy(path, script)
-    quick = ["--quick"] if "--quick" in path.read_text() else []
-    flags = quick_flags(optimised=path.name == RUNNING)
-    environment = os.environ | {"XLA_FLAGS": flags}
-    command = [sys.executable, script, *quick]
+    script = folder / name
+    shutil.copy(FOLDER / name, script)
+    command = [sys.executable, script, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines()[-1] == "OK"
     assert script.with_suffix(".png").stat().st_size > 10_000
+
+
+def quickly_compiled(name):
+    return os.environ | {"XLA_FLAGS": quick_flags(optimised=name == RUNNING)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example(path, tmp_path):
+    quick = ["--quick"] if path.name in IN_FULL else []
+    run_example(path.name, quick, tmp_path, quickly_compiled(path.name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_FULL, ids=lambda name: f"{name} in full")
+def test_in_full(name, tmp_path):
+    """Compiled as users do, as most of the time is for running."""
+    run_example(name, [], tmp_path, os.environ)
+
+
+@pytest.mark.slow
+def test_all_of_two_arguments(tmp_path):
+    """`--all` adds two models."""
+    name = "07_two_arguments.py"
+    run_example(name, ["--quick", "--all"], tmp_path, quickly_compiled(name))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -52,7 +75,8 @@ def test_figure(path):
 # - `speed.py`: gradients are right, and their memory does not grow.
 # - `speed.py --device gpu`: gradients are right on any device, in float32 and float64.
 # - `coefficients.py`: the search finds the coefficients of `ALF4`.
-# - `solutions.py`: no error exceeds 10 times that of `Dopri5`, at and between steps.
+# - `solutions.py`: with `--quick`, and only then, no error exceeds 10 times that of
+#   `Dopri5`, at and between steps.
 # - `error_weights.py`: the package's error estimates are at least a quarter of the error.
 # - `stiff_oscillation.py`: solutions are right to 1e-4.
 # - `compile_time.py`: programs are loaded from JAX's cache, and give the same gradient.
