@@ -2,9 +2,12 @@
 
 import math
 
-from diffrax import AbstractSolver
+from diffrax import AbstractSolver, LeapfrogMidpoint, ReversibleHeun
 
-from .explanation import default_gradient, Explanation, solver_name
+from .._solver.abstract_alf import AbstractALF
+from .._solver.alf import ALF4
+from .explanation import default_gradient, Explanation
+from .names import solver_name
 from .rivals import Rival
 
 
@@ -27,12 +30,12 @@ def advise(
     sentences = [
         _of_failure(explanation),
         _of_refusal(explanation, single),
+        *_of_solver(explanation.rivals, solver, tolerance),
         _of_rejected(explanation),
         _of_replays(explanation),
         _of_repeats(explanation, single),
         _of_dead_modes(explanation),
         _of_memory(explanation),
-        _of_solver(explanation.rivals, solver, tolerance),
     ]
     told = [sentence for sentence in sentences if sentence is not None]
     return told if len(told) > 0 else ["Nothing to change."]
@@ -41,10 +44,11 @@ def advise(
 def _of_failure(explanation: Explanation) -> str | None:
     if explanation.failed is None:
         return None
-    return (
-        "The solve itself does not succeed. See where its steps shrink, by "
-        "`Explanation.plot`, and whether another solver of those below succeeds."
+    sentence = (
+        "The solve itself does not succeed. `Explanation.plot` shows where its steps shrink"
     )
+    others = ", and the table of solvers, which of them succeed"
+    return sentence + (others if len(explanation.rivals) > 0 else "") + "."
 
 
 def _of_refusal(explanation: Explanation, single: bool) -> str | None:
@@ -106,7 +110,7 @@ def _of_dead_modes(explanation: Explanation) -> str | None:
 
 def _of_memory(explanation: Explanation) -> str | None:
     ours, default = (explanation.memory.get(k) for k in ("gradient", default_gradient))
-    if ours is None or default is None or ours <= default:
+    if explanation.failed is not None or ours is None or default is None or ours <= default:
         return None
     return (
         "The state is so small, or the steps so few, that `RecursiveCheckpointAdjoint` "
@@ -114,27 +118,63 @@ def _of_memory(explanation: Explanation) -> str | None:
     )
 
 
-def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) -> str | None:
-    """The fastest gradient with an error no larger, or within the tolerance."""
+def _of_solver(rivals: list[Rival], solver: AbstractSolver, tolerance: float) -> list[str]:
+    """`ALF4` in place of a solver that does not restart, if it is better; and the fastest
+    gradient with an error no larger, or within the tolerance."""
     given = [rival for rival in rivals if rival.dtype is None]
-    own = [rival for rival in given if solver_name(rival.solver) == solver_name(solver)]
+    own = next((rival for rival in given if rival.solver == solver), None)
     able = [rival for rival in rivals if math.isfinite(rival.error)]
-    if len(own) == 0 or len(able) == 0:
-        return None
-    own = own[0]
-    works = math.isfinite(own.error)
-    enough = tolerance if math.isfinite(tolerance) else 0.0
-    if works:
-        enough = max(enough, own.error)
-    right = [rival for rival in able if rival.error <= enough] if works else able
-    if len(right) == 0:
-        return None
-    best = min(right, key=lambda rival: rival.milliseconds)
-    if works and best.milliseconds > _faster * own.milliseconds:
-        return None
-    precision = "" if best.dtype is None else f" in {best.dtype}"
-    share = f", {best.milliseconds / own.milliseconds:.2g} times as long" if works else ""
-    return (
-        f"`solver={solver_name(best.solver)}`{precision} takes {best.milliseconds:.2g} ms "
-        f"for a gradient{share}, at an error of {best.error:.1g}."
-    )
+    if own is None or len(able) == 0:
+        return []
+    enough = _allowed_error(own, tolerance)
+    right = [rival for rival in able if rival.error <= enough]
+    told, now = [], own
+    restarting = [r for r in right if r.dtype is None and isinstance(r.solver, ALF4)]
+    if loses_solutions(solver) and len(restarting) > 0:
+        better = restarting[0]
+        if own.error > enough or _is_faster(better, own):
+            name, now = solver_name(solver), better
+            told.append(
+                f"`{name}` does not restart, and loses the solution where the flow "
+                f"contracts. {_measured(better, own)}"
+            )
+    best = min(right, key=lambda rival: rival.milliseconds, default=now)
+    worth = _is_faster(best, now) or now.error > enough >= best.error
+    return [*told, _measured(best, own)] if worth else told
+
+
+def loses_solutions(solver: AbstractSolver) -> bool:
+    """Whether the solver loses the solution, with a successful result, where the flow
+    contracts (see `ReversibleAdjoint`)."""
+    if isinstance(solver, AbstractALF):
+        return len(solver.tableau.sub_steps) == 1
+    return isinstance(solver, ReversibleHeun | LeapfrogMidpoint)
+
+
+def _allowed_error(own: Rival, tolerance: float) -> float:
+    """The tolerance, or the solver's own error if that is larger. If the solver has no
+    gradient, any error. If it has lost the solution, a tenth of its error."""
+    if not math.isfinite(own.error):
+        return math.inf
+    known = math.isfinite(tolerance)
+    if loses_solutions(own.solver) and own.error > 10 * (tolerance if known else 0.01):
+        return own.error / 10
+    return max(tolerance, own.error) if known else own.error
+
+
+def _is_faster(rival: Rival, own: Rival) -> bool:
+    """Whether it is worth a change. Anything is faster than no gradient."""
+    if not math.isfinite(own.error):
+        return math.isfinite(rival.error)
+    return rival.milliseconds <= _faster * own.milliseconds
+
+
+def _measured(rival: Rival, own: Rival) -> str:
+    """The measurements of an advised solver, in comparison with the present one."""
+    precision = "" if rival.dtype is None else f" in {rival.dtype}"
+    time, error = f"{rival.milliseconds:.2g} ms for a gradient", f"{rival.error:.1g}"
+    if math.isfinite(own.error):
+        time += f", {rival.milliseconds / own.milliseconds:.2g} times as long"
+        error += f" instead of {own.error:.1g}"
+    name = solver_name(rival.solver)
+    return f"`solver={name}`{precision} takes {time}, at an error of {error}."

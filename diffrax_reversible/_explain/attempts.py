@@ -1,5 +1,6 @@
 """The attempted steps of a solve."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,34 @@ class Attempts(NamedTuple):
     @property
     def sizes(self) -> Float[np.ndarray, " steps"]:
         return np.abs(self.end - self.start)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The first time, and the last that accepted steps have reached."""
+        first = self.start[0]
+        reached = np.append(self.end[self.accepted], first)
+        return float(first), float(reached[np.argmax(np.abs(reached - first))])
+
+    def densest(self, accepted: bool) -> tuple[int, float, float]:
+        """The tenth of the `span` in which most of the `accepted`, or of the rejected,
+        steps start: their number, and its ends."""
+        first, last = self.span
+        start = self.start[self.accepted == accepted]
+        length = last - first
+        place = np.zeros_like(start) if length == 0 else 10 * (start - first) / length
+        tenths = np.clip(np.nan_to_num(place), 0, 9).astype(int)
+        counts = np.bincount(tenths, minlength=10)
+        most = int(np.argmax(counts))
+        ends = first + length * np.array([most, most + 1]) / 10
+        return int(counts[most]), float(ends[0]), float(ends[1])
+
+    def time(self, t: float) -> str:
+        """A time in as many digits as tell a hundredth of the `span`."""
+        first, last = self.span
+        length, largest = abs(last - first), max(abs(first), abs(last))
+        more = math.ceil(math.log10(largest / length)) if length > 0 else 0
+        # A sum with zero has no negative zero.
+        return f"{t + 0.0:.{3 + max(more, 0)}g}"
 
 
 class RecordingController(AbstractStepSizeController):

@@ -17,8 +17,9 @@ from .._adjoint.drift import coarsest_eps
 from .._adjoint.reversible import ReversibleAdjoint
 from .advice import advise
 from .attempts import Attempts, RecordingController
-from .explanation import default_gradient, Explanation, solver_name
+from .explanation import default_gradient, Explanation
 from .gradient import Solve, sum_of_squares, temporary_bytes
+from .names import solver_name
 from .rivals import compare, default_rivals, reason
 
 
@@ -47,6 +48,16 @@ def explain(
     under `diffrax.RecursiveCheckpointAdjoint`, and what to change. Call it outside of
     `jax.jit`, `jax.vmap` and `jax.grad`, for one member of a batch.
 
+    Example:
+
+    >>> import diffrax
+    >>> import jax.numpy as jnp
+    >>> from diffrax_reversible import ALF4, explain
+    >>> term = diffrax.ODETerm(lambda t, y, args: -y)
+    >>> explanation = explain(term, ALF4(), 0, 1, 0.25, jnp.array(1.0), rivals=())
+    >>> print(str(explanation).splitlines()[1].strip())
+    steps          4 accepted, 0 rejected (0%), sizes from 0.25 to 0.25
+
     **Arguments:**
 
     - `terms` to `args`, and `settings`: as for `diffeqsolve`. The default adjoint is
@@ -55,9 +66,9 @@ def explain(
         `y0`, `args` and `terms`. Defaults to the sum of squares of all outputs.
     - `rivals`: solvers to compare with, each under `ReversibleAdjoint()`; `()` for none.
         Defaults to those of this package for the same kind of `terms`, if steps are
-        constant or by a `PIDController`. Their errors are those of the outputs, compared
-        with a finer solve by the last of them. The solver itself is also tried in float32,
-        or in float64 if JAX has it, whichever the state is not in.
+        constant or by a `PIDController`. The solver itself is measured too, and also in
+        float32, or in float64 if JAX has it, whichever the state is not in. Errors are
+        those of the outputs, compared with a finer solve by the last of `rivals`.
 
     **Returns:**
 
@@ -71,7 +82,7 @@ def explain(
 
     **Cost:**
 
-    About ten compilations, and a few runs of each.
+    About twenty compilations, five with `rivals=()`, and a few runs of each.
     """
     y0 = jtu.tree_map(jnp.asarray, y0)
     solve = Solve(terms, solver, t0, t1, dt0, y0, args, settings, loss)

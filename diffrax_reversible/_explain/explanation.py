@@ -1,11 +1,14 @@
 """The result of `explain`."""
 
 import dataclasses
+import textwrap
 from typing import Any
 
 import numpy as np
 
 from .attempts import Attempts
+from .names import solver_name
+from .plot import draw
 from .rivals import Rival
 
 
@@ -29,8 +32,9 @@ class Explanation:
     - `refused`: the reason why there is no gradient, or `None`.
     - `memory`: compiled temporary memory in bytes, of the solve, of its gradient, and of
         the gradient under `RecursiveCheckpointAdjoint`, where XLA reports it.
-    - `rivals`: time, memory and error of the same solve with the solvers of this package,
-        and with its own in single or double precision, whichever it is not in.
+    - `rivals`: time, memory and error of the same solve, with its own solver first, then
+        with those to compare, and with its own in single or double precision, whichever it
+        is not in.
     - `advice`: what to change, as sentences.
     """
 
@@ -65,8 +69,40 @@ class Explanation:
         return [
             *failed,
             f"  steps          {count} accepted, {rejected}, {range_}",
-            f"  restarts       {self.num_restarts}",
+            *self._crowded(),
+            f"  restarts       {self._restarts()}",
         ]
+
+    def _crowded(self) -> list[str]:
+        """The tenth of the solve with most rejected steps, and that with most accepted ones
+        if it has more than twice its share."""
+        attempts, lines = self.attempts, []
+        for accepted in (True, False):
+            total = int(np.sum(attempts.accepted == accepted))
+            count, *ends = attempts.densest(accepted)
+            if total == 0 or (accepted and count <= max(2, 0.2 * total)):
+                continue
+            first, last = map(attempts.time, ends)
+            what = "accepted" if accepted else "rejected"
+            lines.append(f"    {what:<13}{count} of {total} from t = {first} to {last}")
+        return lines
+
+    @property
+    def restart_times(self) -> list[float]:
+        """The times of the restarts that the backward pass has reached, in the order of the
+        solve."""
+        reached = {s["step"]: s["t"] for s in self.known_states if s["restarted"]}
+        return [reached[step] for step in sorted(reached)]
+
+    def _restarts(self) -> str:
+        times = self.restart_times
+        if len(times) == 0:
+            return str(self.num_restarts)
+        # A refused gradient has not reached all of them.
+        reached = "" if len(times) >= self.num_restarts else "reached by the backward pass "
+        first = ", ".join(map(self.attempts.time, times[:5]))
+        more = ", ..." if len(times) > 5 else ""
+        return f"{self.num_restarts}, {reached}at t = {first}{more}"
 
     def _backward_pass(self) -> list[str]:
         if self.refused is not None:
@@ -94,22 +130,25 @@ class Explanation:
         return [f"  memory         {', '.join(sizes)}"] if len(sizes) > 0 else []
 
     def _rivals(self) -> list[str]:
-        lines = ["  solvers        gradient [ms]   memory [kB]     error"]
+        names = []
         for rival in self.rivals:
             precision = "" if rival.dtype is None else f", {rival.dtype}"
-            name = solver_name(rival.solver) + precision
+            names.append(solver_name(rival.solver) + precision)
+        width = max(map(len, names)) + 1
+        lines = [f"  {'solvers':<{width + 2}}gradient [ms]   memory [kB]     error"]
+        for name, rival in zip(names, self.rivals, strict=True):
             if rival.refused is not None:
-                lines.append(f"    {name:<24} {rival.refused[:60]}")
+                why = textwrap.shorten(rival.refused, 60, placeholder=" ...")
+                lines.append(f"    {name:<{width}}{why}")
                 continue
             memory = "" if rival.bytes is None else f"{rival.bytes / 1e3:.1f}"
-            lines.append(
-                f"    {name:<24}{rival.milliseconds:>6.3g}{memory:>14}{rival.error:>10.1e}"
-            )
+            time, error = f"{rival.milliseconds:.3g}", f"{rival.error:.1e}"
+            lines.append(f"    {name:<{width}}{time:>13}{memory:>14}{error:>10}")
         return lines
 
     def plot(self, path: Any = None) -> Any:
-        """Draw accepted and rejected steps, restarts, and the errors of the backward pass
-        at known states.
+        """Draw accepted and rejected steps, restarts, the errors of the backward pass at
+        known states, the memory of the solve and of its gradient, and the advice.
 
         **Arguments:**
 
@@ -119,45 +158,7 @@ class Explanation:
 
         The `matplotlib.figure.Figure`. Matplotlib has to be installed.
         """
-        from matplotlib.figure import Figure  # Not needed otherwise.
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        steps, missed = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-        self._plot_steps(steps)
-        self._plot_misses(missed)
-        steps.set_title(self.title)
+        figure = draw(self)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
-
-    def _plot_steps(self, axes: Any) -> None:
-        start, _, accepted = self.attempts
-        sizes = self.attempts.sizes
-        axes.semilogy(start[accepted], sizes[accepted], ".-", lw=0.7, label="accepted")
-        if not np.all(accepted):
-            rejected = start[~accepted], sizes[~accepted]
-            axes.semilogy(*rejected, "x", color="tab:red", label="rejected")
-        restarts = sorted({s["t"] for s in self.known_states if s["restarted"]})
-        for i, t in enumerate(restarts):
-            label = "restart" if i == 0 else None
-            axes.axvline(t, color="tab:orange", lw=0.7, alpha=0.7, label=label)
-        axes.set_ylabel("step size")
-        axes.legend(loc="best")
-
-    def _plot_misses(self, axes: Any) -> None:
-        for repeated, style in ((False, "."), (True, "x")):
-            known = [s for s in self.known_states if s["repeated"] == repeated]
-            if len(known) > 0:
-                label = "undone again" if repeated else "kept"
-                misses = [max(s["miss"], 1e-6) for s in known]
-                axes.semilogy([s["t"] for s in known], misses, style, label=label)
-        axes.axhline(1, color="tab:red", lw=0.7, label="refused from here")
-        axes.set(xlabel="t", ylabel="miss / `drift_tol`")
-        axes.legend(loc="best")
-
-
-def solver_name(solver: Any) -> str:
-    """The constructor call of a solver, in short."""
-    inner = getattr(solver, "solver", None)
-    inside = "" if inner is None else type(inner).__name__ + "()"
-    return f"{type(solver).__name__}({inside})"

@@ -53,8 +53,9 @@ def default_rivals(solve: Solve) -> tuple[AbstractSolver, ...]:
 
 
 def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
-    """Compare the solve by each of `solvers` with a finer one by the last of them, and by
-    its own solver in single or double precision, whichever it is not in."""
+    """Compare the solve by its own solver, by each of `solvers`, and by its own solver in
+    single or double precision, whichever it is not in, with a finer one by the last of
+    `solvers`."""
     if len(solvers) == 0:
         return []
     # Without a finer solve there are no errors to compare.
@@ -64,7 +65,9 @@ def compare(solve: Solve, solvers: tuple[AbstractSolver, ...]) -> list[Rival]:
         # It may take too many steps.
         with contextlib.suppress(Exception):
             reference = finer.states()
-    rivals = [_measure(solve.but(solver=solver), reference) for solver in solvers]
+    others = [solver for solver in solvers if solver != solve.solver]
+    measure = lambda solver: _measure(solve.but(solver=solver), reference)
+    rivals = [measure(solver) for solver in (solve.solver, *others)]
     other = _other_precision(solve)
     if other is not None:
         rivals.append(_measure(solve.in_precision(other), reference, other))
