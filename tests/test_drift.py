@@ -70,7 +70,7 @@ def test_error_says_by_how_much_and_what_helps():
 
 
 def test_error_of_a_batch_is_that_of_the_element_concerned():
-    with pytest.raises(RuntimeError, match="missed a state that is known"):
+    with pytest.raises(RuntimeError, match="missed a known state"):
         jax.vmap(gradient)(jnp.array([0.3, 4.0, 0.5]))
 
 

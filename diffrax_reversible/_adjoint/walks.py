@@ -72,26 +72,27 @@ def walk_until_right(walk: Walk, end: Position) -> tuple[Position, BoolScalarLik
 def _finish(walk: Walk, position: Position) -> tuple[Position, list[Sketch]]:
     """The position with the gradient at the start of the solve, and a sketch of that."""
     before = pull_start(walk, position)
-    position = _pull_init(walk, before)
+    passed = walk.problem.passed_solver_state
     if walk.departure is None:
-        return position, []
+        return before if passed else _pull_init(walk, before), []
+    after = _pull_init(walk, before)
     # What `init` adds to many parameters would be another copy, as would the sum of both
     # parts, and sketches are linear.
-    parts = params_of(before if many(walk.params) else position)
+    parts = params_of(before if many(walk.params) else after)
     params, earlier = map(sketch, parts)
     params = tree_add(params, earlier) if len(earlier) > 0 else params
-    states = position.cotangent.y if walk.differentiates_start else []
-    return position, [*sketch(states), *params]
+    # If the solver state was passed, its cotangent counts as if `init` had made it: how a
+    # cotangent is divided between the two approximations does not matter.
+    states = after.cotangent.y if walk.differentiates_start else []
+    return before if passed else after, [*sketch(states), *params]
 
 
 def _pull_init(walk: Walk, position: Position) -> Position:
-    """Pull the cotangent of the first solver state back, unless that was passed.
+    """Pull the cotangent of the first solver state back, as that of `init`.
 
     `init` is called again here, so that its activations need not be stored.
     """
     problem, ct = walk.problem, position.cotangent
-    if problem.passed_solver_state:
-        return position
 
     def init(y, params):
         context = walk.context(params)
