@@ -1,6 +1,10 @@
+import dataclasses
 import functools
 import gc
+import inspect
+import re
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import numpy as np
@@ -19,12 +23,22 @@ if jax.__version_info__ < (0, 7):
 
 def pytest_make_parametrize_id(val):
     """Readable ids where pytest would only number the parameters: for solvers, controllers
-    and other modules, arrays, and tuples and dictionaries of these."""
-    if isinstance(val, eqx.Module):
-        text = repr(val)
+    and other modules, arrays, and tuples and dictionaries of these. A tuple that begins
+    with a function is a problem, named after its vector field."""
+    if isinstance(val, type):
+        return val.__name__
+    if isinstance(val, dfx.AbstractStepSizeController):
+        return type(val).__name__
+    if dataclasses.is_dataclass(val):
+        text = re.sub(r"\b(solver|coupling)=", "", repr(val))
         return text if len(text) < 50 and "\n" not in text else type(val).__name__
     if isinstance(val, jax.Array | np.ndarray):
-        return str(val) if val.size == 1 else "array"
+        return str(val) if val.size == 1 else eqx.tree_pformat(val)
+    if isinstance(val, tuple) and hasattr(val, "controller"):
+        # A `Case`.
+        val = val.solver, val.controller
+    if isinstance(val, tuple) and val and inspect.isfunction(val[0]):
+        val = val[:1]
     if isinstance(val, tuple | dict):
         if len(val) > 9:
             return f"{len(val)} parts"

@@ -129,6 +129,32 @@ def sum_of_squares(ys):
     return sum(jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2) for y in leaves)
 
 
+def assert_same_gradient(
+    loss, *args, adjoints=None, reference=None, tol=1e-10, rtol=1e-11, has_aux=False
+):
+    """`loss(adjoint, *args)` has the same value and the same gradient under `adjoints`, by
+    default `ReversibleAdjoint()`, and a `reference`, by default Diffrax's default adjoint.
+    Gradients may differ by `tol`, values by `rtol`. So may, for `has_aux`, what the loss
+    returns beside its value. Returns the last gradient."""
+    adjoints = (dr.ReversibleAdjoint(),) if adjoints is None else adjoints
+    reference = dfx.RecursiveCheckpointAdjoint() if reference is None else reference
+
+    @eqx.filter_jit
+    def run(args, adjoint):
+        of = eqx.filter_value_and_grad(lambda args: loss(adjoint, *args), has_aux=has_aux)
+        return of(args)
+
+    expected, expected_grad = run(args, reference)
+    for adjoint in adjoints:
+        value, grad = run(args, adjoint)
+        # Error estimates that are compiled differently round differently, and so do steps.
+        for x, y in zip(*map(jax.tree.leaves, (value, expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=rtol)
+        assert jax.tree.structure(grad) == jax.tree.structure(expected_grad)
+        assert relative_error(grad, expected_grad) < tol
+    return grad
+
+
 def kepler(t, y, args):
     del t, args
     q, p = y

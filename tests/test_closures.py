@@ -150,7 +150,7 @@ def gradients(make, saveat=None, **kwargs):
     return of(dr.ReversibleAdjoint()), of(dfx.RecursiveCheckpointAdjoint())
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     cases(IDIOMS[2:3], slow=IDIOMS[:2] + IDIOMS[3:]),

@@ -32,6 +32,7 @@ from diffrax_reversible._solver.pullback import (
 from diffrax_reversible._tree import tree_zeros_like
 
 from .chains import Ruth, TwoStreams
+from .conftest import pytest_make_parametrize_id
 from .problems import (
     as_terms,
     as_vector,
@@ -84,7 +85,6 @@ def spec(solver):
     return Spec(solver, Network(), Y0)
 
 
-GAUSS = dr.ImplicitMidpoint, dr.Gauss4, dr.Gauss6
 SOLVERS = (
     *(*ALF, COMPENSATED, BITWISE),
     *(*SPLITTINGS, *NYSTROM),
@@ -97,18 +97,14 @@ SOLVERS = (
 )
 
 
-def name_of(solver):
-    return type(solver).__name__ if isinstance(solver, GAUSS) else repr(solver)
-
-
-SPECS = {name_of(solver): spec(solver) for solver in SOLVERS}
+SPECS = {pytest_make_parametrize_id(solver): spec(solver) for solver in SOLVERS}
 every_solver = pytest.mark.parametrize("name", SPECS)
 # One solver of each implementation, chosen for fast compilation.
 ONE_OF_EACH = (
     *("ALF4()", "ALF4(compensated=True)", "ALF4(bitwise=True)"),
-    *("StormerVerlet()", "BlanesMoan4()", "McCallumFoster(solver=Heun())"),
+    *("StormerVerlet()", "BlanesMoan4()", "McCallumFoster(Heun())"),
     *("ReversibleHeun()", "LeapfrogMidpoint()", "SemiImplicitEuler()"),
-    *("ImplicitMidpoint", "InverseOnly()", "TwoStreams()"),
+    *("ImplicitMidpoint()", "InverseOnly()", "TwoStreams()"),
 )
 assert set(ONE_OF_EACH) <= set(SPECS)
 one_of_each = pytest.mark.parametrize(

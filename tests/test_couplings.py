@@ -204,7 +204,7 @@ class Chain(dr.AbstractCouplingSolver):
         (dr.Coupling(0, lambda x: x), list(PAIR_Y0), "tuple of at least two parts"),
     ),
     ids=(
-        *("zero", "NaN", "array", "no such part", "negative part"),
+        *("zero", "NaN", "JAX scalar", "no such part", "negative part"),
         *("shape", "structure", "dtype", "list"),
     ),
 )

@@ -3,11 +3,14 @@
 import doctest
 import inspect
 import pathlib
+import re
 
 import jax
 import pytest
 
 import diffrax_reversible as dr
+
+from .problems import NYSTROM, SOLVERS, SPLITTINGS
 
 
 PUBLIC = {name: getattr(dr, name) for name in dir(dr) if not name.startswith("_")}
@@ -50,6 +53,26 @@ def test_example(name, x64):
 def test_every_class_has_an_example():
     classes = {name for name, value in PUBLIC.items() if inspect.isclass(value)}
     assert classes - set(EXAMPLES) <= WITHOUT_EXAMPLE <= PUBLIC.keys()
+
+
+GAUSS = dr.ImplicitMidpoint(), dr.Gauss4(), dr.Gauss6()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (*SOLVERS, *SPLITTINGS, *NYSTROM, *GAUSS),
+    ids=lambda s: f"{type(s).__name__}{', nystrom' if s in NYSTROM else ''}",
+)
+def test_orders(solver):
+    """The first order that a docstring names is that of the solver. The one that it calls
+    embedded is that of the embedded method."""
+
+    def stated(phrase):
+        text = type(solver).__doc__
+        return int(re.search(rf"\b{phrase} (\d+)", text, re.IGNORECASE)[1])
+
+    assert stated("order") == solver.order(None)
+    assert stated("embedded order") == solver.error_order(None) - 1
 
 
 def test_plain_text():

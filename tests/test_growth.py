@@ -68,6 +68,15 @@ def implicit_heat():
     return implicit(heat, GRID**2, 1.0)
 
 
+# At the start, the fast mode already follows the slow one.
+ON_MANIFOLD = jnp.array([1.0, 1 / 500])
+
+
+@functools.cache
+def implicit_slow_manifold():
+    return implicit(slow_manifold, ON_MANIFOLD, 3.0)
+
+
 DEFAULT = dfx.RecursiveCheckpointAdjoint()
 SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
 
@@ -94,16 +103,15 @@ def test_dead_modes(solver, saveat):
 def test_slow_manifold(solver, tol):
     """The fast mode follows the slow one, so that the solve has no reason to restart. The
     uncorrected gradient is off by several percent or more."""
-    y0 = jnp.array([1.0, 1 / 500])
-    want = implicit(slow_manifold, y0, 3.0)
+    want = implicit_slow_manifold()
     reports = []
     adjoint = dr.ReversibleAdjoint(report=reports.append)
     # With the default number of known states, steps are replayed in both walks.
-    got = gradient(slow_manifold, y0, 3.0, solver, tol, adjoint)
+    got = gradient(slow_manifold, ON_MANIFOLD, 3.0, solver, tol, adjoint)
     assert relative_error(got, want) < 1e-6
     (report,) = reports
     assert 0 < report["restarted_steps"] <= report["undone_steps"] / 2
-    default = gradient(slow_manifold, y0, 3.0, solver, tol, DEFAULT)
+    default = gradient(slow_manifold, ON_MANIFOLD, 3.0, solver, tol, DEFAULT)
     assert relative_error(default, want) > 0.03
 
 
@@ -134,7 +142,7 @@ def test_restarts_with_outputs_jumps_and_replays(jumps, checkpoints):
             )
             return jnp.sum(sol.ys @ WEIGHTS[:2])
 
-        return jax.jit(jax.grad(loss, (0, 1)))(jnp.array([1.0, 1 / 500]), 1.0)
+        return jax.jit(jax.grad(loss, (0, 1)))(ON_MANIFOLD, 1.0)
 
     reports = []
     adjoint = dr.ReversibleAdjoint(checkpoints, report=reports.append)
@@ -155,29 +163,28 @@ def test_restarts_with_outputs_jumps_and_replays(jumps, checkpoints):
 def test_growth_that_may_not_be_found(tol):
     """The gradient is right if the backward pass restarts, and that of the solve otherwise.
     Which of them depends on rounding."""
-    y0 = jnp.array([1.0, 1 / 500])
     reports = []
     adjoint = dr.ReversibleAdjoint(report=reports.append)
     got, default = (
-        gradient(slow_manifold, y0, 3.0, dr.ALF4(), tol, a) for a in (adjoint, DEFAULT)
+        gradient(slow_manifold, ON_MANIFOLD, 3.0, dr.ALF4(), tol, a)
+        for a in (adjoint, DEFAULT)
     )
     jax.effects_barrier()
     if reports[0]["restarted_steps"] == 0:
         assert relative_error(got, default) < 1e-6
     else:
-        assert relative_error(got, implicit(slow_manifold, y0, 3.0)) < 1e-2
+        assert relative_error(got, implicit_slow_manifold()) < 1e-2
 
 
 @pytest.mark.more
 def test_one_member_walks_twice():
     """In a batch, the gradient of a member that needs no restarts is that of the solve."""
-    y0 = jnp.array([1.0, 1 / 500])
 
     def grads(adjoint):
         def grad(fast):
             weights = jnp.stack([jnp.array(1.0), fast])
             field = lambda t, y, k: slow_manifold(t, y, k) * weights
-            return gradient(field, y0, 3.0, dr.ALF4(), 1e-5, adjoint)
+            return gradient(field, ON_MANIFOLD, 3.0, dr.ALF4(), 1e-5, adjoint)
 
         return jax.vmap(grad)(jnp.array([1.0, 0.01]))
 
@@ -186,7 +193,7 @@ def test_one_member_walks_twice():
     jax.effects_barrier()
     assert sum(report["restarted_steps"] > 0 for report in reports) == 1
     first, second = ([g[i] for g in ours] for i in (0, 1))
-    assert relative_error(first, implicit(slow_manifold, y0, 3.0)) < 1e-6
+    assert relative_error(first, implicit_slow_manifold()) < 1e-6
     assert relative_error(second, [g[1] for g in grads(DEFAULT)]) < 1e-9
 
 
@@ -241,11 +248,10 @@ def test_remedy(solver):
 @pytest.mark.more
 def test_batch():
     """One member of a batch is refused, and the other is not."""
-    y0 = jnp.array([1.0, 1 / 500])
 
     def grad(fast):
         field = lambda t, y, k: slow_manifold(t, y, k) * jnp.stack([jnp.array(1.0), fast])
-        return gradient(field, y0, 3.0, dr.ALF4(), 1e-3)
+        return gradient(field, ON_MANIFOLD, 3.0, dr.ALF4(), 1e-3)
 
     grads = jax.vmap(grad)(jnp.array([1.0, 0.01]))
     assert np.array_equal(np.isnan(grads[0]).any(axis=1), [True, False])
@@ -370,7 +376,7 @@ def test_copies_that_take_turns(solver):
 @pytest.mark.slow
 def test_what_sums_over_the_steps_do_not_see():
     """The gradient with respect to the field needs no restarts where that of `y0` does."""
-    y0, reports = jnp.array([1.0, 1 / 500]), []
+    reports = []
     adjoint = dr.ReversibleAdjoint(1024, 0.0099, report=reports.append)
 
     @jax.jit
@@ -387,9 +393,9 @@ def test_what_sums_over_the_steps_do_not_see():
         return jnp.vdot(sol.ys[-1], WEIGHTS[:2])
 
     k = jnp.array(1.0)
-    want = implicit(slow_manifold, y0, 3.0)
-    assert relative_error(jax.grad(loss, 1)(k, y0), want[0]) < 1e-3
-    assert relative_error(jax.grad(loss)(k, y0), want[1]) < 1e-3
+    want = implicit_slow_manifold()
+    assert relative_error(jax.grad(loss, 1)(k, ON_MANIFOLD), want[0]) < 1e-3
+    assert relative_error(jax.grad(loss)(k, ON_MANIFOLD), want[1]) < 1e-3
     jax.effects_barrier()
     first, second = (report["restarted_steps"] for report in reports)
     assert first > second == 0

@@ -3,7 +3,6 @@
 import functools
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,15 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import as_terms, BITWISE, cases, PID, relative_error, sum_of_squares
+from .problems import (
+    as_terms,
+    assert_same_gradient,
+    BITWISE,
+    cases,
+    PID,
+    relative_error,
+    sum_of_squares,
+)
 
 
 Y0, W = jnp.array([1.0, -0.4]), jnp.array(0.7)
@@ -53,18 +60,7 @@ def solve(adjoint, solver, y0=Y0, w=W, field=field, t0=-1.0, t1=3.0, **kwargs):
 
 
 def gradients(loss, *args, checkpoints=0):
-    def of(adjoint):
-        argnums = tuple(range(1, len(args) + 1))
-        return eqx.filter_jit(jax.value_and_grad(loss, argnums))(adjoint, *args)
-
-    ours, default = (
-        of(dr.ReversibleAdjoint(checkpoints)),
-        of(dfx.RecursiveCheckpointAdjoint()),
-    )
-    # The two programs round error estimates differently, and step sizes follow these.
-    np.testing.assert_allclose(ours[0], default[0], rtol=1e-11)
-    assert relative_error(ours[1], default[1]) < 1e-10
-    return ours[1]
+    return assert_same_gradient(loss, *args, adjoints=[dr.ReversibleAdjoint(checkpoints)])
 
 
 @pytest.mark.long

@@ -57,7 +57,7 @@ def gradient(field, solver, y0, adjoint, **kwargs):
     return jax.jit(jax.grad(loss))((y0, jnp.array([0.7, -0.4])))
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rest, save_fn",
     cases(((False, True),), slow=((True, False),)),
@@ -66,7 +66,8 @@ def gradient(field, solver, y0, adjoint, **kwargs):
 @pytest.mark.parametrize(
     "name",
     cases(
-        ("McCallumFoster", "LeapfrogMidpoint"),
+        ("LeapfrogMidpoint",),
+        more=("McCallumFoster",),
         slow=("ALF2", "ALF4", "ALF6", "ALF8", "ReversibleHeun"),
     ),
 )
@@ -101,7 +102,7 @@ def infusion(t, y, k):
     return jnp.stack([flow - dose, dose - 0.3 * tissue, k[1] * effects - effect])
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, steps",
     cases(

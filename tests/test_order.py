@@ -128,12 +128,6 @@ def test_lorenz(solver, bound):
     assert np.max(np.abs(sol.ys[0] - exact)) < bound
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_order_of_the_class(solver):
-    assert f"Order {solver.order(None)}, " in type(solver).__doc__
-    assert f"embedded order {solver.error_order(None) - 1}, " in type(solver).__doc__
-
-
 @pytest.mark.parametrize("solver", cases(SOLVERS[1:2], more=SOLVERS[2:]), ids=repr)
 def test_tolerance(solver):
     """The error on a Kepler orbit is between 0.1 and 300 times the tolerance."""

@@ -253,7 +253,8 @@ CASES = cases(
 @pytest.mark.parametrize("solver, controller, saveat, dtypes", CASES)
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(st.data())
-def test_gradient_is_that_of_the_default_adjoint(solver, controller, saveat, dtypes, data):
+def test_gradient(solver, controller, saveat, dtypes, data):
+    """The gradient is that of the default adjoint."""
     p = data.draw(solves(dtypes))
     grad, (ys, steps) = gradient(dr.ReversibleAdjoint(40), solver, controller, saveat)(p)
     default = gradient(dfx.RecursiveCheckpointAdjoint(), solver, controller, saveat)

@@ -115,10 +115,10 @@ def test_gauss_table():
 
 
 def runs(test):
-    """Whether some case of a test runs by default, with `-m long` or with `-m more`."""
+    """Whether `.ci/run` runs some case of a test: by default or with `-m long`."""
     marks = getattr(test, "pytestmark", [])
     cases = [mark.args[1] for mark in marks if mark.name == "parametrize"]
-    left_out = lambda marked: any(mark.name == "slow" for mark in marked)
+    left_out = lambda marked: any(mark.name in ("more", "slow") for mark in marked)
     of_case = lambda case: getattr(case, "marks", ())
     return not left_out(marks) and all(
         any(not left_out(of_case(case)) for case in several) for several in cases
@@ -126,7 +126,7 @@ def runs(test):
 
 
 def test_support_table():
-    """Every row has a test that runs, and the table lists as refused what
+    """Every row has a test that `.ci/run` runs, and the table lists as refused what
     `test_refusals.py` tests."""
     rows = table("tests/README.md", "What `ReversibleAdjoint` supports")
     assert {answer for _, answer, _ in rows} == {"yes", "refused"}

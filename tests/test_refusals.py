@@ -173,7 +173,7 @@ REFUSALS = (
         ("`Tsit5` is not", "ALF4", "McCallumFoster(solver)", "as_reversible.register"),
     ),
     (
-        "gradients with respect to t0 or t1, if saved by steps that move with them",
+        "gradients with respect to t0 or t1, if moving steps are saved",
         lambda: grad_wrt(
             "t1",
             jnp.array(0.9),
@@ -184,7 +184,7 @@ REFUSALS = (
         ("`t0` or `t1`", "`SaveAt(steps=...)`", "SaveAt(ts=...)", "stop_gradient"),
     ),
     (
-        "gradients with respect to t0 or t1, if an event stops at such a step",
+        "gradients with respect to t0 or t1, if an event stops at one",
         lambda: grad_wrt("t0", jnp.array(0.1), event=dfx.Event(lambda *a, **k: a[1][0])),
         NotImplementedError,
         ("`t0` or `t1`", "`root_finder`", "stop_gradient"),
@@ -304,7 +304,7 @@ REFUSALS = (
         ("solver=ALF4()", "`MultiTerm`", "not all `ODETerm`s", "a single `ODETerm`"),
     ),
     (
-        "jumps, by a solver of Diffrax that evaluates the vector field at these",
+        "jumps, by a solver of Diffrax that evaluates the field there",
         lambda: solve(solver=dfx.ReversibleHeun(), stepsize_controller=JUMPS),
         NotImplementedError,
         ("solver=ReversibleHeun()", "at a jump", "End the solve at the jump", "ALF4"),
@@ -328,13 +328,13 @@ REFUSALS = (
         ("solver=McCallumFoster()", "`ControlTerm`", "ReversibleHeun"),
     ),
     (
-        "gradients of what is saved at the ends of steps that follow the state",
+        "gradients of outputs at ends of steps that follow the state",
         lambda: grad_at_steps(Following()),
         NotImplementedError,
         ("`SaveAt(steps=...)`", "`stepsize_controller`", "`jax.lax.stop_gradient`"),
     ),
     (
-        "settings: an array of checkpoints",
+        "settings: checkpoints as a JAX scalar",
         lambda: dr.ReversibleAdjoint(checkpoints=jnp.array(8)),
         ValueError,
         ("`ReversibleAdjoint(checkpoints=8)`", "integer", "known when"),

@@ -167,7 +167,7 @@ E = 0.6
 ORBIT = (jnp.array([1 - E, 0.0]), jnp.array([0.0, np.sqrt((1 + E) / (1 - E))]))
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize(
     "field, y0, args, t1, tol",
     cases(

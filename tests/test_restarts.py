@@ -112,7 +112,7 @@ HARD = cases(
 
 
 @pytest.mark.parametrize("problem, solver, controller, steps, error, restarts", HARD)
-def test_contracting_and_chaotic(problem, solver, controller, steps, error, restarts):
+def test_hard_problems(problem, solver, controller, steps, error, restarts):
     field, y0, parameter, t1 = problem
     arguments = problem, solver, controller, steps
     # The default tolerance would refuse the gradients that are off by more than 1e-8.

@@ -153,7 +153,12 @@ CHECKS = {
 
 @pytest.mark.parametrize(
     "name",
-    cases((), more=("batch", "batch with many parameters"), slow=("shard_map", "state")),
+    cases(
+        (),
+        long=("batch with many parameters", "state"),
+        more=("batch",),
+        slow=("shard_map",),
+    ),
 )
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES} {quick_flags()}"

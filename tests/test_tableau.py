@@ -218,6 +218,10 @@ def test_single_steps_lose_their_order(order):
         ((1.0,), dict(order=2, embedded_order=2), "less than `order=2`"),
         ((0.5, 0.5), dict(order=2, embedded_order=0), "at least 1"),
     ),
+    ids=(
+        *("none", "NaN", "sum", "not symmetric", "order", "odd order"),
+        *("embedded order too high", "embedded order too low"),
+    ),
 )
 def test_refused_coefficients(sub_steps, kwargs, message):
     with pytest.raises(ValueError, match=message) as e:

@@ -75,7 +75,7 @@ def batched():
     "adjoint, tol",
     cases(
         (),
-        more=((dfx.RecursiveCheckpointAdjoint(), 1e-10),),
+        long=((dfx.RecursiveCheckpointAdjoint(), 1e-10),),
         slow=((dr.ReversibleAdjoint(), 1e-11),),
     ),
 )
@@ -180,7 +180,7 @@ def test_implicit():
 
 
 @pytest.mark.parametrize(
-    "batched", cases((), more=(False,), slow=(True,)), ids=("one", "batch")
+    "batched", cases((), long=(False,), slow=(True,)), ids=("one", "batch")
 )
 def test_progress_meter(batched, capsys):
     """The backward pass shows its progress, as the solve does."""
@@ -221,9 +221,10 @@ HESSIANS = {
 }
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "name", cases(("event",), slow=("save times", "jump", "compensated", "inverse only"))
+    "name",
+    cases(("save times",), more=("event",), slow=("jump", "compensated", "inverse only")),
 )
 def test_forward_over_reverse(name):
     """Hessian-vector products equal those of `DirectAdjoint`, which stores everything."""
@@ -335,7 +336,7 @@ def nested(y0, w, adjoint):
     return jnp.sum(sol.ys**2)
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.parametrize("function", cases((in_scan,), slow=(nested,)))
 def test_within_other_transforms(function):
     gradient = jax.jit(jax.grad(function, argnums=(0, 1)), static_argnums=2)

@@ -1,5 +1,6 @@
 """A few numbers for each array, which tell how far two gradients differ."""
 
+import functools as ft
 import math
 
 import jax.lax as lax
@@ -22,8 +23,8 @@ def sketch(tree: PyTree[Array]) -> list[Sketch]:
     The mean square of such a sum is the square of the Euclidean norm of the array (Alon,
     Matias & Szegedy 1996, DOI 10.1145/237814.237823), and sums are linear. So the
     difference of two sketches tells the distance of the arrays, which need not both be in
-    memory. The sign of an entry is that of its row times that of its column, which takes a
-    product of matrices, and no copy of the array.
+    memory. In a matrix, the sign of an entry is that of its row times that of its column,
+    which takes a product of matrices, and no copy of the array.
     """
     return [_of_array(x) for x in jtu.tree_leaves(tree)]
 
@@ -33,24 +34,34 @@ def _of_array(x: Array) -> Sketch:
         return jnp.concatenate([_of_array(x.real), _of_array(x.imag)])
     if x.size <= _count:
         return jnp.ravel(x)
+    indices = ft.partial(jnp.arange, dtype=jnp.uint32)
     rows = x.reshape(-1, x.shape[-1])
     if min(rows.shape) < _count:
-        width = math.isqrt(x.size - 1) + 1
-        rows = jnp.pad(jnp.ravel(x), (0, width**2 - x.size)).reshape(width, width)
-    left, right = (_signs(n, i).astype(x.dtype) for i, n in enumerate(rows.shape))
+        # Entry by entry, so that an array that is sharded over devices stays so.
+        index = sum(
+            lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+            for axis, stride in enumerate(_strides(x.shape))
+        )
+        return lax.map(
+            lambda i: jnp.sum(x * _signs(_count * index + i, x)), indices(_count)
+        )
+    left, right = (
+        _signs(_count * (2 * indices(n)[:, None] + axis) + indices(_count)[None], x)
+        for axis, n in enumerate(rows.shape)
+    )
     sums = jnp.matmul(rows, right, precision=lax.Precision.HIGHEST)
     return jnp.sum(left * sums, axis=0)
 
 
-def _signs(count: int, axis: int) -> Array:
-    """Random signs for each index along one of two axes, by the last round of
-    MurmurHash3."""
-    h = 2 * jnp.arange(count, dtype=jnp.uint32) + axis
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def _signs(h: Array, like: Array) -> Array:
+    """A random sign for each integer, by the last round of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    h = h ^ (h >> 16)
-    bits = (h[:, None] >> jnp.arange(_count, dtype=jnp.uint32)[None]) & 1
-    return 2 * bits.astype(jnp.int32) - 1
+    return 1 - 2 * ((h ^ (h >> 16)) & 1).astype(like.dtype)
 
 
 def alike(
