@@ -31,9 +31,10 @@ class StormerVerlet(AbstractSplitting):
     drift. Cubic Hermite interpolation is of order 2. Memory of `SaveAt(dense=True)`: four
     states per step.
 
-    Algebraically reversible: undoing a step takes as many evaluations, and is exact up to
-    rounding. Where the flow contracts nothing grows but rounding errors, so there are no
-    restarts. Over any number of equal steps the energy stays close to its initial value.
+    Algebraically reversible: undoing a step takes as many evaluations, and one more of the
+    force, and is exact up to rounding. Where the flow contracts nothing grows but rounding
+    errors, so there are no restarts. Over any number of equal steps the energy stays close
+    to its initial value.
 
     Example:
 
@@ -68,8 +69,8 @@ class BlanesMoan4(AbstractSplitting):
     drift. Cubic Hermite interpolation is of order 4. Memory of `SaveAt(dense=True)`: four
     states per step.
 
-    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
-    and the energy are as for `StormerVerlet`.
+    Algebraically reversible: undoing a step takes as many evaluations, and one more of the
+    force. Rounding, restarts and the energy are as for `StormerVerlet`.
 
     Example:
 
@@ -112,8 +113,8 @@ class BlanesMoan6(AbstractSplitting):
     the vector fields, if there is anything to interpolate. Memory of `SaveAt(dense=True)`:
     six states per step.
 
-    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
-    and the energy are as for `StormerVerlet`.
+    Algebraically reversible: undoing a step takes as many evaluations, and one more of the
+    force. Rounding, restarts and the energy are as for `StormerVerlet`.
 
     Example:
 
@@ -153,8 +154,8 @@ class KahanLi8(AbstractSplitting):
     third derivatives at both ends of a step, by forward mode, if there is anything to
     interpolate. Memory of `SaveAt(dense=True)`: eight states per step.
 
-    Algebraically reversible: undoing a step takes as many evaluations. Rounding, restarts
-    and the energy are as for `StormerVerlet`.
+    Algebraically reversible: undoing a step takes as many evaluations, and one more of the
+    force. Rounding, restarts and the energy are as for `StormerVerlet`.
 
     Example:
 
