@@ -432,7 +432,8 @@ class McCallumFoster(
     def with_other_derivatives(self, where: BoolScalarLike) -> "McCallumFoster | None":
         """Those of the embedded method."""
         weights = _embedded(self._tableau)
-        if weights is None:
+        # A subclass may make its steps in another way.
+        if weights is None or type(self) is not McCallumFoster:
             return None
         weights = tuple(map(float, weights))
         return _OtherDerivatives(self.solver, self.coupling, where, weights)
