@@ -311,7 +311,7 @@ LABELS = {
 
 def plot(depths, memory, timed, times, caption: str, path) -> None:
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8.6, 4.6), width_ratios=(1.5, 1), layout="constrained"
+        1, 2, figsize=(9.8, 4.6), width_ratios=(1.5, 1), layout="constrained"
     )
     # Chosen by hand: two labels would overlap.
     offsets = {TSIT5.name: 7, EULER.name: -13, REVERSIBLE.name: -8}
