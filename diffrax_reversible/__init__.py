@@ -8,8 +8,10 @@ from ._controller.base import (
     AbstractReversibleStepSizeController as AbstractReversibleStepSizeController,
 )
 from ._controller.step_density import StepDensityController as StepDensityController
+from ._explain.attempts import Attempts as Attempts
 from ._explain.explain import explain as explain
 from ._explain.explanation import Explanation as Explanation
+from ._explain.rivals import Rival as Rival
 from ._solver import diffrax_own as _diffrax_own  # noqa: F401
 from ._solver.abstract_alf import AbstractALF as AbstractALF
 from ._solver.adapter import (

@@ -20,8 +20,10 @@ WITHOUT_EXAMPLE = {
     "AbstractReversibleAdapter",
     "AbstractReversibleSolver",
     "AbstractReversibleStepSizeController",
-    # `explain` returns it.
+    # `explain` returns them.
+    "Attempts",
     "Explanation",
+    "Rival",
 }
 
 

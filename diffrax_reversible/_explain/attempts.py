@@ -12,8 +12,11 @@ from jaxtyping import Bool, Float
 
 
 class Attempts(NamedTuple):
-    """All attempted steps, in the order of their starts. `accepted` is false for rejected
-    steps."""
+    """All attempted steps of a solve, as in `Explanation.attempts`.
+
+    - `start`, `end`: the times of their ends, in the order of their starts.
+    - `accepted`: false for rejected steps.
+    """
 
     start: Float[np.ndarray, " steps"]
     end: Float[np.ndarray, " steps"]

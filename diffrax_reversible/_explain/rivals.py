@@ -22,7 +22,7 @@ _most_steps = 100_000
 
 
 class Rival(NamedTuple):
-    """The measurements of one solver.
+    """The measurements of one solver, as in `Explanation.rivals`.
 
     - `milliseconds`, `bytes`: the time and the temporary memory of a gradient.
     - `error`: the error of the outputs, as a fraction of their largest entry.
