@@ -1,6 +1,5 @@
 """Explicit Runge–Kutta methods, made reversible by coupling two copies of the state."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -12,12 +11,10 @@ import numpy as np
 from diffrax import (
     AbstractAdaptiveSolver,
     AbstractERK,
-    AbstractLocalInterpolation,
     AbstractTerm,
     ButcherTableau,
     RESULTS,
 )
-from jaxtyping import Array, PyTree
 
 from .._custom_types import (
     Args,
@@ -41,6 +38,7 @@ from .._tree import (
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, Update
 from .chain_pullback import undo_and_pull
+from .coupled_interpolation import MakeCoupled
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 from .pullback import (
@@ -51,48 +49,6 @@ from .pullback import (
     Probe,
     StepStart,
 )
-
-
-class CoupledInterpolation(AbstractLocalInterpolation):
-    """The interpolation of the Runge–Kutta step, plus an offset that is linear in time."""
-
-    interpolation: AbstractLocalInterpolation
-    offset0: Y
-    offset1: Y
-
-    @property
-    def t0(self):
-        return self.interpolation.t0
-
-    @property
-    def t1(self):
-        return self.interpolation.t1
-
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length = self.t1 - self.t0
-        # A step of no length has both offsets equal; any fraction will do.
-        trivial = length == 0
-        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
-
-        def add(y, d0, d1):
-            weight = x.astype(d0.dtype)
-            return y + ((1 - weight) * d0 + weight * d1)
-
-        y = self.interpolation.evaluate(t0, left=left)
-        return jtu.tree_map(add, y, self.offset0, self.offset1)
-
-
-class _Coupled(eqx.Module):
-    """Creates a `CoupledInterpolation` around that of a Runge–Kutta solver; hashable."""
-
-    inner: Callable[..., AbstractLocalInterpolation] = eqx.field(static=True)
-
-    def __call__(self, *, t0, t1, offset0, offset1, inner) -> CoupledInterpolation:
-        return CoupledInterpolation(self.inner(t0=t0, t1=t1, **inner), offset0, offset1)
 
 
 class McCallumFoster(
@@ -173,7 +129,7 @@ class McCallumFoster(
 
     @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Coupled(self.solver.interpolation_cls)
+        return MakeCoupled(self.solver.interpolation_cls)
 
     def order(self, terms: Terms) -> int | None:
         return self.solver.order(terms)

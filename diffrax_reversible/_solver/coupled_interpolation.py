@@ -1,0 +1,53 @@
+"""The interpolation of two coupled copies."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractLocalInterpolation
+from jaxtyping import Array, PyTree
+
+from .._custom_types import RealScalarLike, Y
+
+
+class CoupledInterpolation(AbstractLocalInterpolation):
+    """The interpolation of the Runge–Kutta step, plus an offset that is linear in time."""
+
+    interpolation: AbstractLocalInterpolation
+    offset0: Y
+    offset1: Y
+
+    @property
+    def t0(self):
+        return self.interpolation.t0
+
+    @property
+    def t1(self):
+        return self.interpolation.t1
+
+    def evaluate(
+        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
+    ) -> PyTree[Array]:
+        if t1 is not None:
+            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        length = self.t1 - self.t0
+        # A step of no length has both offsets equal; any fraction will do.
+        trivial = length == 0
+        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+
+        def add(y, d0, d1):
+            weight = x.astype(d0.dtype)
+            return y + ((1 - weight) * d0 + weight * d1)
+
+        y = self.interpolation.evaluate(t0, left=left)
+        return jtu.tree_map(add, y, self.offset0, self.offset1)
+
+
+class MakeCoupled(eqx.Module):
+    """Creates a `CoupledInterpolation` around that of a Runge–Kutta solver; hashable."""
+
+    inner: Callable[..., AbstractLocalInterpolation] = eqx.field(static=True)
+
+    def __call__(self, *, t0, t1, offset0, offset1, inner) -> CoupledInterpolation:
+        return CoupledInterpolation(self.inner(t0=t0, t1=t1, **inner), offset0, offset1)
