@@ -120,7 +120,7 @@ def test_every_state_of_a_million_steps_to_the_last_bit(name, dtype):
 @pytest.mark.parametrize(
     "name", cases(("network",), slow=[name for name in FIELDS if name != "network"])
 )
-@pytest.mark.parametrize("dtype", cases((), slow=(jnp.float32, jnp.float64)))
+@pytest.mark.parametrize("dtype", cases((), long=(jnp.float64,), slow=(jnp.float32,)))
 def test_no_drift_in_gradients(name, dtype):
     """Between restarts, the backward pass of a gradient with `bitwise=True` is exact to the
     last bit, under varying step sizes. With plain sums it is not."""

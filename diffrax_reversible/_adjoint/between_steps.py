@@ -224,7 +224,8 @@ def _go_back(
         reach = jnp.where(all_miss & jnp.logical_not(missed), position.reach, reach)
         missed = all_miss
     if len(walked) > 0:
-        miss = arrival.worst / walk.drift_tol
+        worst = arrival.worst
+        miss = jnp.where(worst == 0, 0, worst / walk.drift_tol)
         walk.tell(here, arrived, position.restarted, miss, missed)
     new = arrived.as_origin(walk.repeats)
     if walk.drift_tol < walk.replay_tol:

@@ -64,7 +64,8 @@ def judge(
     so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
     so_far = so_far & (position.clock.drift <= walk.drift_tol)
     length = origin.step - position.step
-    beyond = off / _allowed(walk, parted, length)
+    # With `drift_tol=0` nothing but a miss of zero is allowed.
+    beyond = jnp.where(off == 0, 0, off / _allowed(walk, parted, length))
     right = within & (beyond <= 1)
     if walk.shared is not None and walk.shares_all:
         # All members repeat what one misses, and the gradient is the sum of theirs.
