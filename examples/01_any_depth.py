@@ -19,10 +19,10 @@ Ten steps are enough for these images: a greater depth does not improve the accu
 Shallow networks do not need this package: below about 400 layers, checkpoints take less
 memory than `ReversibleAdjoint`.
 
-Run `python examples/01_any_depth.py` after `pip install ".[examples]"`. It takes about two
-minutes on two cores, and writes `01_any_depth.png`. `--quick` takes less than a minute: it
-trains for fewer epochs, compares fewer depths, and takes 200 steps in place of 2,000 except
-where it measures memory.
+Run `python examples/01_any_depth.py` after `pip install ".[examples]"`. It takes two to
+three minutes on two cores, and writes `01_any_depth.png`. `--quick` takes less than a
+minute: it trains for fewer epochs, compares fewer depths, and takes 200 steps in place of
+2,000 except where it measures memory.
 """
 
 import argparse

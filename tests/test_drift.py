@@ -150,7 +150,7 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
         meter = walk.problem.progress_meter.init()
         return dataclasses.replace(position, meter=meter), jnp.array(False)
 
-    monkeypatch.setattr(backward, "walk_until_right", stops)
+    monkeypatch.setattr(backward, "run_walks", stops)
 
     def field(t, y, rate):
         # A new function, whose backward pass JAX has not traced before.

@@ -373,6 +373,49 @@ def test_copies_that_take_turns(solver):
     assert relative_error(got, want) < 1e-6
 
 
+@pytest.mark.long
+def test_continued_solve():
+    """How a cotangent is divided between the two approximations differs between the two
+    backward passes of the second solve. Their effect agrees, so that the gradient, which is
+    right, is accepted."""
+    count, size, one = 300, 6, 156
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(count, size)) * 10 ** rng.uniform(-1.5, 1.5, (count, size))
+    layers = rng.normal(size=(count, 2, size, size)) / np.sqrt(size)
+    layers *= 10 ** rng.uniform(-0.3, 0.8, count)[:, None, None, None]
+    y0s, t1s = rng.normal(size=(count, size)), rng.uniform(1, 10, count)
+    weights, layers, y0, t1 = (
+        jnp.asarray(x[one], jnp.float32) for x in (weights, layers, y0s, t1s)
+    )
+
+    def field(t, y, layers):
+        return layers[1] @ jnp.tanh(layers[0] @ y + t / 10) - jnp.float32(0.3) * y
+
+    def gradient(adjoint):
+        def solve(t0, t1, dt0, y0, layers, solver_state):
+            return dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                dr.ALF4(),
+                *(t0, t1, dt0, y0, layers),
+                saveat=dfx.SaveAt(t1=True, solver_state=True),
+                solver_state=solver_state,
+                adjoint=adjoint,
+                stepsize_controller=dfx.PIDController(1e-3, 1e-5),
+            )
+
+        def loss(y0, layers):
+            middle = jnp.float32(0.4) * t1
+            first = solve(jnp.float32(0), middle, None, y0, layers, None)
+            dt0 = jnp.float32(0.02) * t1
+            last = solve(middle, t1, dt0, first.ys[0], layers, first.solver_state)
+            return jnp.vdot(weights, last.ys[0])
+
+        return jax.jit(jax.grad(loss, (0, 1)))(y0, layers)
+
+    got, stored = (gradient(adjoint) for adjoint in (dr.ReversibleAdjoint(), DEFAULT))
+    assert relative_error(got, stored) < 1e-5
+
+
 @pytest.mark.slow
 def test_what_sums_over_the_steps_do_not_see():
     """The gradient with respect to the field needs no restarts where that of `y0` does."""

@@ -120,6 +120,95 @@ def test_evaluations(solver, stages, needed, adaptive):
     assert both - forward == 2 * needed * accepted + 1
 
 
+def one_step(solver, matrix, y0):
+    """A step of length one of `y' = matrix @ y`, from two equal copies."""
+    terms = dfx.ODETerm(lambda t, y, args: matrix @ y)
+    state = solver.init(terms, 0.0, 1.0, y0, None)
+    return solver.advance(terms, 0.0, 1.0, y0, None, state)[0]
+
+
+@pytest.mark.parametrize("inner", (dfx.Tsit5(), dfx.Bosh3(), dfx.Dopri8()))
+def test_other_derivatives(inner):
+    """The step stays the same. Its derivatives are those of the embedded method, without
+    the last stages that the solution does not use, or its own."""
+    solver, tableau = dr.McCallumFoster(inner), inner.tableau
+    matrix, y0 = jnp.array([[-0.9, 0.4], [0.2, -0.3]]), jnp.array([1.0, -0.5])
+    stages = len(tableau.b_sol)
+    a = np.zeros((stages, stages))
+    for i, row in enumerate(tableau.a_lower, start=1):
+        a[i, : len(row)] = row
+    used = np.arange(stages) <= np.max(np.flatnonzero(tableau.b_sol))
+    embedded = np.where(used, tableau.b_sol - tableau.b_error, 0)
+    for where, weights in ((True, embedded / np.sum(embedded)), (False, tableau.b_sol)):
+        other = solver.with_other_derivatives(jnp.array(where))
+        step = lambda y0, other=other: one_step(other, matrix, y0)
+        np.testing.assert_array_equal(step(y0), one_step(solver, matrix, y0))
+        # For all stages at once, `k = matrix (y0 + a k)`.
+        inverse = np.linalg.inv(np.eye(2 * stages) - np.kron(a, matrix))
+        k = inverse @ np.kron(np.ones((stages, 1)), matrix)
+        want = np.eye(2) + np.kron(weights, np.eye(2)) @ k
+        assert relative_error(jax.jacrev(step)(y0), want) < 1e-12
+
+
+class OwnSteps(dr.McCallumFoster):
+    """A subclass, which may make its steps in another way."""
+
+
+class NoEstimate(dfx.Bosh3):
+    tableau = dfx.ButcherTableau(
+        c=dfx.Bosh3.tableau.c,
+        b_sol=dfx.Bosh3.tableau.b_sol,
+        b_error=np.zeros(4),
+        a_lower=dfx.Bosh3.tableau.a_lower,
+    )
+
+
+@pytest.mark.parametrize(
+    "solver", (OwnSteps(dfx.Tsit5()), dr.McCallumFoster(NoEstimate())), ids=repr
+)
+def test_no_other_derivatives(solver):
+    assert solver.with_other_derivatives(True) is None
+
+
+@pytest.mark.long
+def test_right_gradient_that_seems_to_grow():
+    """Upwind advection, in 19 steps. There is a pass by derivatives of the embedded method,
+    and then another one, with which it agrees."""
+    speed = jnp.array([1.3, 1.9, 17.0, 3.3, 0.92, 0.86])
+    y0 = jnp.array([0.68, -0.63, 1.1, 0.54, 0.83, -0.6])
+    weights = jnp.array([-0.65, -0.39, 0.31, -1.8, 0.12, -0.47])
+
+    def inflow(t, y, speed):
+        return -speed * (y - jnp.roll(y, 1).at[0].set(jnp.sin(t)))
+
+    def gradient(solver, adjoint, tol=1e-3):
+        def loss(y0, speed):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(inflow),
+                solver,
+                *(0.0, 3.0, None, y0, speed),
+                adjoint=adjoint,
+                stepsize_controller=dfx.PIDController(tol, tol / 100),
+            )
+            return jnp.vdot(weights, sol.ys[0]), sol.stats["num_accepted_steps"]
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(y0, speed)
+
+    solver, reports = dr.McCallumFoster(dfx.Tsit5()), []
+    got, steps = gradient(solver, dr.ReversibleAdjoint(report=reports.append))
+    jax.effects_barrier()
+    assert reports[-1]["undone_steps"] == 3 * steps
+    stored, exact = (
+        gradient(*of)[0]
+        for of in (
+            (solver, dfx.RecursiveCheckpointAdjoint()),
+            (dfx.Dopri8(), dfx.RecursiveCheckpointAdjoint(), 1e-9),
+        )
+    )
+    assert relative_error(got, stored) < 1e-10
+    assert relative_error(got, exact) < 0.03
+
+
 @pytest.mark.slow
 def test_adjoints():
     """Gradients equal those of Diffrax's adjoints."""

@@ -28,8 +28,8 @@ TS = jnp.linspace(0.0, 3.0, 9)
 ALF4 = Case(dr.ALF4(), Network(), Y0, PID, 0.2)
 ALF6 = Case(dr.ALF6(), Network(), Y0, PID, 0.2)
 SOME = cases(
-    (FAMILIES["ReversibleHeun"],),
-    more=(ALF4,),
+    (ALF4,),
+    more=(FAMILIES["ReversibleHeun"],),
     slow=[case for name, case in FAMILIES.items() if name != "ReversibleHeun"],
 )
 

@@ -28,7 +28,7 @@ from .replay import Replayer
 from .shared import Shared
 from .spread import many
 from .walk import Walk
-from .walks import walk_until_right
+from .walks import run_walks
 
 
 class Walked(NamedTuple):
@@ -104,7 +104,7 @@ def walk_back(
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)
     position = pull_dense_times(walk, position, cotangent)
-    position, agree = walk_until_right(walk, position)
+    position, agree = run_walks(walk, position)
     problem.progress_meter.close(position.meter)
     return _walked(walk, position, agree)
 

@@ -78,8 +78,8 @@ class Growth(eqx.Module):
     - `largest`: the largest entry of each array so far among those that have not grown.
     - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
         see `spoils`.
-    - `compares`: whether the steps have other derivatives, whose gradient that of the next
-        backward pass is compared with.
+    - `compares`: whether the steps have other derivatives, if the solver has these. The
+        gradient of the next backward pass is compared with this one.
     - `restarts`: the number of these restarts.
     - `spread`: what the parameters have received since, if `cures`; `None` if the initial
         state is differentiated, or if there are many.

@@ -29,7 +29,7 @@ from .walk import Walk
 _alike = 0.1
 
 
-def walk_until_right(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
+def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     """The whole walk, from the `end` to the start.
 
     Restarts and known states are handled outside the loop over steps. If the gradient grows
@@ -160,7 +160,7 @@ def _again(
     # Some of what was held and recorded is lost.
     there = record.reaches(end.step, walk.residuals.count - 1)
     begin = lambda: dataclasses.replace(
-        walk.start(end, grown, grown & first if walk.compares else jnp.array(False)),
+        walk.start(end, grown, grown & first),
         stop=jnp.where(there, end.stop, end.step),
         undone=position.undone,
         replayed=position.replayed,
