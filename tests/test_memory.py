@@ -275,10 +275,12 @@ def test_room_in_single_precision():
 
 
 @pytest.mark.parametrize(
-    "size, max_steps, count", ((3, 4096, 16), (3, 256, 8), (200, 4096, 8)), ids=str
+    "size, max_steps, count", ((3, 4096, 41), (3, 256, 10), (200, 4096, 8)), ids=str
 )
 def test_default_number_of_checkpoints(size, max_steps, count):
-    """Twice as many of small states, unless the default adjoint takes little memory."""
+    """More of small states, as many as take two thirds of the memory of the default
+    adjoint's checkpoints: 90 of them for 4,096 steps, and 22 for 256, each of two states
+    and eight numbers. A known state of `ALF4` has four states, a flag and eight numbers."""
 
     def program(checkpoints):
         def loss(y0):
@@ -288,7 +290,7 @@ def test_default_number_of_checkpoints(size, max_steps, count):
 
         return jax.jit(jax.grad(loss)).lower(jnp.ones(size)).as_text()
 
-    assert program(None) == program(count) != program(24 - count)
+    assert program(None) == program(count) != program(count + 1)
 
 
 def _deep(t, y, weights, activation=jnp.tanh):

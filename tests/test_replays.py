@@ -133,7 +133,8 @@ def test_batch():
 
 
 @pytest.mark.long
-def test_evaluations_of_a_batch():
+@pytest.mark.parametrize("problem", ("chaotic", "contracting"))
+def test_evaluations_of_a_batch(problem):
     """Elements that restart, and are replayed, at their own steps wait for one another: a
     batch takes some evaluations more than its longest element, and not those of all."""
     counts = []
@@ -142,25 +143,32 @@ def test_evaluations_of_a_batch():
         counts.append(1)
         return np.ones(x.shape, x.dtype)
 
-    def counted(t, y, scale):
+    def counted(t, y, rate):
         struct, x = jax.ShapeDtypeStruct(y[0].shape, y.dtype), jax.lax.stop_gradient(y[0])
         # One call for the whole batch.
         one = jax.pure_callback(count, struct, x, vmap_method="broadcast_all")
-        return scale * one * lorenz(t, y, None)
+        if problem == "chaotic":
+            return rate * one * lorenz(t, y, None)
+        return one * relaxation(t, y, rate)
 
-    final = final_of(counted, jnp.float32(3.0), stepsize_controller=pid(1e-4))
-    y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
-    y0, scale = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32), jnp.float32(1.0)
+    if problem == "chaotic":
+        most, t1, tol, rates = 3, jnp.float32(3.0), 1e-4, jnp.ones(16, jnp.float32)
+        y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
+        y0 = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32)
+    else:
+        most, t1, tol, rates = 2, 10.0, 1e-3, jnp.linspace(0.0, 40.0, 11)
+        y0 = jnp.ones((11, 2))
+    final = final_of(counted, t1, stepsize_controller=pid(tol))
 
-    def evaluations(fn, y0):
+    def evaluations(fn, *inputs):
         counts.clear()
-        jax.block_until_ready(fn(y0, scale))
+        jax.block_until_ready(fn(*inputs))
         jax.effects_barrier()
         return len(counts)
 
     one = gradient(final, dr.ReversibleAdjoint())
-    alone = [evaluations(one, y0) for y0 in y0]
-    assert evaluations(jax.vmap(one, (0, None)), y0) < 4 * max(alone) < sum(alone)
+    alone = [evaluations(one, *inputs) for inputs in zip(y0, rates, strict=True)]
+    assert evaluations(jax.vmap(one), y0, rates) < most * max(alone) < sum(alone)
 
 
 E = 0.6

@@ -24,7 +24,7 @@ from .walk import Walk
 
 # The number of steps that some elements of a batch may undo while the rest need a replay,
 # which takes all elements as long as the longest.
-_most_waited = 32
+_most_waited = 8
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:

@@ -30,9 +30,9 @@ from .steps import Record, room_for_residuals
 
 # Symplectic solvers hold as many states as fit into this many bytes, see below.
 _room_in_single_precision = 1 << 20
-# Twice as many states are held if each has at most so many bytes, and if all fit into this
-# fraction of the room for all residuals.
-_small, _share_of_room = 1 << 10, 1 / 2
+# Up to so many times as many states are held if each has at most so many bytes, and if all
+# fit into this fraction of the room for all residuals.
+_more, _small, _share_of_room = 8, 1 << 10, 2 / 3
 
 
 class Residuals(eqx.Module):
@@ -102,7 +102,7 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
     the tolerance within some ten steps, in double precision only if it is extreme or long.
     So in single precision states are held, except large ones, whose memory matters.
 
-    Of small states twice as many are held, as they take little memory and save replays.
+    Of small states more are held, as they take little memory and save replays.
     """
     state, count = (inputs.y0, inputs.solver_state), problem.solver.default_checkpoints
     size = sum(x.nbytes for x in jtu.tree_leaves(eqx.filter(state, eqx.is_array)))
@@ -111,9 +111,11 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
         count = max(count, min(most, _room_in_single_precision // max(size, 1)))
     t = jnp.asarray(problem.t0)
     room = _share_of_room * room_for_residuals(inputs.y0, t, problem.max_steps)
+    if size > _small:
+        return count
     # Besides the state, a known state has about eight numbers.
-    twice = 2 * count * (size + 8 * t.itemsize)
-    return 2 * count if size <= _small and twice <= room else count
+    fitting = int(room // (size + 8 * t.itemsize))
+    return min(max(count, fitting), _more * count)
 
 
 def solve_and_record(

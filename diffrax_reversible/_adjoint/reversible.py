@@ -274,13 +274,13 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: the largest number of states and solver states to hold, besides the start.
     More of them take more memory, and save evaluations if there are as many restarts:
-    `sol.stats["num_restarts"]` reports their number. Defaults to 8, or to 16 of states with
-    at most a kilobyte, if these take no more than half the memory of the checkpoints of
-    `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`. With symplectic
-    solvers rounding errors grow less: the default is none in double precision, and
-    otherwise as many of 8 as fit into a megabyte, or 16 of small states. Pass 8 for very
-    unstable orbits in double precision, such as a comet's that all but hits the sun, which
-    are an error else.
+    `sol.stats["num_restarts"]` reports their number. Defaults to 8. Of states with at most
+    a kilobyte it is up to 64, as many as take two thirds of the memory of the checkpoints
+    of `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: 40 to 50 for 4,096.
+    With symplectic solvers rounding errors grow less: the default is none in double
+    precision, and otherwise as many of 8 as fit into a megabyte, and more of small states.
+    Pass 8 for very unstable orbits in double precision, such as a comet's that all but hits
+    the sun, which are an error else.
 - `drift_tol`: the largest accepted error of the reconstructed state, at the start of the
     solve and at every known state. Each entry is measured as a fraction of its size there,
     of its size at the known state before, or of its update by a step, whichever is largest,

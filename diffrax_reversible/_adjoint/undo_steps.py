@@ -21,7 +21,7 @@ _stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
 
 # The number of steps that some elements of a batch may undo while the rest have come to a
 # known state.
-_at_once = 4
+_at_once = 2
 
 
 def undo_steps(walk: Walk, position: Position, kept: Kept) -> Position:

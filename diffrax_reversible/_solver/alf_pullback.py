@@ -1,6 +1,8 @@
 """The pull-back of compositions of asynchronous leapfrog."""
 
+import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import equinox.internal as eqxi
 import jax
@@ -10,7 +12,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from .._custom_types import Combine, DenseInfo, Params, RealScalarLike, VF, Y
+from .._custom_types import (
+    Args,
+    Combine,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
 from .._tree import (
     read_row,
     sum_of_magnitudes,
@@ -21,7 +32,7 @@ from .._tree import (
 )
 from .alf_chain import AbstractALFChain, add_weighted, SubStep
 from .alf_state import add_to_state, ALFState, split_sums, sums_of, with_v
-from .chain import run
+from .chain import Chain, run
 from .chain_pullback import Pulled, undo_and_pull
 from .interpolation import with_slopes
 from .ode_term import as_ode_term
@@ -60,13 +71,7 @@ class AbstractALFPullback(
             dense, cotangent, sums_cotangent = self._pull_outputs(
                 combine, params, control, step, cotangent, dense_cotangent, start
             )
-
-        def sides_bar(sub: SubStep):
-            u_bar = tree_zeros_like(y1)
-            for name, weight in sub.weights.items():
-                u_bar = tree_axpy(weight, sums_cotangent[name], u_bar)
-            return None, (u_bar, None)
-
+        sides_bar = ft.partial(_sides_bar, sums_cotangent) if functionals else None
         last_drift = control * float(self.tableau.drifts[-1])
         z, v = sums_of(y1, solver_state)
         k = z.minus(tree_scale(last_drift, v.high))
@@ -79,17 +84,12 @@ class AbstractALFPullback(
             (k, v),
             (cotangent.y, v_bar),
             cotangent.params,
-            sides_bar if functionals else None,
+            sides_bar,
             start and start.of_chain(sums_of),
         )
         y0, v0, low = split_sums(*pulled.parts)
         z_bar, v_bar = pulled.bars
-        probe = None
-        if self.tableau.deviation_weights is not None:
-            side_bar = None
-            if functionals:
-                _, (side_bar, _) = sides_bar(read_row(chain.rows, 0))
-            probe = self._probe_first(control, pulled, side_bar, outputs)
+        probe = self._probe_first(control, chain, pulled, sides_bar, outputs)
         state_bar = with_v(cotangent.solver_state, v_bar)
         cotangent = Cotangent(z_bar, state_bar, pulled.params_bar, probe)
         if dense is not None:
@@ -163,11 +163,7 @@ class AbstractALFPullback(
         dense_cotangent: DenseInfo,
         start: StepStart | None,
     ) -> tuple[DenseInfo, Cotangent]:
-        """Pull the cotangent of the derivative at the mid-point back, if it is not zero.
-
-        The state at the mid-point is known only once the step is undone, or made again from
-        its `start`, which is done here just for that.
-        """
+        """Pull the cotangent of the derivative at the mid-point back, if it is not zero."""
         t0, t1, y1, _ = step
         ct = dict(dense_cotangent)
         slope_bar = ct.pop("k_mid")
@@ -177,26 +173,7 @@ class AbstractALFPullback(
 
         def mid_point():
             terms, args = combine(params)
-            name = list(self._inner_functionals())[middle]
-            functional = {name: self._inner_functionals()[name]}
-            chain = self._chain(control, t0, t1, functional)
-
-            def undone():
-                y0, _, sums = self._walk_back(terms, *step[:3], args, step[3], functional)
-                return y0, sums[name]
-
-            def made():
-                assert start is not None
-                y0, state0 = start.states()
-                zeros = {name: tree_zeros_like(y1)}
-                parts = sums_of(y0, state0)
-                _, sums = run(chain, terms, args, parts, zeros, add_weighted)
-                return y0, tree_scale(control, sums[name])
-
-            if start is None:
-                y0, inner = undone()
-            else:
-                y0, inner = lax.cond(eqxi.unvmap_any(start.needs), made, undone)
+            y0, inner = self._sum_to_midpoint(terms, args, control, step, start)
             term, ends = as_ode_term(self, terms), dict(k0=(t0, y0), k1=(t1, y1))
             slopes = {
                 name: tree_scale(control, self._field(term, t, y, args))
@@ -215,6 +192,40 @@ class AbstractALFPullback(
             ct[name] = tree_axpy(float(weight), y_bar, ct[name])
         params_bar = tree_add(cotangent.params, params_bar)
         return ct, Cotangent(cotangent.y, cotangent.solver_state, params_bar)
+
+    def _sum_to_midpoint(
+        self,
+        terms: Terms,
+        args: Args,
+        control: RealScalarLike,
+        step: tuple[RealScalarLike, RealScalarLike, Y, ALFState],
+        start: StepStart | None,
+    ) -> tuple[Y, VF]:
+        """The state at the start of a step, and the weighted sum of evaluations from there
+        to the mid-point.
+
+        They are known only once the step is undone, or made again from its `start`, which
+        is done here just for that.
+        """
+        t0, t1, y1, solver_state = step
+        name = list(self._inner_functionals())[self._midpoint]
+        functional = {name: self._inner_functionals()[name]}
+
+        def undone():
+            y0, _, sums = self._walk_back(terms, t0, t1, y1, args, solver_state, functional)
+            return y0, sums[name]
+
+        def made():
+            assert start is not None
+            y0, state0 = start.states()
+            chain = self._chain(control, t0, t1, functional)
+            zeros = {name: tree_zeros_like(y1)}
+            _, sums = run(chain, terms, args, sums_of(y0, state0), zeros, add_weighted)
+            return y0, tree_scale(control, sums[name])
+
+        if start is None:
+            return undone()
+        return lax.cond(eqxi.unvmap_any(start.needs), made, undone)
 
     def _pull_field(
         self,
@@ -246,15 +257,23 @@ class AbstractALFPullback(
         return pull
 
     def _probe_first(
-        self, control: RealScalarLike, pulled: Pulled, side_bar: VF | None, outputs: Y
-    ) -> Probe:
-        """The probe of the first sub-step, the last to be undone, where `side_bar` is the
-        cotangent of its evaluation from the outputs between steps."""
+        self,
+        control: RealScalarLike,
+        chain: Chain,
+        pulled: Pulled,
+        sides_bar: Callable[[SubStep], Any] | None,
+        outputs: Y,
+    ) -> Probe | None:
+        """The probe of the first sub-step, the last to be undone, where `sides_bar` is as
+        for `undo_and_pull`. See `probe`."""
+        if self.tableau.deviation_weights is None:
+            return None
         z_bar, v_bar = pulled.bars
         first_drift = control * float(self.tableau.drifts[0])
         # Before `v_bar` is reflected.
         vf_bar = tree_axpy(first_drift, z_bar, tree_scale(-1, v_bar))
-        if side_bar is not None:
+        if sides_bar is not None:
+            _, (side_bar, _) = sides_bar(read_row(chain.rows, 0))
             vf_bar = tree_axpy(0.5, side_bar, vf_bar)
         _, passed = pulled.first
         assert passed is not None
@@ -300,6 +319,13 @@ class AbstractALFPullback(
             y_bar,
             _per_unit_of(control, v_bar),
         )
+
+
+def _sides_bar(sums_cotangent: dict[str, VF], sub: SubStep) -> tuple[None, tuple[VF, None]]:
+    """The cotangent of the evaluation of a sub-step, from those of the weighted sums of
+    evaluations."""
+    scaled = [tree_scale(w, sums_cotangent[name]) for name, w in sub.weights.items()]
+    return None, (ft.reduce(tree_add, scaled), None)
 
 
 def _outputs(y_bar: Y, dense_cotangent: DenseInfo | None) -> Y:

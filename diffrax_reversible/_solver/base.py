@@ -30,7 +30,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
 
     # The default number of states that `ReversibleAdjoint` holds as checkpoints. In single
     # precision it holds as many of 8 as fit into a megabyte, if these are more. Of small
-    # states it holds twice as many.
+    # states it holds up to eight times as many.
     default_checkpoints: ClassVar[int] = 8
 
     @abc.abstractmethod

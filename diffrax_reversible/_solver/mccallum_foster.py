@@ -37,7 +37,7 @@ from .._tree import (
 )
 from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, Update
-from .chain_pullback import undo_and_pull
+from .chain_pullback import Pulled, undo_and_pull
 from .coupled_interpolation import MakeCoupled
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
@@ -331,25 +331,26 @@ class McCallumFoster(
         # Undo the scaling by the first update, which is the last to be undone.
         y1_bar = tree_scale(1 / self.coupling, pulled.bars[0])
         y0_bar, z0_bar = map(tree_add, pulled.bars, dense_bars)
+        control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
+        outputs = _outputs(y1_bar, dense_cotangent)
+        probe = self._probe_first(control, pulled, y0_bar, z0_bar, outputs)
+        state_bar = with_copy(cotangent.solver_state, z0_bar)
+        cotangent = Cotangent(y0_bar, state_bar, pulled.params_bar, probe)
+        off = y_off, with_copy(state_bar, z_off)
+        return y0, with_copy(solver_state, z0), cotangent, off
+
+    def _probe_first(
+        self, control: RealScalarLike, pulled: Pulled, y0_bar: Y, z0_bar: Y, outputs: Y
+    ) -> Probe:
+        """The probe of the first stage, the last to be undone."""
         passed, _ = pulled.first
         assert passed is not None
         _, (passed, k_bar) = passed
-        outputs = _outputs(y1_bar, dense_cotangent)
         # A stage is the vector field times the length of the step.
-        term = as_ode_term(self, combine(params)[0])
-        control = term.contr(t0, t1)
         vf_bar = tree_scale(control, k_bar)
         y_bar = tree_add(y0_bar, z0_bar)
         passed = self._if_large(passed, y_bar)
-        probe = Probe(vf_bar, passed, control, y_bar, outputs, y_bar, y0_bar)
-        cotangent = Cotangent(
-            y0_bar,
-            with_copy(cotangent.solver_state, z0_bar),
-            pulled.params_bar,
-            probe,
-        )
-        off = y_off, with_copy(cotangent.solver_state, z_off)
-        return y0, with_copy(solver_state, z0), cotangent, off
+        return Probe(vf_bar, passed, control, y_bar, outputs, y_bar, y0_bar)
 
     def _if_large(self, passed: Y, y_bar: Y) -> Y:
         """The cotangent `passed` through the first stage, with zeros for entries that

@@ -1,5 +1,6 @@
 """Compositions of kicks and drifts, with any coefficients."""
 
+import functools as ft
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 import equinox as eqx
@@ -314,10 +315,7 @@ class AbstractSplitting(
             force_bar = tree_scale(stage.is_last, cotangent.solver_state.force)
             return None, (force_bar, None)
 
-        def after_first_kick(y0, state0):
-            q, p = _sums_of(y0, state0)
-            return q, p.plus(tree_scale(h_p * self.tableau.kicks[0], state0.force))
-
+        after_first_kick = ft.partial(self._after_first_kick, h_p)
         pulled = undo_and_pull(
             self._chain(h_q, h_p, t0, t1),
             combine,
@@ -342,6 +340,11 @@ class AbstractSplitting(
         # The force follows from the state.
         off = _with_force(cotangent.solver_state, tree_zeros_like(force))
         return y0, solver_state, cotangent, (pulled.off, off)
+
+    def _after_first_kick(self, h_p: RealScalarLike, y0: Y, state0: SplittingState):
+        """The position and the momentum after the first kick of a step."""
+        q, p = _sums_of(y0, state0)
+        return q, p.plus(tree_scale(h_p * self.tableau.kicks[0], state0.force))
 
     def _pull_derivatives(
         self,
