@@ -32,7 +32,7 @@ def _message(size: str) -> str:
         "so its gradient would be wrong. Either steps were too large to be stable "
         "(decrease the tolerances or `dt0`), or the solution contracts too strongly or is "
         "too unstable from one known state to the next (hold more, as by "
-        "`ReversibleAdjoint(checkpoints=32)`, shorten the solve, or use "
+        "`ReversibleAdjoint(checkpoints=128)`, shorten the solve, or use "
         "`adjoint=RecursiveCheckpointAdjoint()`), or rounding was too coarse (use float64, "
         "or compensated additions, as in `ALF4(compensated=True)`). If a gradient of that "
         "accuracy suffices, increase `drift_tol`."

@@ -28,7 +28,8 @@ from .stepper import Advancing, Stepper
 from .steps import Record, room_for_residuals
 
 
-# Symplectic solvers hold as many states as fit into this many bytes, see below.
+# In single precision, symplectic solvers hold as many of eight states as fit into this
+# many bytes, see `default_checkpoints`.
 _room_in_single_precision = 1 << 20
 # Up to so many times as many states are held if each has at most so many bytes, and if all
 # fit into this fraction of the room for all residuals.

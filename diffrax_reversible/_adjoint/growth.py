@@ -81,8 +81,9 @@ class Growth(eqx.Module):
     - `compares`: whether the steps have other derivatives, if the solver has these. The
         gradient of the next backward pass is compared with this one.
     - `restarts`: the number of these restarts.
-    - `spread`: what the parameters have received since, if `cures`; `None` if the initial
-        state is differentiated, or if there are many.
+    - `spread`: the cotangent that the parameters have received since an entry has grown, if
+        `cures`; `None` if the initial state is differentiated, or if there are many
+        parameters.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """

@@ -61,8 +61,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     states are the start and at most `checkpoints` more: the states before restarts (see
     `ALF4`), which cannot be undone, and in the remaining room one every 16 steps or more,
     evenly spread, or every eight in single precision. A jump can be undone: the solvers of
-    this package exchange the value of the vector field that they carry, by two evaluations
-    and no stored state.
+    this package exchange the value of the vector field that they carry, by at most two
+    evaluations and no stored state.
 
     `checkpoints` is a memory budget, not a limit on the number of restarts. At a restart
     whose state is not held, the backward pass replays the solve from the known state
@@ -86,11 +86,11 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     A single step may miss by more than `drift_tol` where the flow contracts by orders of
     magnitude within it, or where terms of the vector field cancel to the last digit. `ALF4`
-    and its like, and `McCallumFoster`, then do not undo it, but differentiate it from its
-    start, as the default adjoint does. They store none of its stages, but compute them from
-    the start: for the `n` evaluations of a step of `ALF4` and its like that takes
-    `n (n - 1) / 2` more, and for `McCallumFoster` `n / 2`. An entry of a vector field is a
-    sum, and rounds as its terms do. So no segment is repeated for misses below four machine
+    and its like, `McCallumFoster`, splittings, couplings and `diffrax.LeapfrogMidpoint`
+    then do not undo it, but differentiate it from its start, as the default adjoint does.
+    For the `n` evaluations of a step this takes at most `2 n` more or, if a state for each
+    of its sub-steps would take more than 256 kB, `n (n + 1) / 2`. An entry of a vector
+    field is a sum, and rounds as its terms do. So no segment is repeated for misses below four machine
     epsilons of the largest entry of the array, and no step for misses below 16.
 
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
@@ -134,9 +134,9 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a
-    drug before the first dose. With `ALF4` and its like, the second backward pass measures
-    how much of that gradient is from after the growth began, and less than a thousandth is
-    accepted, for up to 1,024 parameters.
+    drug before the first dose. For up to 1,024 parameters, the last backward pass measures
+    how much was added to each entry of their gradient after the growth began, and accepts
+    up to a thousandth.
 
     **Kinks**
 
@@ -283,14 +283,14 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     the sun, which are an error else.
 - `drift_tol`: the largest accepted error of the reconstructed state, at the start of the
     solve and at every known state. Each entry is measured as a fraction of its size there,
-    of its size at the known state before, or of its update by a step, whichever is largest,
-    and of no less than `eps^(3/4)` of the largest entry of its array. Defaults to 1e-6, or
-    to the square root of the machine epsilon of the coarsest array of the state, if that is
-    more: 3.5e-4 in float32. By default replayed steps may differ from those of the solve by
-    `eps^0.37`, 2.8e-3 in float32. Where the problem is sensitive to its state, gradients
-    may be off by up to about 400 times the tolerance: the most that
-    `examples/benchmarks/outcomes.py` has found on conservative, contracting, chaotic and
-    unstable problems.
+    of its size at the known state that the backward pass came from, or of its update by a
+    step, whichever is largest, and of no less than `eps^(3/4)` of the largest entry of its
+    array. Defaults to 1e-6, or to the square root of the machine epsilon of the coarsest
+    array of the state, if that is more: 3.5e-4 in float32. By default replayed steps may
+    differ from those of the solve by `eps^0.37`, 2.7e-3 in float32. Where the problem is
+    sensitive to its state, gradients may be off by up to about 400 times the tolerance: the
+    most that `examples/benchmarks/outcomes.py` has found on conservative, contracting,
+    chaotic and unstable problems.
 - `report`: a function, such as `print`, that every gradient calls with a dictionary of the
     numbers of steps undone (`undone_steps`: more than the solve has, if some were undone
     again) and replayed (`replayed_steps`: fewer with more `checkpoints`), and of steps
@@ -305,15 +305,18 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 **Raises:**
 
-- `ValueError` for solvers that are not reversible.
+- `ValueError` for solvers that are not reversible, for an `UnsafeBrownianPath`, and for
+    arguments of a wrong type or below zero.
 - `NotImplementedError` for gradients with respect to `t0` or `t1` of outputs at the end of
     a step, by `SaveAt(steps=...)` or at an event that is Boolean or not located, if that
     end moves with them: with `t0` unless steps are given by `StepTo`, with `t1` unless by
-    `StepTo` or a `PIDController`. For all gradients of such outputs, with a controller of
-    your own whose steps depend on the state. For closed-over traced values that are not
-    visible.
-- `RuntimeError` for gradients with respect to `dt0`, the controller or its state, for
-    forward mode, for second derivatives along times, and for reverse mode over a gradient.
+    `StepTo`, a `PIDController` or an `AbstractReversibleStepSizeController`. For all
+    gradients of such outputs, with a controller of your own whose steps depend on the
+    state. For closed-over traced values that are not visible. For jumps, with a solver
+    whose solver state cannot cross them.
+- `RuntimeError` for gradients with respect to `dt0`, the solver, the controller or its
+    state, or the root finder of an event, for forward mode, for second derivatives along
+    times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if the backward pass misses a known state, if a step
     does not begin where the last one ended although the controller reports no jump, or if
     the gradient grows where the solution contracts and another backward pass does not

@@ -93,7 +93,9 @@ class Record(eqx.Module):
         max_steps: int | None,
         room: int,
     ) -> "Record":
-        """**Arguments:**
+        """An empty record at the start of a solve.
+
+        **Arguments:**
 
         - `with_flags`: whether there may be restarts or jumps.
         - `room`: the bytes that the record may take, if these suffice for a few hundred

@@ -23,7 +23,9 @@ class LinearResponse:
 
     @staticmethod
     def of(matrix: np.ndarray, step_weights: np.ndarray, z: np.ndarray) -> "LinearResponse":
-        """**Arguments:**
+        """The response of an explicit Runge–Kutta method.
+
+        **Arguments:**
 
         - `matrix`: weights of the stage derivatives in the argument of each stage, shape
             `(stages + 1, stages + 1)`. The row of stage 0, which is `v`, is zero.

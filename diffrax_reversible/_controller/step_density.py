@@ -29,7 +29,7 @@ _no_first_step = (
     "`(t0, y0)`, is not a positive and finite number."
 )
 
-# The largest ratio of the lengths of two successive steps.
+# The largest ratio of two successive densities, before `_soften`.
 _max_ratio = 4
 
 
@@ -141,10 +141,11 @@ class StepDensityController(
     any number of steps.
     Gradients hold the steps fixed.
 
-    The length changes by at most a factor of four from one step to the next. Steps follow
-    `s` where it changes little per step. Where it changes faster, steps fall behind and do
-    not catch up, as that would not be reversible. Only steps more than twice as long as
-    desired are shortened, to at most four times the desired length. That is invertible, but
+    The evolution of `ρ` changes the length by at most a factor of four from one step to the
+    next. Steps follow `s` where it changes little per step. Where it changes faster, steps
+    fall behind and do not catch up, as that would not be reversible. Only steps more than
+    twice as long as desired are shortened, by any factor, to at most four times the desired
+    length. That is invertible, but
     not symmetric, and where it persists the backward pass raises an error. To bound the
     error step by step, and where `s` jumps, use `diffrax.PIDController`. If `s` is NaN or
     not positive, the solve ends with `RESULTS.dt_min_reached`.

@@ -81,7 +81,7 @@ def _of_replays(explanation: Explanation) -> str | None:
         cause = " The recorded steps do not reach back to the start."
     return (
         f"The backward pass replays {replayed} steps of {count}.{cause} "
-        f"`ReversibleAdjoint(checkpoints={max(2 * restarts, 32)})` replays fewer."
+        f"`ReversibleAdjoint(checkpoints={max(2 * restarts, 128)})` replays fewer."
     )
 
 
@@ -102,9 +102,9 @@ def _of_dead_modes(explanation: Explanation) -> str | None:
     if not explanation.restarted_steps:
         return None
     return (
-        "The backward pass is done twice, with restarts the second time: a fast mode that "
-        "has died out in the solution would have spoilt the gradient. This takes time, but "
-        "there is nothing to correct."
+        "The backward pass is done twice, with `McCallumFoster` three times, and restarts "
+        "after the first: a fast mode that has died out in the solution would have spoilt "
+        "the gradient. This takes time, but there is nothing to correct."
     )
 
 

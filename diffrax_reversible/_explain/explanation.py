@@ -20,15 +20,16 @@ default_gradient = "gradient with RecursiveCheckpointAdjoint"
 class Explanation:
     """A report on a solve and its gradient. `print` shows it as text; `plot` draws it.
 
-    - `title`: the solver, the dtype and the step size controller.
+    - `title`: the solver, the dtype, the step size controller and the ends of the solve.
     - `failed`: the reason why the solve itself failed, or `None`.
     - `attempts`: all attempted steps: `start`, `end` and `accepted`, NumPy arrays with one
         entry per step.
     - `num_restarts`: the number of restarts.
     - `known_states`: the known states of the backward pass, as the dictionaries of
-        `ReversibleAdjoint(watch=...)`.
+        `ReversibleAdjoint(watch=...)`, where `t` is the time itself also if `t1 < t0`.
     - `undone_steps`, `replayed_steps`, `restarted_steps`: the numbers of
-        `ReversibleAdjoint(report=...)`, or `None` if no gradient was attempted.
+        `ReversibleAdjoint(report=...)`, or `None` if there is no report: with another
+        adjoint, or if the gradient is refused before it is computed.
     - `refused`: the reason why there is no gradient, or `None`.
     - `memory`: compiled temporary memory in bytes, of the solve, of its gradient, and of
         the gradient under `RecursiveCheckpointAdjoint`, where XLA reports it.

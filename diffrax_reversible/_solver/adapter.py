@@ -81,7 +81,7 @@ class AbstractReversibleAdapter(
 ):
     """A wrapper around an existing `solver`, to which a subclass adds `backward_step`.
 
-    For solvers that others have written. See `as_reversible`.
+    Use it for a solver of another package, see `as_reversible`.
 
     **Arguments:**
 

@@ -191,9 +191,9 @@ rounding = """\
     then differs from the forward pass only as far as the vector field does when it is
     evaluated again. For single precision, and for long or chaotic solves, where rounding
     errors of plain sums grow in the backward pass. In float32 the gradient is then about as
-    accurate as with the default adjoint, or more so. It costs the
-    memory of up to seven more states, ten where steps are rejected, and about thirty
-    operations per entry of the state and sub-step.
+    accurate as with the default adjoint, or more so. It costs the memory of up to seven
+    more states, ten where steps are rejected, and about thirty operations per entry of the
+    state and sub-step.
 - `bitwise`: as `compensated`, and the vector field is compiled separately, so that the
     backward pass reconstructs every state to the last bit. It costs one more evaluation
     per sub-step in the backward pass.

@@ -35,9 +35,9 @@ class Again(NamedTuple):
 
     - `start`: the parts before the chain.
     - `off`: the errors of the parts after the chain; zeros if it is not made again.
-    - `stages`: what is known of every round.
-    - `before`: the parts before an update, from the updates before it in its round, what is
-        known of the round, and the parts if the chain is not made again.
+    - `stages`: the data of every round: the parts before it, or its index.
+    - `before`: the parts before an update, from the updates before it in its round, the
+        data of the round, and the parts if the chain is not made again.
     """
 
     some: BoolScalarLike

@@ -44,8 +44,9 @@ class AbstractCouplingSolver(HasPullbackFromStart[_SolverState], Generic[_Solver
 
     **Raises:**
 
-    `ValueError` in the solve if an increment does not fit the part that it updates, or if
-    the state is not in parts.
+    `ValueError` in the solve if an increment does not fit the part that it updates, if a
+    coupling cannot be undone or names no part, or if the state is not in parts.
+    `NotImplementedError` from `func`, unless the subclass overrides it.
 
     Example:
 

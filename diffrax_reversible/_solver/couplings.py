@@ -13,8 +13,8 @@ from .chain import Chain, Update
 
 
 class Coupling(NamedTuple):
-    """An update of one part of the state by a function of the other parts, of which an
-    `AbstractCouplingSolver` makes its steps:
+    """An update of one part of the state by a function of the others, for the steps of an
+    `AbstractCouplingSolver`:
 
         x[target] <- scale * x[target] + increment(*others)
 

@@ -25,8 +25,8 @@ class ImplicitMidpoint(AbstractGauss):
     one state to rounding, by the `root_finder` and a final Newton step, or by one linear
     solve if the vector field is recognised as affine. The error estimate takes two more
     evaluations and one more linear solve, and stays bounded however stiff the problem is.
-    `sol.stats["num_root_find_steps"]` counts iterations. Memory of `SaveAt(dense=True)`:
-    three states per step.
+    Under `ReversibleAdjoint`, `sol.stats["num_root_find_steps"]` counts iterations. Memory
+    of `SaveAt(dense=True)`: three states per step.
 
     The backward pass solves the same equations, and a pull-back takes one linear solve.
     Where fast modes are damped, as in heat conduction, undoing them is ill-conditioned and

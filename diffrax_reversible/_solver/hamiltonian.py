@@ -27,9 +27,9 @@ class StormerVerlet(AbstractSplitting):
     are derivatives of a Hamiltonian `T(t, p) + V(t, q)`.
 
     Order 2, embedded order 1, one evaluation of each vector field per step (and one of the
-    force at the start). An error estimate and interpolation take one more evaluation of the
-    drift. Cubic Hermite interpolation is of order 2. Memory of `SaveAt(dense=True)`: four
-    states per step.
+    force at the start). The error estimate takes another evaluation of the drift,
+    at the start of the step, and interpolation one there and one at the end. Cubic Hermite
+    interpolation is of order 2. Memory of `SaveAt(dense=True)`: four states per step.
 
     Algebraically reversible: undoing a step takes as many evaluations, and one more of the
     force, and is exact up to rounding. Where the flow contracts nothing grows but rounding
@@ -65,9 +65,9 @@ class BlanesMoan4(AbstractSplitting):
     `term_q` is affine in time and momentum, as `p / m` is. Both have six stages.
 
     Order 4, embedded order 3, six evaluations of each vector field per step (and one of the
-    force at the start). An error estimate and interpolation take one more evaluation of the
-    drift. Cubic Hermite interpolation is of order 4. Memory of `SaveAt(dense=True)`: four
-    states per step.
+    force at the start). The error estimate and interpolation evaluate the drift besides, as
+    with `StormerVerlet`. Cubic Hermite interpolation is of order 4. Memory of
+    `SaveAt(dense=True)`: four states per step.
 
     Algebraically reversible: undoing a step takes as many evaluations, and one more of the
     force. Rounding, restarts and the energy are as for `StormerVerlet`.

@@ -13,9 +13,9 @@ from .._custom_types import RealScalarLike, VF, Y
 class OsculatingInterpolation(AbstractLocalInterpolation):
     """Hermite interpolation of derivatives of any order at both ends of a step.
 
-    `BlanesMoan6` and `KahanLi8` use it between steps. With `n - 1` derivatives the
-    polynomial has degree `2n - 1` and an error of order `2n`. It is exact to the bit at
-    both ends, and linear in the data:
+    `StormerVerlet`, `BlanesMoan4`, `BlanesMoan6` and `KahanLi8` use it between steps. With
+    `n - 1` derivatives the polynomial has degree `2n - 1` and an error of order `2n`. It is
+    exact to the bit at both ends, and linear in the data:
 
         Σ_k B_k(x) y0^(k) + (-1)^k B_k(1 - x) y1^(k),
         B_k(x) = (1 - x)^n x^k/k! Σ_{j < n-k} C(n-1+j, j) x^j,    k = 0, ..., n - 1
