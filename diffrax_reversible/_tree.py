@@ -47,8 +47,13 @@ def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> An
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
 
 
-def tree_where(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
-    """`x` if `pred`, otherwise `y`.
+def tree_select(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
+    """`x` if `pred`, otherwise `y`, leaf by leaf."""
+    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
+
+
+def tree_cond(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
+    """As `tree_select`, by a conditional.
 
     XLA compiles no kernels for a conditional, and one for every array that is selected. In
     a batch, JAX turns the conditional into selections.
@@ -70,7 +75,7 @@ def write_row(
 ) -> PyTree[Array]:
     """Replace the `i`-th row of every array, for `i >= 0`, if `pred`."""
     i = jnp.asarray(i).astype(jnp.uint32)
-    row = jtu.tree_map(lambda n, o: jnp.where(pred, n, o), row, read_row(rows, i))
+    row = tree_select(pred, row, read_row(rows, i))
     return jtu.tree_map(
         lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), rows, row
     )

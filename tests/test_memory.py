@@ -275,12 +275,12 @@ def test_room_in_single_precision():
 
 
 @pytest.mark.parametrize(
-    "size, max_steps, count", ((3, 4096, 41), (3, 256, 10), (200, 4096, 8)), ids=str
+    "size, max_steps, count", ((3, 4096, 31), (3, 256, 8), (200, 4096, 8)), ids=str
 )
 def test_default_number_of_checkpoints(size, max_steps, count):
-    """More of small states, as many as take two thirds of the memory of the default
-    adjoint's checkpoints: 90 of them for 4,096 steps, and 22 for 256, each of two states
-    and eight numbers. A known state of `ALF4` has four states, a flag and eight numbers."""
+    """More of small states, as many as take half the memory of the default adjoint's
+    checkpoints: 90 of them for 4,096 steps, and 22 for 256, each of two states and eight
+    numbers. A known state of `ALF4` has four states and eight numbers."""
 
     def program(checkpoints):
         def loss(y0):

@@ -124,7 +124,6 @@ def _sums(inputs: Inputs, problem: Problem, params: Params) -> bool:
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:
     """The position at which the walk begins."""
     record, checkpoints, end = residuals.record, residuals.kept.checkpoints, residuals.end
-    assert checkpoints is not None
     saved = [save_states(end)[output.index] for output in pulled.outputs]
     return Position(
         residuals.count,

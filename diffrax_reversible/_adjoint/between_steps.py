@@ -9,10 +9,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
-from .._solver.capabilities import CanRestart
-from .._tree import tree_add, tree_replace, tree_where, tree_zeros_like
-from .drift import Drift
+from .._custom_types import BoolScalarLike, IntScalarLike, Params
+from .._solver.capabilities import interrupt
+from .._tree import tree_add, tree_cond, tree_replace, tree_zeros_like
 from .judge import Arrival, beside_rounding, judge
 from .kept import Kept
 from .known import Known
@@ -34,7 +33,6 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
 
     Elements of a batch that can undo their next step do nothing here.
     """
-    assert kept.record is not None and kept.checkpoints is not None
     step = position.step
     here = position.needs_known
     # A known position continues from an earlier state.
@@ -63,12 +61,12 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     rest = with_params(position, (None, None))
     arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
-    position = tree_where(here, arrived, rest)
+    position = tree_cond(here, arrived, rest)
     if walk.repeats:
         params = _add(walk, *params, here, missed)
     position = pull_restart(walk, with_params(position, params))
     if walk.pulls_from_start:
-        from_start = _from_start(walk, position, kept, here)
+        from_start = _from_start(position, kept, here)
         position = dataclasses.replace(position, from_start=from_start)
     return position, kept
 
@@ -117,7 +115,6 @@ def _plan(
 ) -> Position:
     """Find the next stop, where the solve was `replayed` up to a `step`, if at all."""
     record, checkpoints = kept.record, kept.checkpoints
-    assert record is not None and checkpoints is not None
     stop = jnp.maximum(checkpoints.step_before(position.step), record.first)
     if walk.repeats:
         # Otherwise replay the steps first, to hold states in between.
@@ -128,12 +125,10 @@ def _plan(
     return dataclasses.replace(position, stop=stop)
 
 
-def _from_start(
-    walk: Walk, position: Position, kept: Kept, here: BoolScalarLike
-) -> BoolScalarLike:
+def _from_start(position: Position, kept: Kept, here: BoolScalarLike) -> BoolScalarLike:
     """Whether to pull back through the next step from its start, a known state, as the walk
     missed that state when it undid this step."""
-    assert kept.checkpoints is not None and position.from_start is not None
+    assert position.from_start is not None
     start = position.step - 1
     single = position.undoes_next & (position.stop == start)
     alone = single & kept.checkpoints.held(start) & (position.reach == 0)
@@ -151,13 +146,11 @@ def _replay(
     last = walk.residuals.count - 1, walk.residuals.record.last_end
     most = walk.residuals.end.num_steps
     new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
-    assert replayed.record is not None and kept.record is not None
     # Elements that do not replay have written and held nothing.
     record = replayed.record.where(replays, kept.record)
-    kept = tree_replace(
-        lambda k: (k.record, k.checkpoints), kept, (record, replayed.checkpoints)
-    )
-    return new.where(replays, known), kept
+    checkpoints = replayed.checkpoints
+    kept = dataclasses.replace(kept, record=record, checkpoints=checkpoints)
+    return tree_cond(replays, new, known), kept
 
 
 def _come_to(
@@ -168,15 +161,13 @@ def _come_to(
     restarted = position.restarted & here
     state = known.solver_state
     if walk.residuals.restartable:
-        state = lax.cond(
-            eqxi.unvmap_any(restarted),
-            lambda: _restart(walk, known, restarted),
-            lambda: state,
-        )
+        terms, args = walk.combine(walk.params)
+        begins = terms, known.t, known.y, args, state
+        state, _, _ = interrupt(walk.problem.solver, *begins, restarted, False)
     assert position.origin is not None
     single = position.origin.step - position.step <= 1
     misses = walk.drifts(position, (known.y, state), beside_rounding(walk, single))
-    walked, beside = ([getattr(m, name) for m in misses] for name in Drift._fields)
+    walked, beside = [m.by_entry for m in misses], [m.beside for m in misses]
     if walk.repeats:
         # A single step cannot be divided, and the solve itself rounds as much.
         walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]
@@ -233,7 +224,7 @@ def _go_back(
         walked = [jnp.where(position.known, share * w, w) for w in walked]
     undone = position.undone + origin.step - position.step
     if walk.repeats:
-        arrived = new = tree_where(missed, origin, new)
+        arrived = new = tree_cond(missed, origin, new)
     arrived = dataclasses.replace(
         arrived,
         origin=new,
@@ -249,12 +240,3 @@ def _go_back(
         ],
     )
     return arrived, missed
-
-
-def _restart(walk: Walk, known: Known, restarted: BoolScalarLike) -> SolverState:
-    """The solver state after a restart, if this element of a batch was `restarted`."""
-    solver = walk.problem.solver
-    assert isinstance(solver, CanRestart)
-    terms, args = walk.combine(walk.params)
-    state = solver.restart(terms, known.t, known.y, args, known.solver_state)
-    return jtu.tree_map(lambda n, o: jnp.where(restarted, n, o), state, known.solver_state)

@@ -4,11 +4,11 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import BoolScalarLike, RealScalarLike
 from .._precision import eps
+from .._tree import tree_select
 
 
 class Clock(eqx.Module):
@@ -38,16 +38,13 @@ class Clock(eqx.Module):
         drift = jnp.maximum(self.drift, jnp.where(known, self.off(t), 0))
         new = t, previous_end, controller_state
         old = self.start, self.previous_end, self.controller_state
-        start, before, state = jtu.tree_map(lambda n, o: jnp.where(known, n, o), new, old)
+        start, before, state = tree_select(known, new, old)
         return Clock(start, self.end, before, state, drift)
 
     @property
     def still(self) -> "Clock":
         """The clock of a step of length zero, before the one that was undone last."""
         return dataclasses.replace(self, end=self.start)
-
-    def where(self, pred: BoolScalarLike, other: "Clock") -> "Clock":
-        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)
 
     def off(self, t: RealScalarLike) -> Float[Array, ""]:
         """The distance of `start` from the true time, as a fraction of the step."""
@@ -63,6 +60,3 @@ class Ends(eqx.Module):
 
     start: RealScalarLike
     end: RealScalarLike
-
-    def where(self, pred: BoolScalarLike, other: "Ends") -> "Ends":
-        return jtu.tree_map(lambda s, o: jnp.where(pred, s, o), self, other)

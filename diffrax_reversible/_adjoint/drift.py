@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .._custom_types import RealScalarLike
 from .._precision import eps
 from .._solver.entry_scales import growth_power, units
-from .._tree import largest
+from .._tree import largest, tree_select
 from .growth import any_grown
 from .problem import Inputs
 from .shared import params_where, Shared
@@ -146,8 +146,7 @@ def refuse_wrong(
 
 def _poison(wrong: Bool[Array, ""], gradient: Inputs, shared: Shared | None) -> Inputs:
     nan = jtu.tree_map(lambda g: jnp.full_like(g, jnp.nan), gradient)
-    choose = lambda n, g: jnp.where(wrong, n, g)
     states = lambda inputs: (inputs.y0, inputs.solver_state)
-    y0, state = jtu.tree_map(choose, states(nan), states(gradient))
+    y0, state = tree_select(wrong, states(nan), states(gradient))
     context = params_where(shared, wrong, nan.context, gradient.context)
     return Inputs(y0, state, context)

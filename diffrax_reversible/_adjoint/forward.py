@@ -1,6 +1,7 @@
 """The solve itself, and its residuals for the backward pass."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -20,7 +21,7 @@ from .._solver.capabilities import advance, needs_restart, statistics, to_record
 from .._tree import tree_replace
 from .branches import may_branch
 from .drift import coarsest_eps
-from .kept import first_spacing, Kept
+from .kept import Counted, first_spacing, Kept
 from .known import Checkpoints, Known
 from .problem import Inputs, Problem, save_states
 from .rest import Rest
@@ -33,7 +34,9 @@ from .steps import Record, room_for_residuals
 _room_in_single_precision = 1 << 20
 # Up to so many times as many states are held if each has at most so many bytes, and if all
 # fit into this fraction of the room for all residuals.
-_more, _small, _share_of_room = 8, 1 << 10, 2 / 3
+_more, _small, _share_of_room = 8, 1 << 10, 1 / 2
+
+_Kept = TypeVar("_Kept", bound=Counted)
 
 
 class Residuals(eqx.Module):
@@ -59,7 +62,6 @@ class Residuals(eqx.Module):
 
     @property
     def record(self) -> Record:
-        assert self.kept.record is not None
         return self.kept.record
 
     def zero_ys(self) -> list[PyTree[Array]]:
@@ -68,8 +70,8 @@ class Residuals(eqx.Module):
 
 
 def _solve(
-    inputs: Inputs, problem: Problem, make_kept: Callable[[State], Kept]
-) -> tuple[State, dict, State, Kept]:
+    inputs: Inputs, problem: Problem, make_kept: Callable[[State], _Kept]
+) -> tuple[State, dict, State, _Kept]:
     """Also returns the state after the loop over steps, and the residuals."""
     ends = []
 
@@ -91,7 +93,9 @@ def _solve(
 
 def solve_plainly(inputs: Inputs, problem: Problem) -> tuple[State, dict]:
     """The final state and statistics, where nothing is differentiated."""
-    final_state, aux_stats, *_ = _solve(inputs, problem, lambda state: Kept(jnp.array(0)))
+    final_state, aux_stats, *_ = _solve(
+        inputs, problem, lambda state: Counted(jnp.array(0))
+    )
     return final_state, aux_stats
 
 
@@ -145,7 +149,7 @@ def solve_and_record(
         none = jnp.array(0)
         no = jnp.array(False)
         rest = Rest.start((state.y, state.solver_state)) if branches else None
-        return Kept(none, record, held, spacing, spacing, no, rest, varying=problem.varying)
+        return Kept(none, record, held, spacing, spacing, no, rest, problem.varying)
 
     final_state, aux_stats, end, kept = _solve(inputs, problem, make_kept)
     residuals = Residuals(

@@ -1,5 +1,6 @@
 """Known states of a solve, from which the walk continues."""
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -18,7 +19,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
-from .._tree import read_row, tree_replace, tree_where, write_row
+from .._tree import read_row, tree_select, write_row
 from .packed import Packed
 
 
@@ -63,32 +64,32 @@ class Known(eqx.Module):
     def resume(self, state: State) -> State:
         """`state`, with the values of the known state."""
         controller_state = eqx.combine(self.controller_state, state.controller_state)
-        return tree_replace(
-            lambda s: (
-                *(s.y, s.solver_state, s.controller_state, s.tprev, s.tnext),
-                *(s.made_jump, s.num_accepted_steps),
-            ),
+        return dataclasses.replace(
             state,
-            (
-                *(self.y, self.solver_state, controller_state, self.t, self.next_t),
-                *(self.made_jump, self.step),
-            ),
+            y=self.y,
+            solver_state=self.solver_state,
+            controller_state=controller_state,
+            tprev=self.t,
+            tnext=self.next_t,
+            made_jump=self.made_jump,
+            num_accepted_steps=self.step,
         )
 
     def pack(self) -> tuple[Packed, Packed]:
         """All but the times, and these apart, as they may not be differentiated."""
-        times = self.t, self.next_t, self.last_end
-        rest = tree_replace(lambda k: (k.t, k.next_t, k.last_end), self, (None,) * 3)
-        return Packed.of(rest), Packed.of(times)
+        return Packed.of(self._without_times()), Packed.of(self._times())
 
     def unpack(self, packed: tuple[Packed, Packed]) -> "Known":
         """What was packed, with the structure of this state."""
-        where = lambda k: (k.t, k.next_t, k.last_end)
-        rest = packed[0].unpack(tree_replace(where, self, (None,) * 3))
-        return tree_replace(where, rest, packed[1].unpack(where(self)))
+        rest = packed[0].unpack(self._without_times())
+        t, next_t, last_end = packed[1].unpack(self._times())
+        return dataclasses.replace(rest, t=t, next_t=next_t, last_end=last_end)
 
-    def where(self, pred: BoolScalarLike, other: "Known") -> "Known":
-        return tree_where(pred, self, other)
+    def _times(self) -> tuple[RealScalarLike, ...]:
+        return self.t, self.next_t, self.last_end
+
+    def _without_times(self) -> "Known":
+        return dataclasses.replace(self, t=None, next_t=None, last_end=None)
 
     @property
     def bytes(self) -> int:
@@ -138,7 +139,7 @@ class Checkpoints(eqx.Module):
         wanted: BoolScalarLike,
         end: IntScalarLike,
         prefer_restarts: BoolScalarLike,
-        needed: BoolScalarLike = False,
+        needed: BoolScalarLike,
     ) -> "Checkpoints":
         """Hold another state, if it is `wanted`, in place of the one with the least cost.
 
@@ -217,17 +218,13 @@ class Checkpoints(eqx.Module):
             return start
         count = jnp.sum(self.steps < step)
         place = self.places[jnp.maximum(count - 1, 0)]
-        row = jtu.tree_map(
-            lambda row, first: jnp.where(count > 0, row, first),
-            read_row(self.rows, place),
-            start.pack(),
-        )
+        row = tree_select(count > 0, read_row(self.rows, place), start.pack())
         return start.unpack(row)
 
     def step_before(self, step: IntScalarLike) -> IntScalarLike:
         """The step of the last known state before a `step`."""
         steps = jnp.where(self.steps < step, self.steps, 0)
-        return jnp.maximum(jnp.max(steps, initial=0), 0)
+        return jnp.max(steps, initial=0)
 
     def held(self, step: IntScalarLike) -> BoolScalarLike:
         """Whether the state after exactly `step` steps is known."""

@@ -1,5 +1,6 @@
 """The definition of a solve: its differentiated inputs, and its fixed part."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,6 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
-from .._tree import tree_replace
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -121,27 +121,31 @@ class Problem(eqx.Module):
 
     def at(self, times: Times) -> "Problem":
         """The problem, with the ends of the solve at `times`."""
-        return eqx.tree_at(lambda p: (p.t0, p.t1), self, (times.t0, times.t1))
+        return dataclasses.replace(self, t0=times.t0, t1=times.t1)
 
     def without_outputs(self, controller: Any) -> "Problem":
         """The same steps, by a `controller`, without outputs."""
         meter = NoProgressMeter()
-        state = tree_replace(
-            lambda s: [
-                *(s.save_state, s.dense_ts, s.dense_infos, s.dense_save_index),
-                *(s.event_tprev, s.event_tnext, s.event_dense_info),
-                *(s.event_values, s.event_mask, s.progress_meter_state),
-            ],
+        state = dataclasses.replace(
             self.init_state,
-            [(), *[None] * 8, meter.init()],
+            save_state=(),
+            dense_ts=None,
+            dense_infos=None,
+            dense_save_index=None,
+            event_tprev=None,
+            event_tnext=None,
+            event_dense_info=None,
+            event_values=None,
+            event_mask=None,
+            progress_meter_state=meter.init(),
         )
-        return tree_replace(
-            lambda p: [
-                *(p.saveat, p.event, p.init_state, p.progress_meter),
-                p.stepsize_controller,
-            ],
+        return dataclasses.replace(
             self,
-            [SaveAt(subs=()), None, state, meter, controller],
+            saveat=SaveAt(subs=()),
+            event=None,
+            init_state=state,
+            progress_meter=meter,
+            stepsize_controller=controller,
         )
 
     def run(self, inputs: Inputs, solver: Any, outer_while_loop: Callable) -> State:
@@ -249,6 +253,4 @@ def _with_inputs(state: State, inputs: Inputs) -> State:
 def _replace_state(
     state: State, y: Y | None, solver_state: PyTree, result: RESULTS | None
 ) -> State:
-    return tree_replace(
-        lambda s: (s.y, s.solver_state, s.result), state, (y, solver_state, result)
-    )
+    return dataclasses.replace(state, y=y, solver_state=solver_state, result=result)

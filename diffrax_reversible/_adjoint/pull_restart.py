@@ -6,11 +6,10 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
-from .._tree import tree_add
+from .._tree import tree_add, tree_select
 from .position import Position
 from .walk import Walk
 
@@ -43,6 +42,5 @@ def _pull(walk: Walk, position: Position, ct: Cotangent) -> Cotangent:
     _, pull = eqx.filter_vjp(restart, position.y, diff_state, walk.params)
     pending = ct.where(position.pending)
     y_bar, state_bar, params_bar = pull(pending.solver_state)
-    choose = lambda new, old: jnp.where(position.pending, new, old)
-    state_bar = jtu.tree_map(choose, state_bar, ct.solver_state)
+    state_bar = tree_select(position.pending, state_bar, ct.solver_state)
     return Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
@@ -20,6 +18,7 @@ from .._solver.pullback import (
     Probe,
     StepStart,
 )
+from .._tree import tree_select
 from .kept import Kept
 from .outputs import Cursor
 from .position import Position
@@ -110,15 +109,13 @@ def _start(
     undone = walk.settle(2 * step, undone)
     if from_start is None:
         return undone
-    record, checkpoints = kept.record, kept.checkpoints
-    assert record is not None and checkpoints is not None
+    record = kept.record
 
     def known():
-        held = checkpoints.before(position.step, walk.replayer.start)
+        held = kept.checkpoints.before(position.step, walk.replayer.start)
         begins = held.t, held.y, args, held.solver_state
         state, _, _ = interrupt(solver, terms, *begins, *record.before(step))
-        choose = lambda k, u: jnp.where(from_start, k, u)
-        return jtu.tree_map(choose, (held.y, state), undone)
+        return tree_select(from_start, (held.y, state), undone)
 
     return lax.cond(eqxi.unvmap_any(from_start), known, lambda: undone)
 

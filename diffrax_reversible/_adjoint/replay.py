@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
-from .._tree import tree_replace
+from .._tree import tree_select
 from .clock import Ends
 from .kept import Kept
 from .known import Known
@@ -68,10 +68,10 @@ class _Replay(Kept):
         is read before.
     """
 
-    target: IntScalarLike = 0
-    recorded: BoolScalarLike = False
-    last: tuple[IntScalarLike, RealScalarLike] = (0, 0.0)
-    ahead: Ends | None = None
+    target: IntScalarLike
+    recorded: BoolScalarLike
+    last: tuple[IntScalarLike, RealScalarLike]
+    ahead: Ends | None
 
     @staticmethod
     def of(
@@ -82,7 +82,6 @@ class _Replay(Kept):
         spacing: IntScalarLike,
     ) -> "_Replay":
         """The residuals at the start of a replay from a `known` state."""
-        assert kept.record is not None
         count, last_end = kept.record.count, kept.record.last_end
         # The end of the step before the target is not recorded as the start of the next, if
         # the last replay ended there.
@@ -97,11 +96,13 @@ class _Replay(Kept):
             kept.checkpoints,
             spacing,
             spacing,
-            jnp.array(False),
+            advanced=jnp.array(False),
+            rest=None,
             varying=kept.varying,
             target=target,
             recorded=kept.record.covers(known.step, target, last[0]),
             last=to,
+            ahead=None,
         )
         return dataclasses.replace(replay, ahead=replay._ends(known.step + 1))
 
@@ -124,7 +125,6 @@ class _Replay(Kept):
         self, state: State, restarts: BoolScalarLike, made_jump: BoolScalarLike
     ) -> tuple[BoolScalarLike, BoolScalarLike]:
         """The interruptions of the solve, if they are recorded."""
-        assert self.record is not None
         if self.record.flags is None:
             return restarts, made_jump
         restarted, crossed = self.record.before(state.num_accepted_steps)
@@ -140,21 +140,21 @@ class _Replay(Kept):
         ends = self._ends(state.num_accepted_steps)
         if ends is None:
             return state
-        ends = ends.where(self.recorded, Ends(state.tprev, state.tnext))
-        return tree_replace(lambda s: (s.tprev, s.tnext), state, (ends.start, ends.end))
+        ends = tree_select(self.recorded, ends, Ends(state.tprev, state.tnext))
+        return dataclasses.replace(state, tprev=ends.start, tnext=ends.end)
 
     def before_step(self, state: State) -> State:
         if self.ahead is None:
             return state
         step = _Next(self.recorded, self.ahead)
         replayed = _ReplayedState(state.controller_state, step)
-        return tree_replace(lambda s: s.controller_state, state, replayed)
+        return dataclasses.replace(state, controller_state=replayed)
 
     def after_step(self, state: State) -> State:
         if not isinstance(state.controller_state, _ReplayedState):
             return state
         inner = state.controller_state.state
-        return tree_replace(lambda s: s.controller_state, state, inner)
+        return dataclasses.replace(state, controller_state=inner)
 
     def append(
         self, before: State, after: State, solver: AbstractReversibleSolver
@@ -165,7 +165,6 @@ class _Replay(Kept):
 
     def _ends(self, step: IntScalarLike) -> Ends | None:
         """The ends of the recorded step, or `None` if steps are recomputed."""
-        assert self.record is not None
         if self.record.starts is None:
             return None
         return self.record.ends(step, *self.last)
@@ -220,7 +219,6 @@ class Replayer:
         replay = _Replay.of(kept, known, target, last, spacing)
         state = replay.start(known.resume(self._init_state))
         # A constant, as Equinox cannot compare one traced outside before JAX 0.7.
-        state = tree_replace(lambda s: s.result, state, RESULTS.successful)
+        state = dataclasses.replace(state, result=RESULTS.successful)
         state, replay = self._stepper.run(state, replay, on_the_way)
-        assert replay.record is not None
         return Known.of(state, replay.record.last_end, replay.varying), replay

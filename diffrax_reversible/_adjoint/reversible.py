@@ -276,8 +276,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 - `checkpoints`: the largest number of states and solver states to hold, besides the start.
     More of them take more memory, and save evaluations if there are as many restarts:
     `sol.stats["num_restarts"]` reports their number. Defaults to 8. Of states with at most
-    a kilobyte it is up to 64, as many as take two thirds of the memory of the checkpoints
-    of `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: 40 to 50 for 4,096.
+    a kilobyte it is up to 64, as many as take half the memory of the checkpoints of
+    `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: 30 to 40 for 4,096.
     With symplectic solvers rounding errors grow less: the default is none in double
     precision, and otherwise as many of 8 as fit into a megabyte, and more of small states.
     Pass 8 for very unstable orbits in double precision, such as a comet's that all but hits

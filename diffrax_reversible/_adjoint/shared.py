@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, Params
 from .._members import share, total, without
+from .._tree import tree_select
 from .batch import Sharing
 from .problem import Context, Inputs
 
@@ -94,7 +95,7 @@ def params_where(
     """Cotangents of the parameters: `new` where `pred`, otherwise `old`. What the members
     of a batch share is `new` if `pred` holds for any of them."""
     if shared is None:
-        return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, old)
+        return tree_select(pred, new, old)
     some = shared.any(pred)
     choose = lambda flag, n, o: jnp.where(some if flag else pred, n, o)
     return jtu.tree_map(choose, shared.flags, new, old)

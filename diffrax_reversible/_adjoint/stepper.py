@@ -1,6 +1,8 @@
 """The steps of a solve, one by one."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -12,9 +14,11 @@ from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance_densely, interrupt, needs_restart
-from .._tree import tree_replace
-from .kept import Kept
+from .kept import Counted
 from .problem import Inputs, Problem
+
+
+_Kept = TypeVar("_Kept", bound=Counted)
 
 
 @eqx.filter_jit
@@ -74,8 +78,8 @@ class Stepper:
         self.buffers = buffers
 
     def run(
-        self, state: State, kept: Kept, running: Callable[[State], BoolScalarLike]
-    ) -> tuple[State, Kept]:
+        self, state: State, kept: _Kept, running: Callable[[State], BoolScalarLike]
+    ) -> tuple[State, _Kept]:
         """Take steps until the solve ends, or the state is not `running`.
 
         The inner loop exits as soon as any element of a batch has to restart, cross a jump
@@ -119,7 +123,7 @@ class Stepper:
         due = jnp.array(False)
         if restartable:
             due = self._any_due(state, kept, goes_on(state))
-        carry = state, kept, due
+        carry: Any = state, kept, due
         if restartable or kept.holds:
             carry = lax.while_loop(
                 lambda carry: eqxi.unvmap_any(goes_on(carry[0])), segment, carry
@@ -130,7 +134,7 @@ class Stepper:
         return state, kept
 
     def _interruptions(
-        self, state: State, kept: Kept
+        self, state: State, kept: Counted
     ) -> tuple[BoolScalarLike, BoolScalarLike]:
         """Whether a restart is due, and whether there is a jump; Python `False` if there
         can be none."""
@@ -138,21 +142,22 @@ class Stepper:
         restarts = needs_restart(self.problem.solver, state.solver_state)
         return kept.interruptions(state, restarts, made_jump)
 
-    def _any_due(self, state: State, kept: Kept, on: BoolScalarLike) -> BoolScalarLike:
+    def _any_due(self, state: State, kept: Counted, on: BoolScalarLike) -> BoolScalarLike:
         """Whether any element that is `on` has to restart or to cross a jump."""
         due = jnp.logical_or(*self._interruptions(state, kept)) & on
         return eqxi.unvmap_any(due)
 
-    def _step(self, before: State, kept: Kept) -> State:
+    def _step(self, before: State, kept: Counted) -> State:
         interpolates = self.problem.interpolates(before)
         advancing = _AdvancingState(before.solver_state, interpolates)
-        before = kept.before_step(tree_replace(_solver_state, before, [advancing]))
-        after = kept.after_step(self.body_fun(before))
-        return tree_replace(_solver_state, after, [after.solver_state.solver_state])
+        before = dataclasses.replace(before, solver_state=advancing)
+        after = kept.after_step(self.body_fun(kept.before_step(before)))
+        solver_state = after.solver_state.solver_state
+        return dataclasses.replace(after, solver_state=solver_state)
 
     def _interrupt(
-        self, state: State, kept: Kept, on: BoolScalarLike
-    ) -> tuple[State, Kept]:
+        self, state: State, kept: _Kept, on: BoolScalarLike
+    ) -> tuple[State, _Kept]:
         """Restart, cross a jump, or hold the state, if due and this element is `on`."""
         restarts, made_jump = (
             due is not False and due & on for due in self._interruptions(state, kept)
@@ -170,11 +175,5 @@ class Stepper:
         )
         kept = kept.interrupt(state, solver_state, restarted, crossed, on)
         made_jump = jnp.where(made_jump, False, state.made_jump)
-        state = tree_replace(
-            lambda s: (s.solver_state, s.made_jump), state, (solver_state, made_jump)
-        )
+        state = dataclasses.replace(state, solver_state=solver_state, made_jump=made_jump)
         return state, kept
-
-
-def _solver_state(state: State) -> list[SolverState]:
-    return [state.solver_state]

@@ -1,5 +1,6 @@
 """The ends of the steps of a solve, recorded, or recomputed in the backward pass."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from .._diffrax import State
-from .._tree import tree_where
+from .._tree import tree_cond, tree_select
 from .clock import Clock, Ends
 
 
@@ -147,10 +148,8 @@ class Record(eqx.Module):
         no = jnp.array(False)
         reaches = self.reaches(step, last)
         first = jnp.where(reaches, jnp.minimum(self.first, step), step)
-        return eqx.tree_at(
-            lambda r: (r.first, r.count, r.restarted, r.crossed, r.last_end),
-            self,
-            (first, step, no, no, last_end),
+        return dataclasses.replace(
+            self, first=first, count=step, restarted=no, crossed=no, last_end=last_end
         )
 
     def where(self, pred: BoolScalarLike, other: "Record") -> "Record":
@@ -163,12 +162,12 @@ class Record(eqx.Module):
                 *(record.last_end, record.torn),
             )
 
-        return eqx.tree_at(numbers, self, tree_where(pred, numbers(self), numbers(other)))
+        return eqx.tree_at(numbers, self, tree_cond(pred, numbers(self), numbers(other)))
 
     def interrupt(self, restarted: BoolScalarLike, crossed: BoolScalarLike) -> "Record":
         """Record whether the solve restarted or crossed a jump before the next step."""
         flags = self.restarted | restarted, self.crossed | crossed
-        return eqx.tree_at(lambda r: (r.restarted, r.crossed), self, flags)
+        return dataclasses.replace(self, restarted=flags[0], crossed=flags[1])
 
     def append(
         self, before: State, scalars: PyTree[Array], accepted: BoolScalarLike
@@ -193,22 +192,22 @@ class Record(eqx.Module):
         if outermost is not None:
             ends = Ends(jnp.asarray(before.tprev), jnp.asarray(before.tnext))
             outermost = (
-                ends.where(accepted & (self.count == 0), outermost[0]),
-                ends.where(accepted, outermost[1]),
+                tree_select(accepted & (self.count == 0), ends, outermost[0]),
+                tree_select(accepted, ends, outermost[1]),
             )
-        return Record(
-            write(self.starts, before.tprev),
-            write(self.previous_ends, self.last_end),
-            write(self.flags, flags.astype(jnp.uint8)),
-            scalars,
-            first,
-            count,
-            jnp.where(accepted, False, self.restarted),
-            jnp.where(accepted, False, self.crossed),
-            jnp.where(accepted, before.tnext, self.last_end),
-            torn,
-            outermost,
-            self.with_jumps,
+        return dataclasses.replace(
+            self,
+            starts=write(self.starts, before.tprev),
+            previous_ends=write(self.previous_ends, self.last_end),
+            flags=write(self.flags, flags.astype(jnp.uint8)),
+            scalars=scalars,
+            first=first,
+            count=count,
+            restarted=jnp.where(accepted, False, self.restarted),
+            crossed=jnp.where(accepted, False, self.crossed),
+            last_end=jnp.where(accepted, before.tnext, self.last_end),
+            torn=torn,
+            outermost=outermost,
         )
 
     def reaches(self, step: IntScalarLike, last: IntScalarLike) -> BoolScalarLike:

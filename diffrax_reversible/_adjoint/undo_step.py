@@ -1,15 +1,16 @@
 """One step of the walk, and the jump before it."""
 
+import dataclasses
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_replace, tree_zeros_like
+from .._tree import tree_add, tree_select, tree_zeros_like
 from .kept import Kept
 from .position import Position
 from .pull_outputs import pull_step_outputs
@@ -21,7 +22,6 @@ from .walk import Walk
 def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
     """Undo a step."""
     record, step = kept.record, position.step - 1
-    assert record is not None
     restarted, crossed = record.before(step)
     if position.moves is not None:
         crossed &= position.moves
@@ -57,16 +57,19 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
         hidden = tree_add(hidden, pulled.hidden)
     position = walk.show_progress(position, clock.start)
     from_start = None if position.from_start is None else no
-    return tree_replace(
-        lambda p: (
-            *(p.step, p.y, p.solver_state, p.cotangent, p.cursors),
-            *(p.growth, p.known, p.restarted, p.pending, p.hidden, p.from_start),
-        ),
+    return dataclasses.replace(
         position,
-        (
-            *(step, y0, state0, ct, pulled.cursors),
-            *(growth, no, no | restarted, pending, hidden, from_start),
-        ),
+        step=step,
+        y=y0,
+        solver_state=state0,
+        cotangent=ct,
+        cursors=pulled.cursors,
+        growth=growth,
+        known=no,
+        restarted=no | restarted,
+        pending=pending,
+        hidden=hidden,
+        from_start=from_start,
     )
 
 
@@ -85,8 +88,8 @@ def _begin(walk: Walk, position: Position, record: Record) -> Position:
     )
     ct, moves = position.cotangent, position.moves
     if moves is not None:
-        clock, ct = clock.where(moves, position.clock.still), ct.where(moves)
-    return tree_replace(lambda p: (p.clock, p.cotangent), position, (clock, ct))
+        clock, ct = tree_select(moves, clock, position.clock.still), ct.where(moves)
+    return dataclasses.replace(position, clock=clock, cotangent=ct)
 
 
 def _undo_jump(
@@ -102,7 +105,6 @@ def _undo_jump(
     terms, args = walk.combine(walk.params)
     before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
-    choose = lambda new, old: jtu.tree_map(lambda n, o: jnp.where(crossed, n, o), new, old)
 
     def cross(y, diff_state, params):
         context = walk.context(params)
@@ -114,7 +116,9 @@ def _undo_jump(
 
     _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
     no_jump = tree_zeros_like(ct.solver_state)
-    y_bar, state_bar, params_bar = pull(choose(ct.solver_state, no_jump))
-    before, state_bar = choose((before, state_bar), (solver_state, ct.solver_state))
+    crossed_bar = tree_select(crossed, ct.solver_state, no_jump)
+    y_bar, state_bar, params_bar = pull(crossed_bar)
+    before = tree_select(crossed, before, solver_state)
+    state_bar = tree_select(crossed, state_bar, ct.solver_state)
     new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
     return before, new

@@ -6,7 +6,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 
-from .._tree import tree_where
+from .._tree import tree_cond
 from .between_steps import with_params
 from .kept import Kept
 from .position import Position
@@ -72,7 +72,7 @@ def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -
         params = [p.cotangent.params for p in (after, position)]
         params = params_where(shared, moves, *params)
         without = lambda position: with_params(position, (None, None))
-        position = tree_where(moves, without(after), without(position))
+        position = tree_cond(moves, without(after), without(position))
         position = with_params(position, (params, None))
         return position if walk.departure is None else pull_restart(walk, position)
 

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_zeros_like
+from .._tree import tree_add, tree_select, tree_zeros_like
 from .between_steps import go_on, params_of, with_params
 from .kept import Kept
 from .position import Position
@@ -104,7 +104,7 @@ def _pull_init(walk: Walk, position: Position) -> Position:
     y_bar, params_bar = pull(ct.solver_state)
     state_bar = tree_zeros_like(ct.solver_state)
     ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-    return eqx.tree_at(lambda p: p.cotangent, position, ct)
+    return dataclasses.replace(position, cotangent=ct)
 
 
 class _Walks(NamedTuple):
@@ -144,7 +144,7 @@ def _again(
     if walk.departure is None:
         return position, walks._replace(left=jnp.array(0))
     growth, record = position.growth, kept.record
-    assert growth is not None and record is not None
+    assert growth is not None
     first, last = walks.left == _most(walk), walks.left == 1
     agree = alike(walks.last, here, _alike)
     if not walk.compares:
@@ -167,9 +167,7 @@ def _again(
         meter=position.meter,
     )
     without = lambda position: with_params(position, (None, None))
-    params = jtu.tree_map(
-        lambda b, p: jnp.where(again, b, p), params_of(begin()), params_of(position)
-    )
+    params = tree_select(again, params_of(begin()), params_of(position))
     # Selected apart: in the conditional, XLA holds another copy of the parameters.
     position = lax.cond(again, lambda: without(begin()), lambda: without(position))
     left = jnp.where(again, walks.left - 1, 0)

@@ -18,6 +18,7 @@ from .._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike,
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
 from .._precision import eps, tiny
+from .._tree import tree_select
 from .base import AbstractReversibleStepSizeController
 from .time_scale import Field, squared_time_scale
 
@@ -337,7 +338,7 @@ def _limit(new: Sum, old: Sum) -> Sum:
     for ratio, beyond in ((1 / _max_ratio, jnp.less), (_max_ratio, jnp.greater)):
         assert old.low is not None
         limit = Sum(old.high * ratio, old.low * ratio, old.grid)
-        new = _where(beyond(new.high, limit.high), limit, new)
+        new = tree_select(beyond(new.high, limit.high), limit, new)
     return new
 
 
@@ -348,7 +349,9 @@ def _soften(total: Sum, wished: Float[Array, ""]) -> Sum:
     That joins the identity smoothly at `x = 1`, and is at least a half.
     """
     x = total.high / (wished / 2)
-    return _where(x < 1, _rounded((1 + 1 / (3 - 2 * x)) / 2 * (wished / 2), total), total)
+    return tree_select(
+        x < 1, _rounded((1 + 1 / (3 - 2 * x)) / 2 * (wished / 2), total), total
+    )
 
 
 def _harden(total: Sum, wished: Float[Array, ""]) -> Sum:
@@ -356,12 +359,8 @@ def _harden(total: Sum, wished: Float[Array, ""]) -> Sum:
     x = total.high / (wished / 2)
     # Close to a half the inverse is unbounded. `_limit` bounds the result.
     excess = jnp.maximum(2 * x - 1, eps(x))
-    return _where(x < 1, _rounded((3 - 1 / excess) / 2 * (wished / 2), total), total)
+    return tree_select(x < 1, _rounded((3 - 1 / excess) / 2 * (wished / 2), total), total)
 
 
 def _rounded(x: Float[Array, ""], total: Sum) -> Sum:
     return Sum(x, jnp.zeros_like(x), total.grid)
-
-
-def _where(pred: Array, x: Sum, y: Sum) -> Sum:
-    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)

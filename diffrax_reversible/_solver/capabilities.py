@@ -26,7 +26,7 @@ from .._custom_types import (
     Y,
 )
 from .._precision import eps, tiny
-from .._tree import larger
+from .._tree import larger, tree_select
 from .base import AbstractReversibleSolver
 
 
@@ -387,17 +387,15 @@ def interrupt(
     after a restart, which supersedes it). Python `False` where that is known.
     """
 
-    def choose(pred, new):
-        return jtu.tree_map(lambda n, o: jnp.where(pred, n, o), new, solver_state)
-
     def restart():
         assert isinstance(solver, CanRestart)
-        return choose(restarts, solver.restart(terms, t, y, args, solver_state))
+        new = solver.restart(terms, t, y, args, solver_state)
+        return tree_select(restarts, new, solver_state)
 
     def cross():
         new, changed = cross_jump(solver, terms, before_jump(t), t, y, args, solver_state)
         changed = jnp.logical_and(crosses, changed)
-        return choose(changed, new), changed
+        return tree_select(changed, new, solver_state), changed
 
     # In a batch both are evaluated only if some element needs it. The logical operations
     # also strip tangents, which JAX gives to Booleans too.

@@ -1,6 +1,5 @@
 """A chain that is made again from its start, where undoing it is not accurate enough."""
 
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, Terms
-from .._tree import read_row, tree_zeros_like
+from .._tree import read_row, tree_select, tree_zeros_like
 from .chain import all_of, as_trees, Chain, Parts, scan_rounds, Update
 
 
@@ -81,7 +80,7 @@ def make_again(chain: Chain, terms: Terms, args: Args, start: Start, parts: Part
 
         def stored(updates, stage, parts):
             before, _ = all_of(updates, stage)
-            return jtu.tree_map(ft.partial(jnp.where, some), before, parts)
+            return tree_select(some, before, parts)
 
         return Again(some, jtu.tree_map(lambda x: x[0], known), off, known, stored)
 

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from .._custom_types import Combine, Params
 from .._members import value_and_pullback
-from .._tree import tree_add, tree_where, tree_zeros_like
+from .._tree import tree_add, tree_cond, tree_zeros_like
 from .chain import (
     arguments_of,
     as_trees,
@@ -91,7 +91,7 @@ def undo_and_pull(
     if again is None:
         off = tree_zeros_like(as_trees(parts))
         return Pulled(before, bars_before, params_bar, passed, off)
-    before = tree_where(again.some, again.start, before)
+    before = tree_cond(again.some, again.start, before)
     return Pulled(before, bars_before, params_bar, passed, again.off)
 
 
