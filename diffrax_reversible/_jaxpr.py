@@ -14,13 +14,22 @@ _calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 
 
 def meets(
-    jaxpr, moving: set, names: set[str], trusted: frozenset[str] = frozenset()
+    fn: Callable[..., PyTree[Array]],
+    *args: PyTree[Array],
+    names: set[str],
+    trusted: frozenset[str] = frozenset(),
 ) -> bool:
-    """Whether an operation that depends on the `moving` variables has one of the `names`,
-    or returns integers or Booleans.
+    """Whether an operation of `fn(*args)` that depends on `args` has one of the `names`, or
+    returns integers or Booleans.
 
     - `trusted`: names of compiled functions that are not searched.
     """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _meets(jaxpr, set(jaxpr.invars), names, trusted)
+
+
+def _meets(jaxpr, moving: set, names: set[str], trusted: frozenset[str]) -> bool:
+    """As `meets`, for operations that depend on the `moving` variables."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if not any(_moves(v, moving) for v in equation.invars):
@@ -38,7 +47,7 @@ def meets(
             if name in _calls:
                 pairs = zip(inputs, equation.invars, strict=True)
                 inputs = [v for v, outer in pairs if _moves(outer, moving)]
-            if meets(inner, set(inputs), names, trusted):
+            if _meets(inner, set(inputs), names, trusted):
                 return True
     return False
 

@@ -8,30 +8,17 @@ import jax.numpy as jnp
 from ._custom_types import RealScalarLike
 
 
-def total_derivative(g: Callable, field: Callable, length: RealScalarLike = 1) -> Callable:
-    """`d/dt g(t, y(t))` as a function of `(t, y)`, with `y' = field(t, y)`.
-
-    If `field` is multiplied by `length`, then so is the derivative.
-    """
-
-    def derivative(t, y):
-        dt = jnp.asarray(length, jnp.result_type(t))
-        _, tangent = jax.jvp(g, (t, y), (dt, field(t, y)))
-        return tangent
-
-    return derivative
-
-
-def total_derivatives(field: Callable, count: int) -> Callable:
+def total_derivatives(field: Callable, count: int, length: RealScalarLike = 1) -> Callable:
     """A function of `(t, y)` that returns `field` and its first `count` derivatives along
-    the solution.
+    the solution of `y' = field(t, y)`.
 
-    Each is computed from the one before, so that all but the last are evaluated once.
+    Each is computed from the one before, so that all but the last are evaluated once. If
+    `field` is multiplied by the `length` of a step, then so is each derivative.
     """
 
     def up_to(lower):
         def derivatives(t, y):
-            dt = jnp.ones((), jnp.result_type(t))
+            dt = jnp.asarray(length, jnp.result_type(t))
             values, tangents = jax.jvp(lower, (t, y), (dt, field(t, y)))
             return values[:1] + tangents
 

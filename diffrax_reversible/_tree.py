@@ -42,6 +42,18 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(product, x)
 
 
+def tree_combine(weights: Array | np.ndarray, rows: PyTree[Array]) -> PyTree[Array]:
+    """The sum of the rows of every array, times `weights`; the transpose of `tree_outer`.
+
+    Several rows of weights give as many sums.
+    """
+
+    def combine(rows):
+        return jnp.tensordot(jnp.asarray(weights, rows.dtype), rows, axes=(0, 0))
+
+    return jtu.tree_map(combine, rows)
+
+
 def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> Any:
     """`equinox.tree_at`, which here can replace `None` too."""
     return eqx.tree_at(where, tree, replacement, is_leaf=lambda x: x is None)
@@ -50,6 +62,11 @@ def tree_replace(where: Callable[[Any], Any], tree: Any, replacement: Any) -> An
 def tree_select(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
     """`x` if `pred`, otherwise `y`, leaf by leaf."""
     return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
+
+
+def tree_zeros_of(structs: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """Zeros of the shapes and dtypes of `structs`."""
+    return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
 
 
 def tree_cond(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:

@@ -11,11 +11,11 @@ import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params
 from .._solver.capabilities import interrupt
-from .._tree import tree_add, tree_cond, tree_replace, tree_zeros_like
+from .._tree import tree_add, tree_cond, tree_zeros_like
 from .judge import Arrival, beside_rounding, judge
 from .kept import Kept
 from .known import Known
-from .position import Position
+from .position import params_of, Position, with_params, without_params
 from .pull_restart import pull_restart
 from .shared import params_where
 from .walk import Walk
@@ -58,7 +58,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     if position.growth is not None and walk.repeats:
         growth = position.growth.at_known(position.cotangent.params, here)
         position = dataclasses.replace(position, growth=growth)
-    rest = with_params(position, (None, None))
+    rest = without_params(position)
     arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
     position = tree_cond(here, arrived, rest)
@@ -76,16 +76,6 @@ def _waits(position: Position, replays: BoolScalarLike) -> BoolScalarLike:
     others = jnp.logical_not(replays | position.done)
     enough = eqxi.unvmap_any(position.waited >= _most_waited)
     return replays & eqxi.unvmap_any(others) & jnp.logical_not(enough)
-
-
-def params_of(position: Position) -> tuple[Params, Params | None]:
-    """The cotangents of the parameters, since the last known state and before."""
-    return position.cotangent.params, position.params_cotangent
-
-
-def with_params(position: Position, params: tuple[Params | None, ...]) -> Position:
-    """The position with other cotangents of the parameters."""
-    return tree_replace(params_of, position, params)
 
 
 def _add(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array, PyTree
 
 from .._jaxpr import meets
@@ -22,5 +21,4 @@ _smooth = frozenset({"softplus"})
 def may_branch(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
     """Whether the derivative of `fn` may jump, and thus differ between a point and its
     reconstruction. Callbacks are not inspected."""
-    jaxpr = jax.make_jaxpr(fn)(*point).jaxpr
-    return meets(jaxpr, set(jaxpr.invars), _kinks, _smooth)
+    return meets(fn, *point, names=_kinks, trusted=_smooth)

@@ -18,7 +18,7 @@ from .._custom_types import (
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance, needs_restart, statistics, to_record
-from .._tree import tree_replace
+from .._tree import tree_replace, tree_zeros_of
 from .branches import may_branch
 from .drift import coarsest_eps
 from .kept import Counted, first_spacing, Kept
@@ -66,7 +66,7 @@ class Residuals(eqx.Module):
 
     def zero_ys(self) -> list[PyTree[Array]]:
         """Zeros in the shapes of the outputs of each `SubSaveAt`."""
-        return jtu.tree_map(lambda y: jnp.zeros(y.shape, y.dtype), self.ys_structs)
+        return tree_zeros_of(self.ys_structs)
 
 
 def _solve(

@@ -119,3 +119,18 @@ class Position(eqx.Module):
     @property
     def done(self) -> BoolScalarLike:
         return (self.step == 0) & self.known
+
+
+def params_of(position: Position) -> tuple[Params, Params | None]:
+    """The cotangents of the parameters, since the last known state and before."""
+    return position.cotangent.params, position.params_cotangent
+
+
+def with_params(position: Position, params: tuple[Params | None, ...]) -> Position:
+    """The position with other cotangents of the parameters."""
+    return tree_replace(params_of, position, params)
+
+
+def without_params(position: Position) -> Position:
+    """The position without the cotangents of the parameters."""
+    return with_params(position, (None, None))

@@ -1,5 +1,6 @@
 """The pull-back of the outputs of a solve, along the walk."""
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array
 
 from .._custom_types import (
     BoolScalarLike,
@@ -19,7 +21,7 @@ from .._custom_types import (
 )
 from .._diffrax import State
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_replace
+from .._tree import tree_add, tree_zeros_of
 from .outputs import Cursor, Output, Row
 from .position import Position
 from .problem import Times
@@ -61,7 +63,7 @@ def pull_into_state(
     growth = position.growth
     if growth is not None:
         growth = growth.expect(y_bar)
-    return tree_replace(lambda p: (p.cotangent, p.growth), position, (ct, growth))
+    return dataclasses.replace(position, cotangent=ct, growth=growth)
 
 
 def pull_last(walk: Walk, position: Position) -> Position:
@@ -147,7 +149,7 @@ def pull_dense(
     """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
     step, ends = position.step - 1, (position.clock.start, position.clock.end)
     if walk.dense_rows is None:
-        dense_bar = jtu.tree_map(lambda d: jnp.zeros(d.shape, d.dtype), dense_info)
+        dense_bar = tree_zeros_of(dense_info)
     else:
         dense_bar = jtu.tree_map(lambda rows: rows[step], walk.dense_rows)
     if walk.end_dense is not None:
@@ -173,7 +175,7 @@ def pull_dense(
             dense_bar, params_bar, cursors[i] = _pull_ts(
                 walk, output, in_step, (*ends, dense_info), carry
             )
-    ct = eqx.tree_at(lambda c: c.params, position.cotangent, params_bar)
+    ct = dataclasses.replace(position.cotangent, params=params_bar)
     return dense_bar, ct, cursors
 
 
@@ -190,9 +192,7 @@ def _pull_ts(
     assert ts is not None
 
     def more(carry):
-        _, _, cursor = carry
-        i = cursor.ts_index - 1
-        return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
+        return _any_left(ts, carry[-1], in_step)
 
     def pull(carry):
         dense_bar, params_bar, cursor = carry
@@ -239,9 +239,7 @@ def _pull_states(
     count = min(len(ts), max(1, min(_at_once, _most_entries // max(entries, 1))))
 
     def more(carry):
-        _, cursor = carry
-        i = cursor.ts_index - 1
-        return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
+        return _any_left(ts, carry[-1], in_step)
 
     def pull(carry):
         dense_bar, cursor = carry
@@ -264,6 +262,14 @@ def _pull_states(
         return tree_add(dense_bar, new_bar), cursor
 
     return lax.while_loop(more, pull, carry)
+
+
+def _any_left(
+    ts: Array, cursor: Cursor, in_step: Callable[[RealScalarLike], BoolScalarLike]
+) -> BoolScalarLike:
+    """Whether the last of `ts` that is still to be pulled back is in the step."""
+    i = cursor.ts_index - 1
+    return (i >= 0) & in_step(ts[jnp.maximum(i, 0)])
 
 
 def _transpose(fn: Callable[[DenseInfo], Y], like: DenseInfo, y_bar: Y) -> DenseInfo:

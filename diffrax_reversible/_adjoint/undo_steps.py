@@ -7,9 +7,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 
 from .._tree import tree_cond
-from .between_steps import with_params
 from .kept import Kept
-from .position import Position
+from .position import Position, with_params, without_params
 from .pull_restart import pull_restart
 from .shared import params_where, Shared
 from .undo_step import undo_step
@@ -71,8 +70,7 @@ def _undo_together(walk: Walk, position: Position, kept: Kept, shared: Shared) -
         # The cotangents of the parameters, with those of all members where it is shared.
         params = [p.cotangent.params for p in (after, position)]
         params = params_where(shared, moves, *params)
-        without = lambda position: with_params(position, (None, None))
-        position = tree_cond(moves, without(after), without(position))
+        position = tree_cond(moves, without_params(after), without_params(position))
         position = with_params(position, (params, None))
         return position if walk.departure is None else pull_restart(walk, position)
 

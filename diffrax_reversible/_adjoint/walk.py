@@ -29,7 +29,7 @@ from .._solver.pullback import Departure, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals
-from .growth import any_grown, Growth
+from .growth import Growth
 from .outputs import Output
 from .position import longest_reach, Position
 from .problem import Context, Inputs, Problem
@@ -227,10 +227,6 @@ class Walk(eqx.Module):
             return []
         beside_all = not self.differentiates_start
         return position.growth.shares(position.cotangent.y, beside_all)
-
-    def has_grown(self, position: Position) -> BoolScalarLike:
-        """Whether the gradient is refused because of growth, if that matters."""
-        return any_grown(self.shares(position), self.drift_tol)
 
     def drifts(
         self,

@@ -8,14 +8,14 @@ import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_select, tree_zeros_like
-from .between_steps import go_on, params_of, with_params
+from .._tree import tree_add, tree_select, tree_zeros_like, tree_zeros_of
+from .between_steps import go_on
+from .growth import any_grown
 from .kept import Kept
-from .position import Position
+from .position import params_of, Position, with_params, without_params
 from .pull_outputs import pull_start
 from .sketch import alike, Sketch, sketch
 from .spread import many
@@ -122,8 +122,7 @@ class _Walks(NamedTuple):
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
         here = jax.eval_shape(lambda: _finish(walk, position)[1])
-        nothing = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), here)
-        return _Walks(jnp.array(_most(walk)), nothing, jnp.array(False))
+        return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), jnp.array(False))
 
 
 def _most(walk: Walk) -> int:
@@ -154,7 +153,7 @@ def _again(
         # which proves nothing.
         agree &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
-    grown = walk.has_grown(position) & jnp.logical_not(agree)
+    grown = any_grown(walk.shares(position), walk.drift_tol) & jnp.logical_not(agree)
     grown = jnp.where(first, grown, growth.cures)
     again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
@@ -166,10 +165,11 @@ def _again(
         replayed=position.replayed,
         meter=position.meter,
     )
-    without = lambda position: with_params(position, (None, None))
     params = tree_select(again, params_of(begin()), params_of(position))
     # Selected apart: in the conditional, XLA holds another copy of the parameters.
-    position = lax.cond(again, lambda: without(begin()), lambda: without(position))
+    position = lax.cond(
+        again, lambda: without_params(begin()), lambda: without_params(position)
+    )
     left = jnp.where(again, walks.left - 1, 0)
     walks = _Walks(left, here, jnp.logical_not(again) & jnp.logical_not(first) & agree)
     return with_params(position, params), walks

@@ -30,7 +30,15 @@ from .._custom_types import (
     VF,
     Y,
 )
-from .._tree import from_real, larger, to_real, tree_add, tree_scale
+from .._tree import (
+    from_real,
+    larger,
+    to_real,
+    tree_add,
+    tree_combine,
+    tree_outer,
+    tree_scale,
+)
 from .affine import is_affine
 from .capabilities import HasErrorScales, HasStatistics, KeepsStateAtJumps
 from .collocation import CollocationInterpolation
@@ -113,7 +121,7 @@ class AbstractGauss(
         step = terms, t0, t1, args
         stages = self._solve(step, y0, self.tableau.matrix, solver_state)
         k = stages.increments
-        y1 = tree_add(y0, _combine(self.tableau.weights, k))
+        y1 = tree_add(y0, tree_combine(self.tableau.weights, k))
         y1 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y1)
         y_error = self._error(step, y0, y1, k)
         # An infinite error makes the controller reject the step and try a smaller one.
@@ -164,7 +172,7 @@ class AbstractGauss(
         if dense_cotangent is not None:
             y1_bar = tree_add(y1_bar, dense_cotangent["y1"])
             k_bar = dense_cotangent["k"]
-        spread = _spread(self.tableau.weights, y1_bar)
+        spread = tree_outer(self.tableau.weights, y1_bar)
         k_bar = spread if k_bar is None else tree_add(k_bar, spread)
 
         def transposed(x):
@@ -225,7 +233,7 @@ class AbstractGauss(
         _, t0, t1, _ = step
         stages = self._solve(step, y1, self.tableau.backward_matrix, solver_state)
         k = stages.increments
-        increment = _combine(self.tableau.weights, k)
+        increment = tree_combine(self.tableau.weights, k)
         y0 = jtu.tree_map(jnp.subtract, y1, increment)
         # The adjoint raises an error when it meets NaN.
         y0 = jtu.tree_map(lambda y: jnp.where(stages.found, y, jnp.nan), y0)
@@ -261,7 +269,7 @@ class AbstractGauss(
         term = as_ode_term(self, terms)
         control = term.contr(t0, t1)
         slopes = [
-            term.vf(t0 + float(c) * (t1 - t0), tree_add(y, _combine(row, k)), args)
+            term.vf(t0 + float(c) * (t1 - t0), tree_add(y, tree_combine(row, k)), args)
             for c, row in zip(self.tableau.nodes, matrix, strict=True)
         ]
         return tree_scale(control, jtu.tree_map(lambda *ks: jnp.stack(ks), *slopes))
@@ -284,7 +292,7 @@ class AbstractGauss(
 
         def defect(t, y, weights):
             slope = tree_scale(control, term.vf(t, y, args))
-            return jtu.tree_map(jnp.subtract, slope, _combine(weights, k))
+            return jtu.tree_map(jnp.subtract, slope, tree_combine(weights, k))
 
         difference = tree_add(defect(t0, y0, at0), tree_scale(-sign, defect(t1, y1, at1)))
         return self._filtered(step, y0, tree_scale(_error_weight, difference))
@@ -330,21 +338,3 @@ class AbstractGauss(
 def _is_iterative(linear_solver: lx.AbstractLinearSolver) -> bool:
     inner = getattr(linear_solver, "inner_solver", linear_solver)
     return hasattr(inner, "rtol")
-
-
-def _combine(weights: np.ndarray, k: PyTree[Array]) -> Y:
-    """The sum of stages with these weights."""
-
-    def combine(k):
-        return jnp.tensordot(jnp.asarray(weights, k.dtype), k, axes=(0, 0))
-
-    return jtu.tree_map(combine, k)
-
-
-def _spread(weights: np.ndarray, y: Y) -> PyTree[Array]:
-    """The transpose of `_combine`."""
-
-    def spread(y):
-        return jnp.tensordot(jnp.asarray(weights, y.dtype), y, axes=0)
-
-    return jtu.tree_map(spread, y)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.tree_util as jtu
-from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
-from .._jaxpr import meets
+from .._jaxpr import meets, reads
 
 
 # Operations whose derivative is zero or need not be that of the function, so that it says
@@ -28,9 +27,7 @@ def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
     def derivative(point, direction):
         return jax.jvp(fn, point, direction)[1]
 
-    jaxpr = jax.make_jaxpr(derivative)(point, point).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    used = reads(derivative, point, point)
     if any(used[: len(jtu.tree_leaves(point))]):
         return False
-    jaxpr = jax.make_jaxpr(fn)(*point).jaxpr
-    return not meets(jaxpr, set(jaxpr.invars), _jumps)
+    return not meets(fn, *point, names=_jumps)

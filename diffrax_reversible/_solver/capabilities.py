@@ -26,7 +26,7 @@ from .._custom_types import (
     Y,
 )
 from .._precision import eps, tiny
-from .._tree import larger, tree_select
+from .._tree import larger, tree_select, tree_zeros_of
 from .base import AbstractReversibleSolver
 
 
@@ -359,8 +359,7 @@ def advance_densely(
         return solver.extra_dense_info(terms, t0, t1, args, dense_info)
 
     def zeros():
-        shapes = jax.eval_shape(evaluate)
-        return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return tree_zeros_of(jax.eval_shape(evaluate))
 
     if isinstance(reads, bool):
         extra = evaluate() if reads else zeros()

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, Terms
-from .._tree import read_row, tree_select, tree_zeros_like
+from .._tree import read_row, tree_select, tree_zeros_like, tree_zeros_of
 from .chain import all_of, as_trees, Chain, Parts, scan_rounds, Update
 
 
@@ -73,7 +73,7 @@ def make_again(chain: Chain, terms: Terms, args: Args, start: Start, parts: Part
         if not stores:
             return off, parts
         _, stages = jax.eval_shape(make)
-        return off, jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), stages)
+        return off, tree_zeros_of(stages)
 
     off, known = lax.cond(some, make, pass_by)
     if stores:

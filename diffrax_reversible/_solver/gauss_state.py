@@ -7,7 +7,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._coefficients.gauss import GaussTableau
 from .._custom_types import RealScalarLike, Y
-from .._tree import from_bits, to_bits
+from .._tree import from_bits, to_bits, tree_combine
 
 
 # Extrapolate a collocation polynomial by at most so many of its lengths.
@@ -70,8 +70,4 @@ class GaussState(eqx.Module):
         # Rows belong to the known stages, columns to the wanted ones.
         weights = jnp.asarray(tableau.basis, length.dtype) @ powers
         weights = jnp.where(known, weights * (t1 - t0), 0)
-
-        def extrapolate(slopes):
-            return jnp.tensordot(weights.astype(slopes.dtype), slopes, axes=(0, 0))
-
-        return jtu.tree_map(extrapolate, slopes)
+        return tree_combine(weights, slopes)

@@ -26,7 +26,7 @@ from .._custom_types import (
 )
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
-from .._total_derivative import total_derivative
+from .._total_derivative import total_derivatives
 from .._tree import (
     larger,
     largest,
@@ -219,12 +219,11 @@ class AbstractSplitting(
             velocity, force = self.func(terms, t, y, args)
             return tree_scale(h_q, velocity), tree_scale(h_p, force)
 
-        derivatives: list[VF] = []
-        derivative = field
-        for _ in range(self.tableau.order // 2 - 2):
-            derivative = total_derivative(derivative, field, t1 - t0)
-            derivatives.append(derivative(jnp.asarray(t), y))
-        return derivatives
+        count = self.tableau.order // 2 - 2
+        if count <= 0:
+            return []
+        _, *higher = total_derivatives(field, count, t1 - t0)(jnp.asarray(t), y)
+        return higher
 
     def cross_jump(
         self,
