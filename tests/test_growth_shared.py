@@ -54,3 +54,72 @@ def test_many_parameters(solver, members):
     assert relative_error(got, want) < 1e-3
     spoilt = gradient(solver, dr.ReversibleAdjoint(), (0, 1))
     assert np.all(np.isnan(spoilt[1]))
+
+
+@pytest.mark.long
+def test_members_with_vanishing_gradients():
+    """Where the flow has contracted a lot, the gradient of a member may be lost. Alone it
+    is refused. In a batch that shares parameters it hardly matters to their gradient, and
+    that of its initial state vanishes."""
+    rng = np.random.default_rng(29)
+    matrix = rng.normal(size=(4, 4))
+    matrix -= 1.2 * np.max(np.abs(np.linalg.eigvals(matrix).real)) * np.eye(4)
+    inputs = 3 * matrix, rng.normal(size=(8, 4)), np.linspace(0.5, 5, 8)
+    weights = rng.normal(size=4)
+
+    def of_member(matrix, y0, t1, solver, adjoint, tol):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, matrix: matrix @ y),
+            solver,
+            *(jnp.zeros_like(t1), t1, None, y0, matrix),
+            adjoint=adjoint,
+            stepsize_controller=dfx.PIDController(tol, tol / 100),
+            throw=False,
+        )
+        return jnp.vdot(sol.ys[-1], jnp.asarray(weights, y0.dtype))
+
+    def gradients(dtype, *how):
+        """Of each member alone, and of the sum."""
+        one = lambda *inputs: of_member(*inputs, *how)
+        every = jax.vmap(one, (None, 0, 0))
+        alone = jax.vmap(jax.grad(one, (0, 1)), (None, 0, 0))
+        both = lambda *inputs: (
+            alone(*inputs),
+            jax.grad(lambda *inputs: jnp.sum(every(*inputs)), (0, 1))(*inputs),
+        )
+        return jax.jit(both)(*(jnp.asarray(x, dtype) for x in inputs))
+
+    alone, together = gradients(jnp.float32, dr.ALF4(), dr.ReversibleAdjoint(), 1e-3)
+    exact, want = gradients(jnp.float64, dfx.Dopri8(), DEFAULT, 1e-9)
+    lost = np.isnan(alone[1]).all(axis=1)
+    assert 0 < np.sum(lost) < len(lost)
+    assert relative_error(together[0], want[0]) < 1e-2
+    assert relative_error(together[1], want[1]) < 1e-2
+    assert np.max(np.abs(want[1][lost])) < 1e-2 * np.max(np.abs(weights))
+    off = np.abs(np.asarray(together[1]) - np.asarray(exact[1]))
+    assert np.max(off[lost]) < 1e-3 * np.max(np.abs(weights))
+
+
+@pytest.mark.more
+def test_member_that_is_spoilt():
+    """The gradient with respect to the start of a member is refused if it is spoilt,
+    however little it contributes to that of the batch."""
+    y0s, ends = jnp.stack([GRID**2, GRID**2]), jnp.array([0.01, 1.0])
+
+    def loss(rate, y0s):
+        def of_member(y0, t1):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(heat),
+                dr.ALF4(),
+                *(0.0, t1, None, y0, rate),
+                adjoint=dr.ReversibleAdjoint(),
+                stepsize_controller=dfx.PIDController(1e-6, 1e-6),
+                max_steps=16384,
+                throw=False,
+            )
+            return jnp.vdot(sol.ys[-1], WEIGHTS)
+
+        return jnp.vdot(jnp.array([1.0, 1e-16]), jax.vmap(of_member)(y0s, ends))
+
+    of_rate, of_start = jax.jit(jax.grad(loss, (0, 1)))(jnp.array(1.0), y0s)
+    assert np.isnan(of_rate) and np.all(np.isnan(of_start[1]))

@@ -76,8 +76,9 @@ def walk_back(
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     with_times = any(jtu.tree_leaves(perturbed.context.times))
+    summed = Shared.of(sharing, inputs, perturbed)
     sums = not with_times and _sums(inputs, problem, params)
-    shared = Shared.of(sharing, inputs, perturbed) if sums else None
+    shared = summed if sums else None
     pulled = pull_finish(
         inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
     )
@@ -100,6 +101,7 @@ def walk_back(
         replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
         watch,
         shared,
+        summed,
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)

@@ -129,8 +129,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     all tolerances from 1e-3 to 1e-10. With the solvers that restart, a gradient that seems
     to grow in the second backward pass, too, is an error that says how to bound the steps.
     It is accepted if both passes agree to a tenth, as a spoilt gradient would differ
-    between them. `McCallumFoster` restarts in most steps where the flow contracts, so that
-    both may be the same. With it, there is a pass in between, by derivatives of the
+    between them. Two kinds of gradients need not agree. That of an initial state may have
+    vanished, where the flow has contracted a lot: each array may differ by `drift_tol`
+    times the largest entry of its cotangent so far. And in a batch whose members share
+    parameters, only the sum of theirs counts: members that differ may contribute a
+    hundredth. `McCallumFoster` restarts in most steps where the flow contracts, so that
+    both passes may be the same. With it, there is a pass in between, by derivatives of the
     embedded method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that

@@ -8,16 +8,18 @@ import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_select, tree_zeros_like, tree_zeros_of
 from .between_steps import go_on
-from .growth import any_grown
+from .growth import any_grown, Growth
 from .kept import Kept
 from .position import params_of, Position, with_params, without_params
 from .pull_outputs import pull_start
-from .sketch import alike, Sketch, sketch
+from .shared import Shared
+from .sketch import alike, norm, Sketch, sketch
 from .spread import many
 from .undo_steps import undo_steps
 from .walk import Walk
@@ -27,6 +29,8 @@ from .walk import Walk
 # fraction from that of another walk: a spoilt gradient would differ more. Tuned on
 # `examples/benchmarks/refusals.py`.
 _alike = 0.1
+# Members of a batch on which two walks differ may contribute this fraction of their sum.
+_hardly = 0.01
 
 
 def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
@@ -107,6 +111,46 @@ def _pull_init(walk: Walk, position: Position) -> Position:
     return dataclasses.replace(position, cotangent=ct)
 
 
+def _agree(
+    walk: Walk, growth: Growth, walks: "_Walks", here: list[Sketch], grown: BoolScalarLike
+) -> BoolScalarLike:
+    """Whether this walk has come to the same gradient as the last one.
+
+    - `grown`: whether the gradient of this element of a batch has grown.
+
+    Where the flow has contracted a lot, the cotangent of the state has died out, and the
+    rest of it is a matter of rounding. So an array of it may also differ by `drift_tol`
+    times the largest entry that it has had. The members of a batch have a single gradient
+    of what they share, to which those that differ may contribute little.
+    """
+    sizes = jtu.tree_leaves(growth.largest) if walk.differentiates_start else []
+    flags = [False] * len(here)
+    if walk.summed is not None and walk.shared is None:
+        flags[len(sizes) :] = jtu.tree_leaves(walk.summed.flags)
+    same = []
+    for i, (last, now) in enumerate(zip(walks.last, here, strict=True)):
+        agrees = alike(last, now, _alike)
+        if i < len(sizes):
+            agrees |= norm(now - last) <= walk.drift_tol * sizes[i]
+        elif flags[i]:
+            assert walk.summed is not None
+            differs = grown & jnp.logical_not(agrees)
+            agrees |= _hardly_differs(walk.summed, last, now, differs)
+        same.append(agrees)
+    return jnp.stack([jnp.array(True), *same]).all()
+
+
+def _hardly_differs(
+    summed: Shared, last: Sketch, now: Sketch, differs: BoolScalarLike
+) -> BoolScalarLike:
+    """Whether a sum over a batch hardly changes with the members that differ."""
+    scale = jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0)
+    scale = summed.total(scale)
+    scale = jnp.where(scale == 0, 1, scale)
+    off = summed.total(jnp.where(differs, (now - last) / scale, 0))
+    return norm(off) <= _hardly * norm(summed.total(now / scale))
+
+
 class _Walks(NamedTuple):
     """The walks from the end to the start of a solve.
 
@@ -145,15 +189,17 @@ def _again(
     growth, record = position.growth, kept.record
     assert growth is not None
     first, last = walks.left == _most(walk), walks.left == 1
-    agree = alike(walks.last, here, _alike)
+    proves = jnp.logical_not(first)
     if not walk.compares:
         # The second walk restarts where the two approximations depart, as they do in every
         # step beyond the limit of stability, unless the solve restarts there. If neither
         # ever does, no step is unstable. If only the solve does, both walks are the same,
         # which proves nothing.
-        agree &= (growth.restarts > 0) | (kept.restarts == 0)
+        proves &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
-    grown = any_grown(walk.shares(position), walk.drift_tol) & jnp.logical_not(agree)
+    grown = any_grown(walk.shares(position), walk.drift_tol)
+    agree = proves & _agree(walk, growth, walks, here, grown)
+    grown &= jnp.logical_not(agree)
     grown = jnp.where(first, grown, growth.cures)
     again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
@@ -171,5 +217,5 @@ def _again(
         again, lambda: without_params(begin()), lambda: without_params(position)
     )
     left = jnp.where(again, walks.left - 1, 0)
-    walks = _Walks(left, here, jnp.logical_not(again) & jnp.logical_not(first) & agree)
+    walks = _Walks(left, here, jnp.logical_not(again) & agree)
     return with_params(position, params), walks
