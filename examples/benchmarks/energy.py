@@ -6,7 +6,7 @@ many steps. `ALF4` is symmetric, and keeps the energy if the choice of steps is 
 too. The table gives the largest relative error of the energy in the first and in the last
 tenth of the time, and the number of steps.
 
-    python energy.py  # a quarter of a minute on two cores; writes energy.png
+    python energy.py  # 10 seconds on two cores; writes energy.png
 """
 
 import pathlib

@@ -31,7 +31,7 @@ precision, relative to the Euclidean norm, or the reason why there is none:
     further apart than ten times the square root of the machine epsilon, so that their
     gradients cannot be compared. Chaos causes this, above all in float32.
 
-    python outcomes.py          # more than an hour on two cores
+    python outcomes.py          # 50 minutes on one core
     python outcomes.py --quick  # a part of it
 """
 
