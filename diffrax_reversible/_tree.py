@@ -45,7 +45,7 @@ def tree_outer(weights: Array | np.ndarray, x: PyTree[Array]) -> PyTree[Array]:
 def tree_combine(weights: Array | np.ndarray, rows: PyTree[Array]) -> PyTree[Array]:
     """The sum of the rows of every array, times `weights`; the transpose of `tree_outer`.
 
-    Several rows of weights give as many sums.
+    Several columns of weights give as many sums.
     """
 
     def combine(rows):

@@ -130,10 +130,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     to grow in the second backward pass, too, is an error that says how to bound the steps.
     It is accepted if both passes agree to a tenth, as a spoilt gradient would differ
     between them. Two kinds of gradients need not agree. That of an initial state may have
-    vanished, where the flow has contracted a lot: each array may differ by `drift_tol`
-    times the largest entry of its cotangent so far. And in a batch whose members share
-    parameters, only the sum of theirs counts: members that differ may contribute a
-    hundredth. `McCallumFoster` restarts in most steps where the flow contracts, so that
+    vanished, where the flow has contracted a lot: each array may differ by `eps^0.6` (7e-5
+    in float32) times the largest entry that its cotangent has had at any time. And in a
+    batch whose members share parameters, only the sum of theirs counts: members that differ
+    may contribute a hundredth. (If the number of devices divides that of the members, the
+    sum on each device. Of more than 1,024 parameters, the two sums have to agree to a
+    tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that
     both passes may be the same. With it, there is a pass in between, by derivatives of the
     embedded method, and the last two passes are compared.
 
@@ -279,10 +281,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoints`: the largest number of states and solver states to hold, besides the start.
     More of them take more memory, and save evaluations if there are as many restarts:
-    `sol.stats["num_restarts"]` reports their number. Defaults to 8. Of states with at most
-    a kilobyte it is up to 64, as many as take half the memory of the checkpoints of
-    `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: 30 to 40 for 4,096.
-    With symplectic solvers rounding errors grow less: the default is none in double
+    `sol.stats["num_restarts"]` reports their number. Defaults to 8. If state and solver
+    state take at most a kilobyte it is up to 64, as many as take half the memory of the
+    checkpoints of `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: with `ALF4`
+    30 for 4,096. With symplectic solvers rounding errors grow less: the default is none in double
     precision, and otherwise as many of 8 as fit into a megabyte, and more of small states.
     Pass 8 for very unstable orbits in double precision, such as a comet's that all but hits
     the sun, which are an error else.

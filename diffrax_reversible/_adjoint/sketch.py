@@ -64,13 +64,16 @@ def _signs(h: Array, like: Array) -> Array:
     return 1 - 2 * ((h ^ (h >> 16)) & 1).astype(like.dtype)
 
 
-def norm(sketch: Sketch) -> Float[Array, ""]:
-    """The Euclidean norm of the array, or four times as much of a large one."""
-    return jnp.sqrt(jnp.sum(sketch**2))
+def norm(sketch: Sketch, scale: Float[Array, ""]) -> Float[Array, ""]:
+    """The Euclidean norm of the array, or four times as much of a large one, as a multiple
+    of the `scale`."""
+    largest = jnp.max(jnp.abs(sketch), initial=0)
+    # Squares of small numbers would be zero.
+    size = jnp.sqrt(jnp.sum((sketch / jnp.where(largest == 0, 1, largest)) ** 2))
+    return jnp.where(largest == 0, 0, size * (largest / scale))
 
 
 def alike(first: Sketch, second: Sketch, tol: float) -> Bool[Array, ""]:
     """Whether two arrays differ by no more than this fraction of the norm of the second."""
     scale = jnp.max(jnp.maximum(jnp.abs(first), jnp.abs(second)), initial=0)
-    scale = jnp.where(scale == 0, 1, scale)
-    return norm((first - second) / scale) <= tol * norm(second / scale)
+    return norm(first - second, scale) <= tol * norm(second, scale)

@@ -63,7 +63,7 @@ class Walk(eqx.Module):
     # batch. All members then go on from known states at once, and if one has missed its
     # own, all undo their last steps again.
     shared: Shared | None = eqx.field(static=True)
-    # The same if each member holds a cotangent of its own: JAX sums these in the end.
+    # The same, also if each member holds a cotangent of its own, which JAX sums in the end.
     summed: Shared | None = eqx.field(static=True)
 
     def combine(self, params: Params) -> tuple[Terms, Args]:

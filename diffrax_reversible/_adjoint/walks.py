@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
+from .._precision import eps
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_select, tree_zeros_like, tree_zeros_of
 from .between_steps import go_on
@@ -29,6 +30,9 @@ from .walk import Walk
 # fraction from that of another walk: a spoilt gradient would differ more. Tuned on
 # `examples/benchmarks/refusals.py`.
 _alike = 0.1
+# An array of the cotangent of the state has vanished below this power of the machine
+# epsilon, as a fraction of the largest entry that it has had: 7e-5 in single precision.
+_vanished = 0.6
 # Members of a batch on which two walks differ may contribute this fraction of their sum.
 _hardly = 0.01
 
@@ -118,9 +122,9 @@ def _agree(
 
     - `grown`: whether the gradient of this element of a batch has grown.
 
-    Where the flow has contracted a lot, the cotangent of the state has died out, and the
-    rest of it is a matter of rounding. So an array of it may also differ by `drift_tol`
-    times the largest entry that it has had. The members of a batch have a single gradient
+    Where the flow has contracted a lot, the cotangent of the state has vanished, and the
+    rest of it is a matter of rounding. So an array of it may also differ by a few thousand
+    ulps of the largest entry that it has had. The members of a batch have a single gradient
     of what they share, to which those that differ may contribute little.
     """
     sizes = jtu.tree_leaves(growth.largest) if walk.differentiates_start else []
@@ -131,7 +135,8 @@ def _agree(
     for i, (last, now) in enumerate(zip(walks.last, here, strict=True)):
         agrees = alike(last, now, _alike)
         if i < len(sizes):
-            agrees |= norm(now - last) <= walk.drift_tol * sizes[i]
+            vanished = norm(now - last, sizes[i]) <= eps(now) ** _vanished
+            agrees |= vanished & jnp.isfinite(sizes[i])
         elif flags[i]:
             assert walk.summed is not None
             differs = grown & jnp.logical_not(agrees)
@@ -143,12 +148,14 @@ def _agree(
 def _hardly_differs(
     summed: Shared, last: Sketch, now: Sketch, differs: BoolScalarLike
 ) -> BoolScalarLike:
-    """Whether a sum over a batch hardly changes with the members that differ."""
-    scale = jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0)
-    scale = summed.total(scale)
-    scale = jnp.where(scale == 0, 1, scale)
-    off = summed.total(jnp.where(differs, (now - last) / scale, 0))
-    return norm(off) <= _hardly * norm(summed.total(now / scale))
+    """Whether members that differ hardly contribute to the sum over a batch."""
+    # Half precision would overflow.
+    if now.dtype.itemsize < 4:
+        last, now = last.astype(jnp.float32), now.astype(jnp.float32)
+    scale = summed.total(jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0))
+    doubtful = jnp.where(differs, norm(last, scale) + norm(now, scale), 0)
+    hardly = summed.total(doubtful) <= _hardly * norm(summed.total(now), scale)
+    return hardly & jnp.isfinite(scale)
 
 
 class _Walks(NamedTuple):
