@@ -133,7 +133,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     vanished, where the flow has contracted a lot: each array may differ by `eps^0.6` (7e-5
     in float32) times the largest entry that its cotangent has had at any time. And in a
     batch whose members share parameters, only the sum of theirs counts: members that differ
-    may contribute a hundredth. (If the number of devices divides that of the members, the
+    may contribute 3 % to it. (If the number of devices divides that of the members, to the
     sum on each device. Of more than 1,024 parameters, the two sums have to agree to a
     tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that
     both passes may be the same. With it, there is a pass in between, by derivatives of the
@@ -284,10 +284,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     `sol.stats["num_restarts"]` reports their number. Defaults to 8. If state and solver
     state take at most a kilobyte it is up to 64, as many as take half the memory of the
     checkpoints of `diffrax.RecursiveCheckpointAdjoint` for as many `max_steps`: with `ALF4`
-    30 for 4,096. With symplectic solvers rounding errors grow less: the default is none in double
-    precision, and otherwise as many of 8 as fit into a megabyte, and more of small states.
-    Pass 8 for very unstable orbits in double precision, such as a comet's that all but hits
-    the sun, which are an error else.
+    30 for 4,096. With symplectic solvers rounding errors grow less: the default is none in
+    double precision, and otherwise as many of 8 as fit into a megabyte, and more of small
+    states. Pass 8 for very unstable orbits in double precision, such as a comet's that all
+    but hits the sun, which are an error else.
 - `drift_tol`: the largest accepted error of the reconstructed state, at the start of the
     solve and at every known state. Each entry is measured as a fraction of its size there,
     of its size at the known state that the backward pass came from, or of its update by a

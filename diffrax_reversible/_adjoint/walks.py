@@ -34,7 +34,7 @@ _alike = 0.1
 # epsilon, as a fraction of the largest entry that it has had: 7e-5 in single precision.
 _vanished = 0.6
 # Members of a batch on which two walks differ may contribute this fraction of their sum.
-_hardly = 0.01
+_hardly = 0.03
 
 
 def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
