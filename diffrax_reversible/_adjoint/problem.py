@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
+from .._tree import tree_replace
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -126,18 +127,14 @@ class Problem(eqx.Module):
     def without_outputs(self, controller: Any) -> "Problem":
         """The same steps, by a `controller`, without outputs."""
         meter = NoProgressMeter()
-        state = dataclasses.replace(
+        state = tree_replace(
+            lambda s: [
+                *(s.save_state, s.dense_ts, s.dense_infos, s.dense_save_index),
+                *(s.event_tprev, s.event_tnext, s.event_dense_info),
+                *(s.event_values, s.event_mask, s.progress_meter_state),
+            ],
             self.init_state,
-            save_state=(),
-            dense_ts=None,
-            dense_infos=None,
-            dense_save_index=None,
-            event_tprev=None,
-            event_tnext=None,
-            event_dense_info=None,
-            event_values=None,
-            event_mask=None,
-            progress_meter_state=meter.init(),
+            [(), *[None] * 8, meter.init()],
         )
         return dataclasses.replace(
             self,
@@ -253,4 +250,7 @@ def _with_inputs(state: State, inputs: Inputs) -> State:
 def _replace_state(
     state: State, y: Y | None, solver_state: PyTree, result: RESULTS | None
 ) -> State:
-    return dataclasses.replace(state, y=y, solver_state=solver_state, result=result)
+    # Type checkers at run time would refuse `None` in `dataclasses.replace`.
+    return tree_replace(
+        lambda s: (s.y, s.solver_state, s.result), state, (y, solver_state, result)
+    )
