@@ -280,7 +280,7 @@ def test_room_in_single_precision():
 def test_default_number_of_checkpoints(size, max_steps, count):
     """More of small states, as many as take half the memory of the default adjoint's
     checkpoints: 90 of them for 4,096 steps, and 22 for 256, each of two states and eight
-    numbers. A known state of `ALF4` has four states and eight numbers."""
+    numbers. A known state of `ALF4` has about four states and eight numbers."""
 
     def program(checkpoints):
         def loss(y0):

@@ -156,8 +156,8 @@ def test_evaluations_of_a_batch(problem):
         y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
         y0 = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32)
     else:
-        most, t1, tol, rates = 2, 10.0, 1e-3, jnp.linspace(0.0, 40.0, 11)
-        y0 = jnp.ones((11, 2))
+        most, t1, tol, rates = 2, 10.0, 1e-3, jnp.linspace(0.0, 40.0, 41)
+        y0 = jnp.ones((41, 2))
     final = final_of(counted, t1, stepsize_controller=pid(tol))
 
     def evaluations(fn, *inputs):
@@ -167,7 +167,9 @@ def test_evaluations_of_a_batch(problem):
         return len(counts)
 
     one = gradient(final, dr.ReversibleAdjoint())
-    alone = [evaluations(one, *inputs) for inputs in zip(y0, rates, strict=True)]
+    # The fastest rates take the most.
+    members = list(zip(y0, rates, strict=True))[-16:]
+    alone = [evaluations(one, *inputs) for inputs in members]
     assert evaluations(jax.vmap(one), y0, rates) < most * max(alone) < sum(alone)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_reversible._adjoint.sketch import alike as _alike, sketch
+from diffrax_reversible._adjoint.sketch import alike as _alike, norm, sketch
 
 
 def alike(first, second, tol):
@@ -59,6 +59,13 @@ def test_small_arrays_are_compared_entry_by_entry():
     assert not alike(sketch(first), sketch(second), 0.09)
     # Each array counts on its own, however small it is.
     assert not alike(sketch(first), sketch((first[0], jnp.array(2e-300))), 0.1)
+
+
+def test_norm_of_small_and_large_numbers():
+    """Squares of these would underflow, or overflow."""
+    for size in (1e-30, 1e30):
+        x = jnp.full(4, size, jnp.float32)
+        assert abs(norm(x, jnp.float32(size)) - 2) < 1e-5
 
 
 def test_nan_and_zero():

@@ -123,9 +123,9 @@ def _agree(
     - `grown`: whether the gradient of this element of a batch has grown.
 
     Where the flow has contracted a lot, the cotangent of the state has vanished, and the
-    rest of it is a matter of rounding. So an array of it may also differ by a few thousand
-    ulps of the largest entry that it has had. The members of a batch have a single gradient
-    of what they share, to which those that differ may contribute little.
+    rest of it is a matter of rounding. So an array of it may also differ by a tiny fraction
+    of the largest entry that it has had, see `_vanished`. The members of a batch have a
+    single gradient of what they share, to which those that differ may contribute little.
     """
     sizes = jtu.tree_leaves(growth.largest) if walk.differentiates_start else []
     flags = [False] * len(here)
