@@ -251,6 +251,8 @@ def _shared_by(jaxpr, variable) -> tuple[Hashable, ...]:
 
 
 _pull_p.def_impl(_evaluate)
+# See `_call_p`.
+_pull_p.to_lojax = _evaluate
 _pull_p.def_effectful_abstract_eval(_abstract_eval)
 ad.primitive_jvps[_pull_p] = _jvp
 batching.fancy_primitive_batchers[_pull_p] = _batch

@@ -5,12 +5,20 @@ single precision has double precision.
 """
 
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 
 def eps(x: ArrayLike) -> float:
     """The spacing of floats at 1."""
     return float(jnp.finfo(jnp.result_type(x)).eps)
+
+
+def as_floats(*times: ArrayLike) -> list[Float[Array, ""]]:
+    """Times in one precision. `diffeqsolve` has floats only, but `step` and `backward_step`
+    may be given integers."""
+    dtype = jnp.result_type(*times)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else float
+    return [jnp.asarray(t, dtype) for t in times]
 
 
 def tiny(x: ArrayLike) -> float:

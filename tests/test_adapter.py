@@ -68,6 +68,18 @@ class Subclass(Staggered):
     pass
 
 
+class Drifting(Staggered):
+    """Overrides the step as well as its inverse, which the adapter calls."""
+
+    def step(self, terms, t0, t1, *others):
+        y1, error, info, *after = super().step(terms, t0, t1, *others)
+        y1 = y1 + t1 - t0
+        return y1, error, dict(info, y1=y1), *after
+
+    def backward_step(self, terms, t0, t1, y1, *others, **kwargs):
+        return super().backward_step(terms, t0, t1, y1 - t1 + t0, *others, **kwargs)
+
+
 def loss(adjoint, y0, field, solver, **kwargs):
     sol = dfx.diffeqsolve(
         dfx.ODETerm(field),
@@ -86,7 +98,9 @@ def loss(adjoint, y0, field, solver, **kwargs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", cases((Staggered(),), slow=(Subclass(),)), ids=repr)
+@pytest.mark.parametrize(
+    "solver", cases((Staggered(), Drifting()), slow=(Subclass(),)), ids=repr
+)
 def test_backward_step(solver):
     """A few lines register a solver and its subclasses."""
     loss_of = lambda adjoint, y0: loss(adjoint, y0, Network(), solver)

@@ -168,6 +168,25 @@ def test_a_step_is_undone(name):
 
 
 @one_of_each
+def test_integer_times(name):
+    """They are as good as floats where a solver is called step by step, as in Diffrax's
+    documentation."""
+    solver, field, y0, _ = SPECS[name]
+    terms, args = as_terms(field), network_args()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def there_and_back(t0):
+        state, t1 = solver.init(terms, t0, 0.25, y0, args), 0.25
+        step = terms, t0, t1, y0, args, state
+        y1, error, dense_info, state1, _ = solver.step(*step, made_jump=False)
+        state1 = recall(solver, state1, to_record(solver, state))
+        start, _ = solver.backward_step(terms, t0, t1, y1, args, state1)
+        return y1, error, dense_info, start
+
+    assert off(there_and_back(0), there_and_back(0.0)) < 1e-14
+
+
+@one_of_each
 def test_pullback(name):
     """The pull-back equals JAX's, which differences confirm, for cotangents of the end of
     the step, of its `dense_info`, and of all later steps."""

@@ -246,6 +246,21 @@ def test_some_leaves_only():
     assert_same_gradient(loss, jnp.array(1.3))
 
 
+@pytest.mark.more
+def test_weak_types():
+    """The gradient of a Python float does not promote a parameter that it updates."""
+
+    def loss(args, adjoint):
+        rate, shift = args
+        field = lambda t, y, _: shift[0] - rate * y
+        return jnp.sum(solve(adjoint, field, Y0).ys)
+
+    for adjoint in (dfx.RecursiveCheckpointAdjoint(), dr.ReversibleAdjoint()):
+        grads = jax.grad(loss)((0.5, jnp.ones(1)), adjoint)
+        assert [g.weak_type for g in grads] == [True, False]
+        assert (jnp.float32(1) - grads[0]).dtype == jnp.float32
+
+
 @pytest.mark.slow
 def test_continued_solve():
     """The gradient passes from one solve to the next through `solver_state` too."""

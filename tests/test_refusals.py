@@ -56,6 +56,17 @@ def grad(**kwargs):
     return jax.grad(lambda y0: jnp.sum(solve(y0, **kwargs).ys))(Y0)
 
 
+def projected(solver):
+    """A `solver` of a subclass that moves the end of every step onto the unit circle."""
+
+    class Projected(type(solver)):
+        def step(self, *args):
+            y1, *rest = super().step(*args)
+            return y1 / jnp.linalg.norm(y1), *rest
+
+    return Projected(**vars(solver))
+
+
 def grad_wrt_steps():
     def total(ts):
         controller = dfx.StepTo(ts)
@@ -234,10 +245,16 @@ REFUSALS = (
         ("`SaveAt(ts=...)`", "`jax.hessian(...)`", "DirectAdjoint"),
     ),
     (
-        "forward mode: `jvp`, `jacfwd`",
+        "forward mode: `jvp`",
         lambda: jax.jvp(total, (Y0,), (Y0,)),
         RuntimeError,
         ("`jax.jvp`", "ForwardMode"),
+    ),
+    (
+        "forward mode: `jacfwd`",
+        lambda: jax.jacfwd(total)(Y0),
+        RuntimeError,
+        ("`jax.jacfwd`", "ForwardMode"),
     ),
     (
         "reverse over forward mode",
@@ -314,6 +331,24 @@ REFUSALS = (
         lambda: dr.McCallumFoster(dfx.Kvaerno3()),
         ValueError,
         ("`McCallumFoster(Kvaerno3())`", "explicit Runge–Kutta", "diffrax.Tsit5()"),
+    ),
+    (
+        "settings that are none: solver to couple, with a step of its own",
+        lambda: dr.McCallumFoster(projected(dfx.Tsit5())),
+        ValueError,
+        ("`McCallumFoster(Projected())`", "`step` is overridden", "of Diffrax"),
+    ),
+    (
+        "a subclass of a reversible solver that overrides `step`",
+        lambda: solve(solver=projected(dr.ALF4())),
+        ValueError,
+        ("solver=Projected()", "undoes steps of `ALF4`", "`step`", "`backward_step`"),
+    ),
+    (
+        "a subclass of a registered solver that overrides `step`",
+        lambda: solve(solver=projected(dfx.ReversibleHeun())),
+        ValueError,
+        ("solver=Projected()", "undoes steps of `ReversibleHeun`", "`backward_step`"),
     ),
     (
         "settings that are none: coupling",

@@ -91,15 +91,16 @@ def test_outputs_at_the_ends_of_steps(solver, stages):
 
     def solve(saveat):
         sol = dfx.diffeqsolve(
-            *(terms, solver, 0.0, 3.0, 0.25, y0, jnp.array(0.3)),
+            *(terms, solver, 0.0, 2.0, 0.25, y0, jnp.array(0.3)),
             saveat=saveat,
             adjoint=dr.ReversibleAdjoint(),
-            max_steps=12,
+            max_steps=8,
         )
         return sol.ys
 
-    ends = 0.25 * jnp.arange(1.0, 13.0)
+    # Eight steps, as Diffrax divides by their number, which rounds for others.
+    ends = 0.25 * jnp.arange(1.0, 9.0)
     forward, ys = field.during(jax.jit(lambda: solve(dfx.SaveAt(ts=ends))))
-    assert forward == stages * 12 + 1
+    assert forward == stages * 8 + 1
     by_step = jax.jit(lambda: solve(dfx.SaveAt(steps=True)))()
     jax.tree.map(np.testing.assert_array_equal, ys, by_step)

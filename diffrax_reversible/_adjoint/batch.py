@@ -175,6 +175,9 @@ def _batch(axis_data, xs, dims, *, fn, jaxpr, levels):
 
 
 _call_p.def_impl(_evaluate)
+# JAX 0.12 calls this where the function has operations that JAX builds from others, such as
+# `jax.numpy.searchsorted`.
+_call_p.to_lojax = _evaluate
 _call_p.def_effectful_abstract_eval(_abstract_eval)
 ad.primitive_jvps[_call_p] = _jvp
 batching.fancy_primitive_batchers[_call_p] = _batch

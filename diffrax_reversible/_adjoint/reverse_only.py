@@ -64,8 +64,9 @@ ad.primitive_jvps[_identity_p] = _jvp
 mlir.register_lowering(_identity_p, mlir.lower_fun(_identity, multiple_results=True))
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
-batching.defvectorized(_tangent_p)
 ad.deflinear(_tangent_p, lambda ct: [ct])
-# Reverse mode transposes it before any other transformation applies.
+# Reverse mode transposes it before any other transformation applies. `jax.jacfwd` maps over
+# tangents with `jax.vmap`.
 ad.primitive_jvps[_tangent_p] = _refuse
+batching.primitive_batchers[_tangent_p] = _refuse
 mlir.register_lowering(_tangent_p, _refuse)

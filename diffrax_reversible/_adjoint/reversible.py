@@ -8,6 +8,7 @@ import numpy as np
 from diffrax import AbstractAdjoint
 
 from .._solver.adapter import as_reversible
+from .._solver.overrides import check_step_is_undone
 from .partition import make_visible, partition
 from .reversible_loop import reversible_loop, Settings
 from .validate import check_supported
@@ -252,6 +253,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         progress_meter,
     ):
         check_supported(terms)
+        check_step_is_undone(solver)
         # Solvers of other packages are replaced by their reversible form.
         solver = as_reversible(solver)
         given = dict(
@@ -312,8 +314,9 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 **Raises:**
 
-- `ValueError` for solvers that are not reversible, for an `UnsafeBrownianPath`, and for
-    arguments of a wrong type or below zero.
+- `ValueError` for solvers that are not reversible, for subclasses of reversible ones that
+    override `step`, for an `UnsafeBrownianPath`, and for arguments of a wrong type or below
+    zero.
 - `NotImplementedError` for gradients with respect to `t0` or `t1` of outputs at the end of
     a step, by `SaveAt(steps=...)` or at an event that is Boolean or not located, if that
     end moves with them: with `t0` unless steps are given by `StepTo`, with `t1` unless by

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.tree_util as jtu
 from diffrax import is_okay
 
@@ -103,7 +104,20 @@ def _solve_bwd(
         _report(settings.report, walked)
     doubts = walked.drifts, walked.shares, torn
     gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, tol, throw)
-    return differentiate_once(gradient)
+    return differentiate_once(_as_weak_as(inputs, gradient))
+
+
+def _as_weak_as(inputs: Inputs, gradient: Inputs) -> Inputs:
+    """The gradient, weakly typed for weakly typed inputs, such as Python floats."""
+
+    def of_array(bar, x):
+        if bar is None or not getattr(x, "weak_type", False):
+            return bar
+        # The transpose of a conversion is the conversion back.
+        _, pull = jax.vjp(lambda x: lax.convert_element_type(x, x.dtype), x)
+        return pull(bar)[0]
+
+    return jtu.tree_map(of_array, gradient, inputs, is_leaf=lambda x: x is None)
 
 
 def _report(report: Callable[[dict[str, int]], None], walked: Walked) -> None:

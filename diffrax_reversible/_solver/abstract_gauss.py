@@ -30,6 +30,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._precision import as_floats
 from .._tree import (
     from_real,
     larger,
@@ -248,7 +249,7 @@ class AbstractGauss(
         affine = is_affine(lambda y: term.vf(t0, y, args), y)
         return solve_stages(
             lambda k: self._evaluate(step, y, matrix, k),
-            solver_state.guess(self.tableau, y, jnp.asarray(t0), jnp.asarray(t1)),
+            solver_state.guess(self.tableau, y, *as_floats(t0, t1)),
             y,
             None if affine else self._root_finder,
             self.linear_solver,

@@ -16,6 +16,7 @@ from .._custom_types import (
     Y,
 )
 from .._isolated import isolated
+from .._precision import as_floats
 from .._tree import tree_axpy, tree_scale, tree_zeros_like
 from .alf_state import ALFState, split_sums, sums_of
 from .base import AbstractReversibleSolver
@@ -91,6 +92,7 @@ class AbstractALFChain(AbstractReversibleSolver[ALFState]):
         functionals: dict[str, np.ndarray],
     ) -> Chain:
         """The sub-steps, which update `z` and `v`, without the drift after the last one."""
+        t0, t1 = as_floats(t0, t1)
 
         def make_round(terms: AbstractTerm, args: Args, sub: SubStep):
             term, t = as_ode_term(self, terms), t0 + sub.midpoint * (t1 - t0)
@@ -100,7 +102,7 @@ class AbstractALFChain(AbstractReversibleSolver[ALFState]):
             alike = alike if self.bitwise else None
             return drift, Update(1, evaluate, scale=-1, factor=2, alike=alike)
 
-        dtype = jnp.result_type(t0)
+        dtype = t0.dtype
         sub_steps = SubStep(
             jnp.asarray(self.tableau.drifts[:-1], dtype),
             jnp.asarray(self.tableau.midpoints, dtype),

@@ -7,6 +7,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._coefficients.gauss import GaussTableau
 from .._custom_types import RealScalarLike, Y
+from .._precision import as_floats
 from .._tree import from_bits, to_bits, tree_combine
 
 
@@ -35,7 +36,7 @@ class GaussState(eqx.Module):
         """The state without an adjacent step."""
         shape = lambda x: jnp.zeros((tableau.stages, *x.shape), x.dtype)
         slopes = jtu.tree_map(shape, y)
-        ends = jnp.stack([jnp.asarray(t), jnp.asarray(t)])
+        ends = jnp.stack(as_floats(t, t))
         slopes, ends = to_bits((slopes, ends))
         return GaussState(slopes, ends, jnp.array(0))
 
@@ -47,7 +48,7 @@ class GaussState(eqx.Module):
         iterations: Int[Array, ""] | int = 0,
     ) -> "GaussState":
         """The state after, or before, a step from `t0` to `t1` with these increments."""
-        ends = jnp.stack([jnp.asarray(t0), jnp.asarray(t1)])
+        ends = jnp.stack(as_floats(t0, t1))
         length = jnp.where(ends[1] == ends[0], 1, ends[1] - ends[0])
         slopes = jtu.tree_map(lambda k: k / length.astype(k.dtype), increments)
         slopes, ends = to_bits((slopes, ends))

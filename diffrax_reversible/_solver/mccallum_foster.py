@@ -41,6 +41,7 @@ from .chain_pullback import Pulled, undo_and_pull
 from .coupled_interpolation import MakeCoupled
 from .coupled_state import CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
+from .overrides import overrides
 from .pullback import (
     Cotangent,
     Departure,
@@ -114,6 +115,11 @@ class McCallumFoster(
             raise ValueError(
                 f"`McCallumFoster({name})` needs an explicit Runge–Kutta solver of "
                 "Diffrax, such as `diffrax.Tsit5()`."
+            )
+        if overrides(self.solver, "step", AbstractERK):
+            raise ValueError(
+                f"`McCallumFoster({name})` makes steps by the tableau of the solver, whose "
+                "`step` is overridden. Pass a solver with the `step` of Diffrax."
             )
         coupling = self.coupling
         if not (isinstance(coupling, int | float) and 0 < coupling <= 1):
@@ -425,8 +431,8 @@ McCallumFoster.__init__.__doc__ = """**Arguments:**
 
 **Raises:**
 
-`ValueError` for other solvers and couplings, and in the solve for terms that are not
-integrated with respect to time.
+`ValueError` for other solvers, as those that override `step`, and couplings, and in the
+solve for terms that are not integrated with respect to time.
 """
 
 

@@ -26,6 +26,7 @@ from .._custom_types import (
 )
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
+from .._precision import as_floats
 from .._total_derivative import total_derivatives
 from .._tree import (
     larger,
@@ -211,7 +212,7 @@ class AbstractSplitting(
         args: Args,
     ) -> list[VF]:
         """The second and higher derivatives of the solution for dense output."""
-        t0, t1 = step
+        t, t0, t1 = as_floats(t, *step)
         term_q, term_p = self._terms(terms)
         h_q, h_p = term_q.contr(t0, t1), term_p.contr(t0, t1)
 
@@ -222,7 +223,7 @@ class AbstractSplitting(
         count = self.tableau.order // 2 - 2
         if count <= 0:
             return []
-        _, *higher = total_derivatives(field, count, t1 - t0)(jnp.asarray(t), y)
+        _, *higher = total_derivatives(field, count, t1 - t0)(t, y)
         return higher
 
     def cross_jump(
@@ -418,7 +419,7 @@ class AbstractSplitting(
     def _check(self, terms: _Terms, t: RealScalarLike, y: Y, args: Args) -> None:
         call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
         drift = lambda t, p: terms[0].vf(t, p, args)
-        if self.tableau.nystrom and not is_affine(drift, jnp.asarray(t), y[1]):
+        if self.tableau.nystrom and not is_affine(drift, *as_floats(t), y[1]):
             raise ValueError(
                 f"{call[:-3]}nystrom=True))` has its order only if drifts are affine in "
                 "time and momentum, as `p / m` is, and `term_q` is not recognised as "
@@ -463,8 +464,8 @@ def _with_force(state: SplittingState, force: VF) -> SplittingState:
 
 
 def _stages(tableau: SplittingTableau, t0: RealScalarLike, t1: RealScalarLike) -> _Stage:
-    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
-    array = lambda x: jnp.asarray(x, jnp.result_type(t0, t1))
+    t0, t1 = as_floats(t0, t1)
+    array = lambda x: jnp.asarray(x, t0.dtype)
     times = t0 + array(tableau.kick_times[1:-1]) * (t1 - t0)
     # Exactly the float at which the next step begins.
     kick_times = jnp.concatenate([times, t1[None]])
