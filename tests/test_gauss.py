@@ -146,8 +146,8 @@ def test_stability(solver, dtype):
         assert np.all(found)
         assert abs(np.linalg.norm(y) - 1) < 400 * eps
         assert np.max(np.abs(off)) < 1000 * eps
-        # The error estimate is bounded however stiff the equation is.
-        assert np.max(errors) < 0.02
+        # The error estimate is bounded, by the amplitude, however stiff the equation is.
+        assert np.max(errors) < 1
 
 
 def loss(parameters, solver, adjoint, max_steps=64):
@@ -199,15 +199,17 @@ def test_gradient(solver, with_times):
 
 @pytest.mark.slow
 def test_gradient_of_a_stiff_spring():
-    """Gradients equal the default adjoint's in steps that do not resolve oscillations."""
+    """Gradients equal the default adjoint's in steps that do not resolve oscillations. The
+    tolerance is for positions, of which these are a tiny part."""
 
     def stretched(frequency, adjoint=None):
+        norm = lambda error: optx.rms_norm(error[0])
         sol = dfx.diffeqsolve(
             dfx.ODETerm(spring),
             dr.Gauss4(),
             *(0.0, 3.0, 0.1, HANGING, frequency),
             adjoint=dr.ReversibleAdjoint() if adjoint is None else adjoint,
-            stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4),
+            stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4, norm=norm),
         )
         return sol.ys[0][0, 0], sol.stats
 
@@ -414,8 +416,13 @@ def test_linear_solve_that_is_given_up():
         gradient(Y0, jnp.array(1e12))
 
 
+def spiral(t, y, rate):
+    return jnp.array([[-rate, 1.0], [-1.0, -rate]]) @ y
+
+
+@pytest.mark.parametrize("field", (field, spiral))
 @every_solver
-def test_error_estimate(solver):
+def test_error_estimate(solver, field):
     """The error estimate is of order `s + 2`. `test_stability` shows that it is bounded."""
     terms, args, t = dfx.ODETerm(field), jnp.array(0.3), jnp.array(0.2)
     state = solver.init(terms, t, t, Y0, args)
@@ -428,6 +435,38 @@ def test_error_estimate(solver):
     slope = np.log2(error(jnp.array(0.1)) / error(jnp.array(0.05)))
     assert solver.error_order(terms) == solver.tableau.stages + 2
     assert abs(slope - solver.error_order(terms)) < 0.3
+
+
+@every_solver
+def test_error_of_a_linear_equation(solver):
+    """The collocation polynomial has the same defect at both ends of a step there, and only
+    its effect on the solution tells the error: the estimate is about as large."""
+    terms, args, t = dfx.ODETerm(spiral), jnp.array(0.3), jnp.array(0.0)
+    state = solver.init(terms, t, t, Y0, args)
+    for h in (0.2, 0.5, 1.0, 2.0):
+        y, y_error, *_ = solver.step(terms, t, t + h, Y0, args, state, False)
+        exact = jax.scipy.linalg.expm(h * spiral(t, jnp.eye(2), args)) @ Y0
+        error, estimate = jnp.linalg.norm(y - exact), jnp.linalg.norm(y_error)
+        most = 2 * max(1.0, 2 / h) ** (solver.tableau.stages - 1)
+        assert 0.4 * error < estimate < most * error
+
+
+@pytest.mark.more
+@every_solver
+def test_tolerances_of_a_linear_equation(solver):
+    """Smaller tolerances give smaller errors."""
+    terms, args = dfx.ODETerm(spiral), jnp.array(0.1)
+    exact = jax.scipy.linalg.expm(5 * spiral(0.0, jnp.eye(2), args)) @ Y0
+    errors = []
+    for tol in (1e-4, 1e-6, 1e-8):
+        pid = dfx.PIDController(rtol=tol, atol=tol)
+        sol = dfx.diffeqsolve(
+            *(terms, solver, 0.0, 5.0, None, Y0, args), stepsize_controller=pid
+        )
+        errors.append(jnp.linalg.norm(sol.ys[0] - exact))
+    power = 2 * solver.tableau.stages / (solver.tableau.stages + 2)
+    assert errors[1] < 2 * 0.01**power * errors[0]
+    assert errors[2] < 2 * 0.01**power * errors[1]
 
 
 def test_root_finder_of_ones_own():

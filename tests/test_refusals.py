@@ -67,12 +67,20 @@ def projected(solver):
     return Projected(**vars(solver))
 
 
-def grad_wrt_steps():
-    def total(ts):
-        controller = dfx.StepTo(ts)
-        return jnp.sum(solve(stepsize_controller=controller, dt0=None).ys)
+def grad_wrt_tolerance():
+    def total(rtol):
+        return jnp.sum(solve(stepsize_controller=dfx.PIDController(rtol, 1e-6)).ys)
 
-    return jax.grad(total)(jnp.array([0.0, 0.4, 1.0]))
+    return jax.grad(total)(1e-6)
+
+
+def grad_wrt_jumps_of_steps():
+    def total(ts):
+        controller = dfx.ClipStepSizeController(PID, jump_ts=ts)
+        saveat = dfx.SaveAt(steps=True)
+        return jnp.nansum(solve(stepsize_controller=controller, saveat=saveat).ys)
+
+    return jax.grad(total)(jnp.array([0.4]))
 
 
 def grad_wrt_controller_state():
@@ -221,10 +229,16 @@ REFUSALS = (
         ("gradients with respect to `dt0`", "stop_gradient"),
     ),
     (
-        "gradients with respect to the steps",
-        grad_wrt_steps,
+        "gradients with respect to the controller, besides times that it steps to",
+        grad_wrt_tolerance,
         RuntimeError,
         ("gradients with respect to `stepsize_controller`", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to times of the controller, if moving steps are saved",
+        grad_wrt_jumps_of_steps,
+        NotImplementedError,
+        ("times that the controller steps to", "`SaveAt(steps=...)`", "`StepTo`"),
     ),
     (
         "gradients with respect to controller_state",

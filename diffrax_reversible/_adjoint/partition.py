@@ -18,6 +18,7 @@ from .controller_traits import follows_state, makes_jumps, varying_leaves
 from .problem import (
     Context,
     Inputs,
+    prescribed_times,
     Problem,
     take_event_fns,
     take_save_fns,
@@ -56,7 +57,7 @@ def make_visible(
 
     event, event_fns = take_event_fns(event, close_condition)
     saveat, save_fns = take_save_fns(given["saveat"], lambda fn: close(fn, t0, y0, args))
-    times = take_times(t0, given["t1"], saveat)
+    times = take_times(t0, given["t1"], saveat, controller)
     terms, args = detach_unread(terms, args, save_fns, event_fns, init_state, given)
     context = Context(terms, args, save_fns, event_fns, times)
     return context, dict(stepsize_controller=controller, saveat=saveat, event=event)
@@ -74,19 +75,24 @@ def partition(
     y0, solver_state = init_state.y, init_state.solver_state
     # If no solver state was passed, the backward pass differentiates `init`.
     passed, made = (solver_state, None) if passed_solver_state else (None, solver_state)
-    times = [given[name] for name in ("t0", "t1", "saveat")]
+    controller = given["stepsize_controller"]
+    times = [given[name] for name in ("t0", "t1", "saveat")] + [
+        prescribed_times(controller)
+    ]
     (y0, passed, context), (made, *times) = reverse_only(
         (y0, passed, context), (made, *times)
     )
     inputs = Inputs(y0, passed if passed_solver_state else made, context)
-    t0, t1, saveat = jtu.tree_map(detach_integers, hold_times_fixed(times))
+    times = jtu.tree_map(detach_integers, hold_times_fixed(times))
+    t0, t1, saveat, prescribed = times
+    controller = eqx.tree_at(prescribed_times, controller, prescribed)
     if passed_controller_state:
         init_state = tree_replace(
             lambda s: s.controller_state,
             init_state,
             hold_fixed(init_state.controller_state, "`controller_state`"),
         )
-    controller, solver = given["stepsize_controller"], given["solver"]
+    solver = given["solver"]
     controlled = controller, solver, context.terms, context.args, init_state
     # In this order, as later fields may depend on earlier ones.
     problem = Problem(

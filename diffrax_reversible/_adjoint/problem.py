@@ -6,17 +6,20 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
     AbstractStepSizeController,
+    ClipStepSizeController,
     Event,
     NoProgressMeter,
     RESULTS,
     SaveAt,
+    StepTo,
     SubSaveAt,
 )
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
@@ -41,13 +44,36 @@ class Times(eqx.Module):
     t1: RealScalarLike
     # The times of every `SubSaveAt`, in order.
     ts: tuple[Array | None, ...]
+    # See `prescribed_times`.
+    prescribed: tuple[Array, ...]
 
     def of(self, t: RealScalarLike) -> RealScalarLike:
-        """`t`, with the derivative of an end of the solve if it is one.
+        """`t`, an end of a step, with its derivative.
 
-        The other ends of steps are constants.
+        An end of the solve has its own. Other ends would be constants, but move with the
+        times that the controller was given, in proportion to the distance from those to
+        either side. So no length of a step changes by more than a fraction, and steps that
+        are tiny because the vector field jumps at their end hardly matter.
         """
+        t = jnp.asarray(t)
+        if len(self.prescribed) > 0:
+            t = t + _zero_that_moves(t, self._fixed_or_prescribed(t.dtype))
         return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
+
+    def _fixed_or_prescribed(self, dtype) -> Float[Array, " times"]:
+        fixed = lax.stop_gradient(jnp.stack([self.t0, self.t1]))
+        return jnp.concatenate([x.astype(dtype) for x in (fixed, *self.prescribed)])
+
+
+def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
+    """Zero, with the derivative of a time `t` that divides the distance of those around it
+    in a constant ratio."""
+    before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
+    after = jnp.min(jnp.where(times >= t, times, jnp.inf))
+    length = after - before
+    ratio = lax.stop_gradient((t - before) / jnp.where(length == 0, 1, length))
+    moves = before + ratio * length
+    return moves - lax.stop_gradient(moves)
 
 
 class Context(eqx.Module):
@@ -229,8 +255,26 @@ def _replace_cond_fns(event: Event, fns: list[Callable]) -> Event:
     return eqx.tree_at(lambda e: e.cond_fn, event, cond_fn, is_leaf=callable)
 
 
-def take_times(t0: RealScalarLike, t1: RealScalarLike, saveat: SaveAt) -> Times:
-    return Times(t0, t1, tuple(sub.ts for sub in sub_saveats(saveat)))
+def take_times(
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    saveat: SaveAt,
+    controller: AbstractStepSizeController,
+) -> Times:
+    ts = tuple(sub.ts for sub in sub_saveats(saveat))
+    return Times(t0, t1, ts, tuple(prescribed_times(controller)))
+
+
+def prescribed_times(controller: AbstractStepSizeController) -> list[Array]:
+    """The times that the user gave the controller, at which steps end."""
+    if isinstance(controller, StepTo):
+        given = [controller.ts]
+    elif isinstance(controller, ClipStepSizeController):
+        given = [controller.step_ts, controller.jump_ts]
+        given += prescribed_times(controller.controller)
+    else:
+        given = []
+    return [ts for ts in given if ts is not None]
 
 
 def take_state(init_state: State) -> State:

@@ -317,16 +317,17 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 - `ValueError` for solvers that are not reversible, for subclasses of reversible ones that
     override `step`, for an `UnsafeBrownianPath`, and for arguments of a wrong type or below
     zero.
-- `NotImplementedError` for gradients with respect to `t0` or `t1` of outputs at the end of
-    a step, by `SaveAt(steps=...)` or at an event that is Boolean or not located, if that
-    end moves with them: with `t0` unless steps are given by `StepTo`, with `t1` unless by
-    `StepTo`, a `PIDController` or an `AbstractReversibleStepSizeController`. For all
+- `NotImplementedError` for gradients with respect to `t0`, `t1` or times that the
+    controller steps to, of outputs at the end of a step, by `SaveAt(steps=...)` or at an
+    event that is Boolean or not located, if that end moves with them: unless steps are
+    given by `StepTo` and, with `t1`, unless by a `PIDController` or an
+    `AbstractReversibleStepSizeController`. For all
     gradients of such outputs, with a controller of your own whose steps depend on the
     state. For closed-over traced values that are not visible. For jumps, with a solver
     whose solver state cannot cross them.
-- `RuntimeError` for gradients with respect to `dt0`, the solver, the controller or its
-    state, or the root finder of an event, for forward mode, for second derivatives along
-    times, and for reverse mode over a gradient.
+- `RuntimeError` for gradients with respect to `dt0`, the solver, the controller (besides
+    times that it steps to) or its state, or the root finder of an event, for forward mode,
+    for second derivatives along times, and for reverse mode over a gradient.
 - `RuntimeError` from the gradient, if the backward pass misses a known state, if a step
     does not begin where the last one ended although the controller reports no jump, or if
     the gradient grows where the solution contracts and another backward pass does not

@@ -68,7 +68,8 @@ def _solve_fwd(
     del sharing
     times = perturbed.context.times
     with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
-    moving = (with_t0 and times.t0) or (with_t1 and times.t1)
+    prescribed = with_t0 and any(times.prescribed)
+    moving = (with_t0 and times.t0) or (with_t1 and times.t1) or prescribed
     if moving and problem.saves_ends_of_steps:
         raise NotImplementedError(moving_steps)
     others = eqx.tree_at(lambda p: p.context.times, perturbed, None)

@@ -65,10 +65,10 @@ def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]
 
 moving_steps = (
     f"{call} holds the ends of steps fixed, so it has no gradients with respect to `t0` or "
-    "`t1` of outputs at the end of a step, by `SaveAt(steps=...)` or at an `Event` that is "
-    "Boolean or has no `root_finder`. Save at times of your own by `SaveAt(ts=...)`, "
-    "locate the event, prescribe the steps with `StepTo`, or detach `t0` and `t1` with "
-    f"`jax.lax.stop_gradient`. {_remedy} otherwise."
+    "`t1`, or times that the controller steps to, of outputs at the end of a step, by "
+    "`SaveAt(steps=...)` or at an `Event` that is Boolean or has no `root_finder`. Save at "
+    "times of your own by `SaveAt(ts=...)`, locate the event, prescribe all steps with "
+    f"`StepTo`, or detach these times with `jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 
 
@@ -99,9 +99,10 @@ def hold_times_fixed(x: PyTree) -> PyTree:
     return eqxi.nondifferentiable(
         x,
         msg=(
-            f"{call} does not give the derivatives of gradients along `t0`, `t1` or "
-            "`SaveAt(ts=...)`, as `jax.jvp(jax.grad(...), ...)` and `jax.hessian(...)` ask "
-            "for. Use `adjoint=diffrax.DirectAdjoint()`, or hold times fixed with "
+            f"{call} does not give the derivatives of gradients along `t0`, `t1`, "
+            "`SaveAt(ts=...)` or times that the controller steps to, as "
+            "`jax.jvp(jax.grad(...), ...)` and `jax.hessian(...)` ask for. Use "
+            "`adjoint=diffrax.DirectAdjoint()`, or hold times fixed with "
             "`jax.lax.stop_gradient`."
         ),
     )

@@ -1,9 +1,12 @@
 """Gauss collocation, with any number of stages."""
 
 from collections.abc import Callable
+from math import factorial
 from typing import ClassVar, TYPE_CHECKING
 
+import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -56,9 +59,11 @@ else:
 
 
 # The weight of the difference of the defects at both ends. With one stage the estimate is
-# that of Simpson's rule. With two and three, errors at a given tolerance are about those of
-# `Kvaerno5`, on equations that are not stiff.
+# the leading term of the error. With two and three, errors at a given tolerance are about
+# those of `Kvaerno5`, on equations that are not stiff.
 _error_weight = 1 / 6
+# The `|h λ|` at which the estimate is the leading term of the error on `y' = λ y`.
+_sharp_at = 2.0
 
 
 class AbstractGauss(
@@ -179,7 +184,7 @@ class AbstractGauss(
         def transposed(x):
             return jtu.tree_map(jnp.subtract, x, pull(x)[1])
 
-        solved, found = self._linear_solve(transposed, k_bar)
+        solved, found = self._inverse(transposed, k_bar)(k_bar)
         # The adjoint raises an error when it meets NaN.
         y0 = jtu.tree_map(lambda y: jnp.where(found, y, jnp.nan), y0)
         pulled, _, params_bar = pull(solved)
@@ -212,7 +217,8 @@ class AbstractGauss(
         del length, solver_state, solver_state_end
         step = terms, t0, t1, args
         slope = tree_scale(t1 - t0, self.func(terms, t0, y0, args))
-        scales = jtu.tree_map(larger, y0, y_end, self._filtered(step, y0, slope))
+        filtered = self._filter_at(step, y0, slope)
+        scales = jtu.tree_map(larger, y0, y_end, filtered(slope))
         leaves, structure = jtu.tree_flatten(scales)
         keys = jr.split(jr.key(0), len(leaves))
         signed = [
@@ -221,7 +227,7 @@ class AbstractGauss(
         ]
         signed = jtu.tree_unflatten(structure, signed)
         signed = jtu.tree_map(lambda x, y: x.astype(y.dtype), signed, y0)
-        spread = self._filtered(step, y0, signed)
+        spread = filtered(signed)
         scales = jtu.tree_map(larger, scales, spread)
         if _is_iterative(self.linear_solver):
             scales = jtu.tree_map(lambda x: jnp.full_like(x, jnp.max(x, initial=0)), scales)
@@ -279,9 +285,17 @@ class AbstractGauss(
         """An error estimate from the defect `h f(t, u) - h u'` of the collocation
         polynomial `u` at both ends.
 
-        To leading order both defects agree up to the sign `(-1)^s`, so their difference is
-        of order `s + 2`. It grows with the stiffness, and is therefore filtered by a linear
-        solve with `1 - γ h ∂f/∂y`.
+        It has zeros at the nodes. So to leading order both defects agree up to the sign
+        `(-1)^s`, and their difference is of order `s + 2`. If `f` is affine in `y` and does
+        not depend on `t`, they agree altogether, and what is left is the effect of the
+        defect `δ` on the solution, of which `h ∂f/∂y δ` is a multiple of order `s + 2`: on
+        `y' = λ y`, with `z = h λ`,
+
+            δ = s! / (2s)! z^(s+1) + ...,    e^z - R(z) = ± s! / (2s + 1)! z^s δ + ...
+
+        where `z^s` is replaced by `|z0|^(s-1) z`. The estimate is the difference of both
+        terms, which with one stage is the leading term of the error. They grow with the
+        stiffness, and are therefore filtered by linear solves with `1 - γ h ∂f/∂y`.
 
         Reference: Hairer & Wanner (1996), section IV.8, doi:10.1007/978-3-642-05221-7.
         """
@@ -295,11 +309,20 @@ class AbstractGauss(
             slope = tree_scale(control, term.vf(t, y, args))
             return jtu.tree_map(jnp.subtract, slope, tree_combine(weights, k))
 
-        difference = tree_add(defect(t0, y0, at0), tree_scale(-sign, defect(t1, y1, at1)))
-        return self._filtered(step, y0, tree_scale(_error_weight, difference))
+        first, last = defect(t0, y0, at0), tree_scale(sign, defect(t1, y1, at1))
+        difference = jtu.tree_map(jnp.subtract, first, last)
+        common = tree_scale(sign / 2, tree_add(first, last))
+        filtered = self._filter_at(step, y0, common)
+        # `h ∂f/∂y δ`, filtered.
+        effect = jtu.tree_map(jnp.subtract, filtered(common), common)
+        stages = self.tableau.stages
+        weight = _sharp_at ** (stages - 1) * factorial(stages) / factorial(2 * stages + 1)
+        effect = tree_scale(weight / self._filter, effect)
+        error = tree_scale(_error_weight, difference)
+        return filtered(jtu.tree_map(jnp.subtract, error, effect))
 
-    def _filtered(self, step: tuple, y: Y, x: Y) -> Y:
-        """`(1 - γ h ∂f/∂y)^-1 x`, at the start of a step."""
+    def _filter_at(self, step: tuple, y: Y, like: Y) -> Callable[[Y], Y]:
+        """`(1 - γ h ∂f/∂y)^-1`, at the start of a step."""
         terms, t0, t1, args = step
         term = as_ode_term(self, terms)
         weight = term.contr(t0, t1) * self._filter
@@ -308,26 +331,38 @@ class AbstractGauss(
             _, tangent = jax.jvp(lambda y: term.vf(t0, y, args), (y,), (x,))
             return jtu.tree_map(jnp.subtract, x, tree_scale(weight, tangent))
 
-        return self._linear_solve(stiff, x)[0]
+        inverse = self._inverse(stiff, like)
+        return lambda x: inverse(x)[0]
 
-    def _linear_solve(
-        self, fn: Callable[[PyTree[Array]], PyTree[Array]], vector: PyTree[Array]
-    ) -> tuple[PyTree[Array], BoolScalarLike]:
-        """The solution `x` of the linear equations `fn(x) = vector`, NaN if it was not
-        found, and whether it was found.
+    def _inverse(
+        self, fn: Callable[[PyTree[Array]], PyTree[Array]], like: PyTree[Array]
+    ) -> Callable[[PyTree[Array]], tuple[PyTree[Array], BoolScalarLike]]:
+        """The function that solves the linear equations `fn(x) = vector` for vectors `like`
+        this one: the solution, NaN if it was not found, and whether it was found.
 
         Complex equations are linear over the real numbers only, and are solved for real and
         imaginary parts."""
 
         def real_fn(x):
-            return to_real(fn(from_real(x, vector)))
+            return to_real(fn(from_real(x, like)))
 
-        real_vector = to_real(vector)
-        operator = lx.FunctionLinearOperator(real_fn, jax.eval_shape(lambda: real_vector))
-        solution = lx.linear_solve(operator, real_vector, self.linear_solver, throw=False)
-        found = solution.result == lx.RESULTS.successful
-        x = from_real(solution.value, vector)
-        return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), x), found
+        structure = jax.eval_shape(lambda: to_real(like))
+        operator = lx.FunctionLinearOperator(real_fn, structure)
+        # A factorisation, for example. Lineax does not differentiate it.
+        state = self.linear_solver.init(operator, {})
+        arrays, others = eqx.partition(state, eqx.is_array)
+        state = eqx.combine(lax.stop_gradient(arrays), others)
+
+        def solve(vector):
+            solver = self.linear_solver
+            solution = lx.linear_solve(
+                operator, to_real(vector), solver, state=state, throw=False
+            )
+            found = solution.result == lx.RESULTS.successful
+            x = from_real(solution.value, vector)
+            return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), x), found
+
+        return solve
 
     @property
     def _filter(self) -> float:
