@@ -4,6 +4,7 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
@@ -73,6 +74,28 @@ def test_batch(t1):
 
     want = jax.vmap(slopes)(switches)
     np.testing.assert_allclose(jax.jit(jax.grad(total))(switches), want, rtol=1e-5)
+
+
+@pytest.mark.more
+def test_until_an_event():
+    """The time of an event moves with the times before it, also in a solve without end."""
+
+    def stop(switches):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(switched),
+            dr.ALF4(),
+            *(0.0, jnp.inf, 0.1, jnp.array(0.0), switches),
+            stepsize_controller=dfx.ClipStepSizeController(PID, jump_ts=switches),
+            event=dfx.Event(lambda t, y, args, **_: y - 0.5, optx.Newton(1e-9, 1e-9)),
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=None,
+        )
+        return sol.ts[-1]
+
+    # `1 - exp(on - t) = 0.5`, before the second switch.
+    time, slope = jax.jit(jax.value_and_grad(stop))(SWITCHES)
+    np.testing.assert_allclose(time, SWITCHES[0] + jnp.log(2), rtol=1e-6)
+    np.testing.assert_allclose(slope, [1, 0], atol=1e-5)
 
 
 @pytest.mark.long

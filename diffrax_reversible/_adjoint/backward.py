@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._custom_types import BoolScalarLike, IntScalarLike, Params
 from .._diffrax import State
 from .._solver.pullback import Cotangent
-from .._tree import tree_add
+from .._tree import tree_add, tree_replace
 from .batch import Sharing
 from .drift import replay_tolerance, tolerance
 from .finish import pull_finish, PulledFinish
@@ -75,7 +75,12 @@ def walk_back(
     - `watch`: a function called at every known state.
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
-    with_times = any(jtu.tree_leaves(perturbed.context.times))
+    times = perturbed.context.times
+    if not any(times.prescribed):
+        # Every step would read all of them, see `Times.of`.
+        nothing = tuple(None for _ in times.prescribed)
+        nondiff = tree_replace(lambda c: c.times.prescribed, nondiff, nothing)
+    with_times = any(jtu.tree_leaves(times))
     summed = Shared.of(sharing, inputs, perturbed)
     sums = not with_times and _sums(inputs, problem, params)
     shared = summed if sums else None

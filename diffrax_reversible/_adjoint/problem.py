@@ -44,8 +44,8 @@ class Times(eqx.Module):
     t1: RealScalarLike
     # The times of every `SubSaveAt`, in order.
     ts: tuple[Array | None, ...]
-    # See `prescribed_times`.
-    prescribed: tuple[Array, ...]
+    # See `prescribed_times`. `None` if no gradient with respect to them is wanted.
+    prescribed: tuple[Array | None, ...]
 
     def of(self, t: RealScalarLike) -> RealScalarLike:
         """`t`, an end of a step, with its derivative.
@@ -56,13 +56,13 @@ class Times(eqx.Module):
         are tiny because the vector field jumps at their end hardly matter.
         """
         t = jnp.asarray(t)
-        if len(self.prescribed) > 0:
-            t = t + _zero_that_moves(t, self._fixed_or_prescribed(t.dtype))
+        prescribed = [
+            times.astype(t.dtype) for times in self.prescribed if times is not None
+        ]
+        if len(prescribed) > 0:
+            fixed = lax.stop_gradient(jnp.stack([self.t0, self.t1])).astype(t.dtype)
+            t = t + _zero_that_moves(t, jnp.concatenate([fixed, *prescribed]))
         return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
-
-    def _fixed_or_prescribed(self, dtype) -> Float[Array, " times"]:
-        fixed = lax.stop_gradient(jnp.stack([self.t0, self.t1]))
-        return jnp.concatenate([x.astype(dtype) for x in (fixed, *self.prescribed)])
 
 
 def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
@@ -70,7 +70,8 @@ def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
     in a constant ratio."""
     before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
     after = jnp.min(jnp.where(times >= t, times, jnp.inf))
-    length = after - before
+    # The end of the solve may be infinite.
+    length = jnp.where(jnp.isfinite(after), after - before, 0)
     ratio = lax.stop_gradient((t - before) / jnp.where(length == 0, 1, length))
     moves = before + ratio * length
     return moves - lax.stop_gradient(moves)
