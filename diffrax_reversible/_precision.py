@@ -16,8 +16,9 @@ def eps(x: ArrayLike) -> float:
 def as_floats(*times: ArrayLike) -> list[Float[Array, ""]]:
     """Times in one precision. `diffeqsolve` has floats only, but `step` and `backward_step`
     may be given integers."""
-    dtype = jnp.result_type(*times)
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else float
+    is_float = lambda t: jnp.issubdtype(jnp.result_type(t), jnp.floating)
+    floats = [t for t in times if is_float(t)]
+    dtype = jnp.result_type(*floats) if len(floats) > 0 else float
     return [jnp.asarray(t, dtype) for t in times]
 
 

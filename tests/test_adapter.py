@@ -107,6 +107,47 @@ def test_backward_step(solver):
     assert_same_gradient(loss_of, Y0, tol=1e-12)
 
 
+class Symmetric(dr.AbstractReversibleSolver):
+    """Steps that are undone by steps backwards in time; a subclass defines them."""
+
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 2
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state):
+        y0, *_ = self.step(terms, t1, t0, y1, args, solver_state, made_jump=False)
+        return y0, solver_state
+
+
+class Cayley(Symmetric):
+    """The trapezoidal rule for `y' = a y`."""
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        half = terms.contr(t0, t1) * args / 2
+        y1 = y0 * (1 + half) / (1 - half)
+        return y1, None, dict(y0=y0, y1=y1), solver_state, dfx.RESULTS.successful
+
+
+@pytest.mark.more
+def test_step_of_a_subclass():
+    """A base class may define how steps are undone, and leave the step to subclasses."""
+
+    def loss(adjoint, rate):
+        term = dfx.ODETerm(lambda t, y, a: a * y)
+        sol = dfx.diffeqsolve(term, Cayley(), 0.0, 2.0, 0.1, Y0, rate, adjoint=adjoint)
+        return jnp.sum(sol.ys**2)
+
+    assert_same_gradient(loss, jnp.array(-0.7), tol=1e-12)
+
+
 def test_not_registered():
     with pytest.raises(ValueError, match=r"`Euler` is not.*as_reversible\.register"):
         loss(dr.ReversibleAdjoint(), Y0, Network(), dfx.Euler())

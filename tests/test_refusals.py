@@ -67,6 +67,18 @@ def projected(solver):
     return Projected(**vars(solver))
 
 
+class Projecting:
+    """The same, as a mixin."""
+
+    def step(self, *args):
+        y1, *rest = super().step(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        return y1 / jnp.linalg.norm(y1), *rest
+
+
+class WithMixin(Projecting, dr.ALF4):
+    pass
+
+
 def grad_wrt_tolerance():
     def total(rtol):
         return jnp.sum(solve(stepsize_controller=dfx.PIDController(rtol, 1e-6)).ys)
@@ -356,13 +368,25 @@ REFUSALS = (
         "a subclass of a reversible solver that overrides `step`",
         lambda: solve(solver=projected(dr.ALF4())),
         ValueError,
-        ("solver=Projected()", "undoes steps of `ALF4`", "`step`", "`backward_step`"),
+        ("solver=Projected()", "overrides `step`", "`advance` of `AbstractALF`"),
+    ),
+    (
+        "a reversible solver with a mixin that overrides `step`",
+        lambda: solve(solver=WithMixin()),
+        ValueError,
+        ("solver=WithMixin()", "`Projecting` overrides `step`", "derive"),
+    ),
+    (
+        "settings: an adapter of a solver that overrides `step`",
+        lambda: solve(solver=dr.as_reversible(projected(dfx.ReversibleHeun()))),
+        ValueError,
+        ("solver=Projected()", "`backward_step` of `ReversibleHeun`", "derive"),
     ),
     (
         "a subclass of a registered solver that overrides `step`",
         lambda: solve(solver=projected(dfx.ReversibleHeun())),
         ValueError,
-        ("solver=Projected()", "undoes steps of `ReversibleHeun`", "`backward_step`"),
+        ("solver=Projected()", "`backward_step` of `ReversibleHeun`", "derive"),
     ),
     (
         "settings that are none: coupling",

@@ -62,6 +62,29 @@ def test_switches(solver, name):
 
 
 @pytest.mark.more
+@pytest.mark.parametrize("aside", (0, 1))
+def test_constant_times_at_the_same_place(aside):
+    """A time that is given twice moves if one of both is differentiated."""
+
+    def end(switches, steps):
+        inner = dfx.ClipStepSizeController(PID, jump_ts=switches)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(switched),
+            dr.ALF4(),
+            *(0.0, END, None, jnp.array(0.5), switches),
+            stepsize_controller=dfx.ClipStepSizeController(inner, step_ts=steps),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sol.ys[-1]
+
+    steps = jnp.array([SWITCHES[0], 1.0])
+    for _ in range(aside):
+        steps = jnp.nextafter(steps, END)
+    gradient = jax.jit(jax.grad(end))(SWITCHES, steps)
+    np.testing.assert_allclose(gradient, slopes(SWITCHES), rtol=1e-5)
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("t1", (END, -END))
 def test_batch(t1):
     """Every member has times of its own, forwards and backwards in time."""

@@ -19,7 +19,7 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .position import Position
-from .problem import Inputs, Problem, save_states, sub_saveats
+from .problem import constant_times, Inputs, Problem, save_states, sub_saveats
 from .pull_outputs import (
     pull_dense_times,
     pull_last,
@@ -76,10 +76,10 @@ def walk_back(
     """
     params, nondiff = eqx.partition(inputs.context, perturbed.context)
     times = perturbed.context.times
-    if not any(times.prescribed):
-        # Every step would read all of them, see `Times.of`.
-        nothing = tuple(None for _ in times.prescribed)
-        nondiff = tree_replace(lambda c: c.times.prescribed, nondiff, nothing)
+    if len(times.prescribed) > 0:
+        others = nondiff.times.prescribed
+        others = constant_times(params.times.prescribed, others, problem.t0)
+        nondiff = tree_replace(lambda c: c.times.prescribed, nondiff, others)
     with_times = any(jtu.tree_leaves(times))
     summed = Shared.of(sharing, inputs, perturbed)
     sums = not with_times and _sums(inputs, problem, params)

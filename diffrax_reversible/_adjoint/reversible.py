@@ -43,7 +43,11 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     **Times**
 
-    The ends of steps other than `t0` and `t1` are held fixed. Under
+    The ends of steps other than `t0` and `t1` are held fixed, unless times that the
+    controller steps to are differentiated: `StepTo(ts=...)`, and `step_ts` and `jump_ts` of
+    a `ClipStepSizeController`. Steps then move with these, in proportion between them. So
+    every time at which the vector field jumps has to be among them, and times at which it
+    jumps independently must differ; otherwise gradients are wrong. Under
     `diffrax.PIDController` and `StepDensityController` they have no derivative with respect
     to the state or `t1` anyway; the gradient with respect to `SaveAt(ts=...)` equals that
     of the default adjoint. The dependence of steps on `t0`, and under
@@ -315,13 +319,12 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 - `ValueError` for solvers that are not reversible, for subclasses of reversible ones that
-    override `step`, for an `UnsafeBrownianPath`, and for arguments of a wrong type or below
-    zero.
+    override `step` or `advance`, for an `UnsafeBrownianPath`, and for arguments of a wrong
+    type or below zero.
 - `NotImplementedError` for gradients with respect to `t0`, `t1` or times that the
     controller steps to, of outputs at the end of a step, by `SaveAt(steps=...)` or at an
-    event that is Boolean or not located, if that end moves with them: unless steps are
-    given by `StepTo` and, with `t1`, unless by a `PIDController` or an
-    `AbstractReversibleStepSizeController`. For all
+    event that is Boolean or not located. They are given with `StepTo`, and with respect to
+    `t1` also with a `PIDController` or an `AbstractReversibleStepSizeController`. For all
     gradients of such outputs, with a controller of your own whose steps depend on the
     state. For closed-over traced values that are not visible. For jumps, with a solver
     whose solver state cannot cross them.

@@ -64,10 +64,10 @@ def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]
 
 
 moving_steps = (
-    f"{call} holds the ends of steps fixed, so it has no gradients with respect to `t0` or "
-    "`t1`, or times that the controller steps to, of outputs at the end of a step, by "
-    "`SaveAt(steps=...)` or at an `Event` that is Boolean or has no `root_finder`. Save at "
-    "times of your own by `SaveAt(ts=...)`, locate the event, prescribe all steps with "
+    f"{call} ignores how steps depend on times, so it has no gradients with respect to "
+    "`t0` or `t1`, or times that the controller steps to, of outputs at the end of a step, "
+    "by `SaveAt(steps=...)` or at an `Event` that is Boolean or has no `root_finder`. Save "
+    "at times of your own by `SaveAt(ts=...)`, locate the event, prescribe all steps with "
     f"`StepTo`, or detach these times with `jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 

@@ -62,7 +62,8 @@ else:
 # the leading term of the error. With two and three, errors at a given tolerance are about
 # those of `Kvaerno5`, on equations that are not stiff.
 _error_weight = 1 / 6
-# The `|h λ|` at which the estimate is the leading term of the error on `y' = λ y`.
+# The `|h λ|` at which the estimate is as large as the leading term of the error on
+# `y' = λ y`.
 _sharp_at = 2.0
 
 
@@ -285,17 +286,19 @@ class AbstractGauss(
         """An error estimate from the defect `h f(t, u) - h u'` of the collocation
         polynomial `u` at both ends.
 
-        It has zeros at the nodes. So to leading order both defects agree up to the sign
-        `(-1)^s`, and their difference is of order `s + 2`. If `f` is affine in `y` and does
-        not depend on `t`, they agree altogether, and what is left is the effect of the
-        defect `δ` on the solution, of which `h ∂f/∂y δ` is a multiple of order `s + 2`: on
-        `y' = λ y`, with `z = h λ`,
+        The defect is zero at the nodes. So to leading order those at both ends agree up to
+        the sign `(-1)^s`, and their difference is of order `s + 2`. If `f` is affine in `y`
+        and does not depend on `t`, they agree altogether, up to that sign. Then the effect
+        of the defect on the solution tells the error. On `y' = λ y`, with `z = h λ` and the
+        defect `δ` at the end,
 
-            δ = s! / (2s)! z^(s+1) + ...,    e^z - R(z) = ± s! / (2s + 1)! z^s δ + ...
+            δ = s! / (2s)! z^(s+1) + ...,    e^z - R(z) = (-1)^s s! / (2s + 1)! z^s δ + ...
 
-        where `z^s` is replaced by `|z0|^(s-1) z`. The estimate is the difference of both
-        terms, which with one stage is the leading term of the error. They grow with the
-        stiffness, and are therefore filtered by linear solves with `1 - γ h ∂f/∂y`.
+        where `z^s` is replaced by `z0^(s-1) h ∂f/∂y`, `z0` being `_sharp_at`. The estimate
+        is a sixth of the difference of the defects, minus that effect. With one stage this
+        is the leading term of the error; with more, only its size means anything. Both
+        parts grow with the stiffness, and are therefore filtered by linear solves with
+        `1 - γ h ∂f/∂y`.
 
         Reference: Hairer & Wanner (1996), section IV.8, doi:10.1007/978-3-642-05221-7.
         """

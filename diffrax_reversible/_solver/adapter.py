@@ -44,7 +44,8 @@ def as_reversible(solver: AbstractSolver) -> AbstractReversibleSolver:
         as_reversible.register(MySolver, FromBackwardStep)
 
     and pass `solver=MySolver()` and `adjoint=ReversibleAdjoint()` as usual. Subclasses of
-    `MySolver` are included. The solver state is that of `MySolver.init`.
+    `MySolver` are included, unless they override its `step` and not a `backward_step`. The
+    solver state is that of `MySolver.init`.
 
     Diffrax's reversible solvers are registered already: `diffrax.ReversibleHeun`,
     `diffrax.LeapfrogMidpoint` and `diffrax.SemiImplicitEuler`.

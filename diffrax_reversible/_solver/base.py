@@ -20,6 +20,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState], Generic[_SolverStat
     `AbstractCouplingSolver` needs neither `step` nor `backward_step`, and its backward pass
     saves the evaluations of a step.
 
+    Subclasses that override `step` have to override `backward_step` as well.
+
     The adjoint calls `step` with `made_jump=False`. If the solver state contains an array,
     jumps raise an error, as the array might depend on the vector field.
 

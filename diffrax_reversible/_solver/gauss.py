@@ -24,11 +24,11 @@ class ImplicitMidpoint(AbstractGauss):
     Order 2, embedded order 2, linear interpolation of order 1. A step solves equations in
     one state to rounding, by the `root_finder` and a final Newton step, or by one linear
     solve if the vector field is recognised as affine. The error estimate takes two more
-    evaluations and two linear solves, by one factorisation. Of a fast oscillation it is at
-    most the amplitude, so one above the tolerance is resolved. If only some entries matter,
-    such as positions, give these to `diffrax.PIDController(norm=...)`. Under
-    `ReversibleAdjoint`, `sol.stats["num_root_find_steps"]` counts iterations. Memory of
-    `SaveAt(dense=True)`: three states per step.
+    evaluations and two linear solves, by one factorisation. Of a fast oscillation it is a
+    fraction of the amplitude, so one well above the tolerance is resolved. If only some
+    entries matter, such as positions, give these to `diffrax.PIDController(norm=...)`.
+    Under `ReversibleAdjoint`, `sol.stats["num_root_find_steps"]` counts iterations. Memory
+    of `SaveAt(dense=True)`: three states per step.
 
     The backward pass solves the same equations, and a pull-back takes one linear solve.
     Where fast modes are damped, as in heat conduction, undoing them is ill-conditioned and

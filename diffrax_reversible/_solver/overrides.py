@@ -4,32 +4,36 @@ from typing import Any
 
 from diffrax import AbstractSolver
 
-from .adapter import as_reversible
+from .adapter import AbstractReversibleAdapter, as_reversible
 from .base import AbstractReversibleSolver
 
 
 def overrides(solver: Any, method: str, base: type) -> bool:
-    """Whether a `method` of the `solver` was defined by a subclass of `base`."""
-    definer = _definer(solver, method)
-    return base is not object and definer is not base and issubclass(definer, base)
+    """Whether the `solver` has another `method` than its superclass `base`, by a subclass
+    of that or by a mixin."""
+    inherited = getattr(base, method, None)
+    if inherited is None or getattr(inherited, "__isabstractmethod__", False):
+        return False
+    mro = type(solver).__mro__
+    return mro.index(_definer(solver, method)) < mro.index(base)
 
 
 def check_step_is_undone(solver: AbstractSolver) -> None:
     """Raise an error if the backward pass would undo another step than the solver makes."""
+    if isinstance(solver, AbstractReversibleAdapter):
+        solver = solver.solver
     if isinstance(solver, AbstractReversibleSolver):
         pull = "pullback_from_start"
         pull = pull if hasattr(solver, pull) else "backward_step_and_pullback"
-        users = [("step", name) for name in ("advance", "backward_step", pull)]
-        users = [*users, ("advance", "backward_step")]
-        pairs = [(method, _definer(solver, user)) for method, user in users]
-    else:
-        # The inverse of a registered solver may call one of the solver's own.
-        own = issubclass(_definer(solver, "backward_step"), _definer(solver, "step"))
+        pairs = [("step", user) for user in ("advance", "backward_step", pull)]
+        for method, user in (*pairs, ("advance", "backward_step")):
+            _refuse_override(solver, method, user, _definer(solver, user))
+        return
+    # The inverse of a registered solver may call one of the solver's own.
+    has_inverse = issubclass(_definer(solver, "backward_step"), _definer(solver, "step"))
+    if not has_inverse:
         registered = (c for c in type(solver).__mro__ if c in as_reversible.registry)
-        pairs = [] if own else [("step", next(registered))]
-    for method, base in pairs:
-        if overrides(solver, method, base):
-            _refuse(solver, method)
+        _refuse_override(solver, "step", "backward_step", next(registered))
 
 
 def _definer(solver: Any, method: str) -> type:
@@ -38,15 +42,14 @@ def _definer(solver: Any, method: str) -> type:
     return next(definers, object)
 
 
-def _refuse(solver: AbstractSolver, method: str) -> None:
-    new = _definer(solver, method)
-    mro = type(solver).__mro__
-    old = mro[mro.index(new) + 1]
+def _refuse_override(solver: AbstractSolver, method: str, user: str, base: type) -> None:
+    if not overrides(solver, method, base):
+        return
     raise ValueError(
         f"`diffeqsolve(..., solver={type(solver).__name__}(), "
-        f"adjoint=ReversibleAdjoint())` undoes steps of `{old.__name__}`, but "
-        f"`{new.__name__}` overrides `{method}`. Use "
-        "`adjoint=RecursiveCheckpointAdjoint()`; or derive it from "
-        "`diffrax_reversible.AbstractReversibleSolver`, with a `backward_step` that undoes "
-        "this step."
+        f"adjoint=ReversibleAdjoint())`: `{_definer(solver, method).__name__}` overrides "
+        f"`{method}`, but the `{user}` of `{base.__name__}` is for another step, and would "
+        "be used. Use `adjoint=RecursiveCheckpointAdjoint()`; or derive the solver from "
+        "`diffrax_reversible.AbstractReversibleSolver`, with a `step` and a "
+        "`backward_step` that undoes it."
     )

@@ -30,8 +30,8 @@ def of_position(error):
     return optx.rms_norm(error[0])
 
 
-# The solver, its adjoint, the tolerance, and the norm of errors that it is for. `Tsit5`,
-# with the one for positions, loses the velocities.
+# The solver, its adjoint, the tolerance, and the norm of errors that it is for. With a norm
+# of positions, `Tsit5` takes steps that are too large for the velocities.
 METHODS = {
     "Tsit5": (dfx.Tsit5(), dfx.RecursiveCheckpointAdjoint(), 1e-6, optx.rms_norm),
     "Kvaerno5": (dfx.Kvaerno5(), dfx.RecursiveCheckpointAdjoint(), 1e-4, of_position),
