@@ -19,7 +19,7 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .position import Position
-from .problem import constant_times, Inputs, Problem, save_states, sub_saveats
+from .problem import Inputs, Problem, save_states, sub_saveats
 from .pull_outputs import (
     pull_dense_times,
     pull_last,
@@ -27,6 +27,7 @@ from .pull_outputs import (
 from .replay import Replayer
 from .shared import Shared
 from .spread import many
+from .times import constant_times
 from .walk import Walk
 from .walks import run_walks
 

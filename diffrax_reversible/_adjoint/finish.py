@@ -12,8 +12,9 @@ from .._diffrax import State
 from .._tree import tree_zeros_like
 from .forward import finish, Residuals
 from .outputs import materialise, Output, Row
-from .problem import Context, Inputs, Problem, save_states, sub_saveats, Times
+from .problem import Context, Inputs, Problem, save_states, sub_saveats
 from .shared import context_of, Shared
+from .times import Times
 
 
 class PulledFinish(eqx.Module):

@@ -18,7 +18,6 @@ from .controller_traits import follows_state, makes_jumps, varying_leaves
 from .problem import (
     Context,
     Inputs,
-    prescribed_times,
     Problem,
     take_event_fns,
     take_save_fns,
@@ -26,6 +25,7 @@ from .problem import (
     take_times,
 )
 from .reverse_only import reverse_only
+from .times import prescribed_times
 from .unread import detach_unread
 from .validate import hold_fixed, hold_times_fixed
 

@@ -6,26 +6,23 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
     AbstractStepSizeController,
-    ClipStepSizeController,
     Event,
     NoProgressMeter,
     RESULTS,
     SaveAt,
-    StepTo,
     SubSaveAt,
 )
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import loop, save_y, SaveState, State
-from .._precision import eps, tiny
 from .._solver.base import AbstractReversibleSolver
 from .._tree import tree_replace
+from .times import prescribed_times, Times
 
 
 # The `fn` of every `SubSaveAt` in order, `None` for those that save the state itself.
@@ -33,77 +30,6 @@ SaveFns = tuple[Callable | None, ...]
 
 # The conditions of an event in order, as functions of `(t, y, args, terms)`.
 EventFns = tuple[Callable, ...]
-
-
-class Times(eqx.Module):
-    """The times that a solve is differentiated with respect to.
-
-    Everything else uses the copies in `Problem`, which are held fixed.
-    """
-
-    t0: RealScalarLike
-    t1: RealScalarLike
-    # The times of every `SubSaveAt`, in order.
-    ts: tuple[Array | None, ...]
-    # See `prescribed_times`. `None` if no gradient with respect to them is wanted.
-    prescribed: tuple[Array | None, ...]
-
-    def of(self, t: RealScalarLike) -> RealScalarLike:
-        """`t`, an end of a step, with its derivative.
-
-        An end of the solve has its own. Other ends would be constants, but move with the
-        times that the controller was given, in proportion to the distance from those to
-        either side. So the lengths of all steps in between change by the same fraction, and
-        the many tiny ones before a jump of the vector field hardly matter. This reads all
-        of these times in every step.
-        """
-        t = jnp.asarray(t)
-        given = [times.astype(t.dtype) for times in self.prescribed if times is not None]
-        if len(given) > 0:
-            given = jnp.concatenate(given)
-            ends = lax.stop_gradient(jnp.stack([self.t0, self.t1])).astype(t.dtype)
-            ends = jnp.where(_beside(ends, given), jnp.nan, ends)
-            t = t + _zero_that_moves(t, jnp.concatenate([ends, given]))
-        return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
-
-
-def constant_times(
-    differentiated: tuple[Array | None, ...],
-    others: tuple[Array | None, ...],
-    like: RealScalarLike,
-) -> tuple[Array | None, ...]:
-    """The `others` that `Times.of` holds fixed: NaN where a differentiated one is as close
-    as the ends of steps at a jump, which then move with that, and `None` if there are no
-    differentiated ones."""
-    dtype = jnp.result_type(like)
-    moving = [x.astype(dtype) for x in differentiated if x is not None]
-    if len(moving) == 0:
-        return tuple(None for _ in others)
-    moving = lax.stop_gradient(jnp.concatenate(moving))
-
-    def hold(times):
-        times = times.astype(dtype)
-        return jnp.where(_beside(times, moving), jnp.nan, times)
-
-    return tuple(None if times is None else hold(times) for times in others)
-
-
-def _beside(x: Float[Array, " n"], times: Float[Array, " times"]) -> Bool[Array, " n"]:
-    """Whether each `x` is at most a few floats from one of the `times`."""
-    few = 4 * jnp.maximum(eps(x) * jnp.abs(x), tiny(x))
-    return (jnp.abs(times[None] - x[:, None]) <= few[:, None]).any(axis=1)
-
-
-def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
-    """Zero, with the derivative of a time `t` that divides the distance of those around it
-    in a constant ratio. NaN stands for no time."""
-    before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
-    after = jnp.min(jnp.where(times >= t, times, jnp.inf))
-    # The end of the solve may be infinite.
-    length = jnp.where(jnp.isfinite(after), after - before, 0)
-    ratio = lax.stop_gradient((t - before) / jnp.where(length == 0, 1, length))
-    moves = before + ratio * length
-    return moves - lax.stop_gradient(moves)
 
 
 class Context(eqx.Module):
@@ -293,18 +219,6 @@ def take_times(
 ) -> Times:
     ts = tuple(sub.ts for sub in sub_saveats(saveat))
     return Times(t0, t1, ts, tuple(prescribed_times(controller)))
-
-
-def prescribed_times(controller: AbstractStepSizeController) -> list[Array]:
-    """The times that the user gave the controller, at which steps end."""
-    if isinstance(controller, StepTo):
-        given = [controller.ts]
-    elif isinstance(controller, ClipStepSizeController):
-        given = [controller.step_ts, controller.jump_ts]
-        given += prescribed_times(controller.controller)
-    else:
-        given = []
-    return [ts for ts in given if ts is not None]
 
 
 def take_state(init_state: State) -> State:

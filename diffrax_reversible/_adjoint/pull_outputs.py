@@ -24,7 +24,7 @@ from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_of
 from .outputs import Cursor, Output, Row
 from .position import Position
-from .problem import Times
+from .times import Times
 from .walk import Walk
 
 
