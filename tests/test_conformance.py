@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._precision import as_floats
 from diffrax_reversible._solver import chain_again
 from diffrax_reversible._solver.capabilities import (
     advance_densely,
@@ -184,6 +185,13 @@ def test_integer_times(name):
         return y1, error, dense_info, start
 
     assert off(there_and_back(0), there_and_back(0.0)) < 1e-14
+
+
+def test_times_of_several_dtypes():
+    """Integers take the dtype of the floats beside them."""
+    integer, single = jnp.array(0, jnp.int32), jnp.array(0.5, jnp.float32)
+    assert [t.dtype for t in as_floats(integer, single)] == 2 * [jnp.float32]
+    assert [t.dtype for t in as_floats(0, np.int64(1))] == 2 * [jnp.float64]
 
 
 @one_of_each

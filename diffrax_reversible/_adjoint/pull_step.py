@@ -75,8 +75,7 @@ def pull_step(
     else:
 
         def step_times(params):
-            times = walk.context(params).times
-            return times.of(t0), times.of(t1)
+            return walk.context(params).times.of_step(t0, t1)
 
         begin = start()
         made, pull = linearise_step(solver, *step, begin, step_times)

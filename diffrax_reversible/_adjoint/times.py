@@ -32,14 +32,27 @@ class Times(eqx.Module):
         the many tiny ones before a jump of the vector field hardly matter. This reads all
         of these times in every step.
         """
+        t = self._within(t)
+        return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
+
+    def of_step(
+        self, t0: RealScalarLike, t1: RealScalarLike
+    ) -> tuple[RealScalarLike, RealScalarLike]:
+        """As `of`, for both ends of a step. The first step has no length if the solve
+        begins at the float before a jump: its end moves with the jump."""
+        empty = (t0 == t1) & (t0 != self.t1)
+        return self.of(t0), jnp.where(empty, self._within(t1), self.of(t1))
+
+    def _within(self, t: RealScalarLike) -> RealScalarLike:
+        """As `of`, for an end of a step that is no end of the solve."""
         t = jnp.asarray(t)
         given = [times.astype(t.dtype) for times in self.prescribed if times is not None]
-        if len(given) > 0:
-            given = jnp.concatenate(given)
-            ends = lax.stop_gradient(jnp.stack([self.t0, self.t1])).astype(t.dtype)
-            ends = jnp.where(_beside(ends, given), jnp.nan, ends)
-            t = t + _zero_that_moves(t, jnp.concatenate([ends, given]))
-        return jnp.where(t == self.t0, self.t0, jnp.where(t == self.t1, self.t1, t))
+        if len(given) == 0:
+            return t
+        given = jnp.concatenate(given)
+        ends = lax.stop_gradient(jnp.stack([self.t0, self.t1])).astype(t.dtype)
+        ends = jnp.where(_beside(ends, given), jnp.nan, ends)
+        return t + _zero_that_moves(t, jnp.concatenate([ends, given]))
 
 
 def constant_times(
@@ -74,7 +87,8 @@ def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
     in a constant ratio. NaN stands for no time."""
     before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
     after = jnp.min(jnp.where(times >= t, times, jnp.inf))
-    # The end of the solve may be infinite.
+    # A given time may lie just after the start, and the end of the solve may be infinite.
+    before = jnp.where(jnp.isfinite(before), before, after)
     length = jnp.where(jnp.isfinite(after), after - before, 0)
     ratio = lax.stop_gradient((t - before) / jnp.where(length == 0, 1, length))
     moves = before + ratio * length
