@@ -178,6 +178,33 @@ def test_step_size_underflows(solver):
     assert relative_error(grad, expected_grad) < 1e-9
 
 
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.McCallumFoster(dfx.Tsit5())), ids=repr)
+@pytest.mark.parametrize("padding", (jnp.inf, jnp.nan))
+def test_entries_that_are_never_finite(padding, solver):
+    """Infinite bounds and entries padded with NaN change nothing else."""
+    padded = jnp.arange(3) == 2
+
+    def loss(y0, padding):
+        norm = lambda error: jnp.max(jnp.abs(jnp.where(padded, 0, error)))
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: jnp.where(padded, 0, -(y**2))),
+            solver,
+            *(0.0, T1, 0.02, jnp.where(padded, padding, y0)),
+            saveat=dfx.SaveAt(ts=TS),
+            stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-8, norm=norm),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.sum(jnp.where(padded, 0, sol.ys) ** 2), sol.ys
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    y0 = jnp.array([1.0, 3.0, 0.0])
+    (value, ys), grad = run(y0, padding)
+    (expected, _), expected_grad = run(y0, 0.0)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(grad, expected_grad)
+    np.testing.assert_array_equal(ys[:, 2], padding)
+
+
 def test_infinite_state_is_recovered_from():
     """Steps that overflow are rejected. Diffrax divides the error by the state, and would
     divide infinity by infinity."""

@@ -238,6 +238,32 @@ def test_dense_output(solver, states):
     assert sum(info.size for info in jax.tree.leaves(infos)) == states * 7 * 10
 
 
+@pytest.mark.more
+def test_dense_output_along_many_times():
+    """The times that the controller steps to are not compared with every row at once."""
+
+    def bytes_of(count):
+        @jax.jit
+        def gradient(ts):
+            def loss(ts):
+                sol = dfx.diffeqsolve(
+                    dfx.ODETerm(field),
+                    dr.ALF4(),
+                    *(ts[0], ts[-1], None, jnp.ones(2), 1.0),
+                    saveat=dfx.SaveAt(dense=True),
+                    stepsize_controller=dfx.StepTo(ts),
+                    adjoint=dr.ReversibleAdjoint(),
+                )
+                return jnp.sum(sol.evaluate(0.5))
+
+            return jax.grad(loss)(ts)
+
+        ts = jax.ShapeDtypeStruct((count,), jnp.float64)
+        return gradient.lower(ts).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(1000) < 1.2 * bytes_of(10)
+
+
 @pytest.mark.parametrize(
     "splits, solver",
     cases((), long=((True, dr.BlanesMoan6()),), slow=((False, dr.ALF4()),)),

@@ -212,13 +212,13 @@ REFUSALS = (
             stepsize_controller=dfx.ConstantStepSize(),
         ),
         NotImplementedError,
-        ("`t0` or `t1`", "`SaveAt(steps=...)`", "SaveAt(ts=...)", "stop_gradient"),
+        ("`t0`, `t1` or `dt0`", "`SaveAt(steps=...)`", "SaveAt(ts=...)", "stop_gradient"),
     ),
     (
         "gradients with respect to t0 or t1, if an event stops at one",
         lambda: grad_wrt("t0", jnp.array(0.1), event=dfx.Event(lambda *a, **k: a[1][0])),
         NotImplementedError,
-        ("`t0` or `t1`", "`root_finder`", "stop_gradient"),
+        ("`t0`, `t1` or `dt0`", "`root_finder`", "stop_gradient"),
     ),
     (
         "gradients with respect to the root finder of an event",
@@ -235,10 +235,18 @@ REFUSALS = (
         ("gradients with respect to `event`", "stop_gradient"),
     ),
     (
-        "gradients with respect to dt0",
+        "gradients with respect to dt0 alone",
         lambda: grad_wrt("dt0", jnp.array(0.1)),
-        RuntimeError,
-        ("gradients with respect to `dt0`", "stop_gradient"),
+        NotImplementedError,
+        ("gradients with respect to `dt0` alone", "stop_gradient"),
+    ),
+    (
+        "gradients with respect to dt0, if moving steps are saved",
+        lambda: jax.grad(
+            lambda x: jnp.sum(solve(x * Y0, dt0=x / 10, saveat=dfx.SaveAt(steps=True)).ys)
+        )(jnp.array(1.0)),
+        NotImplementedError,
+        ("`t1` or `dt0`", "`SaveAt(steps=...)`", "stop_gradient"),
     ),
     (
         "gradients with respect to the controller, besides times that it steps to",

@@ -161,6 +161,29 @@ def test_ends_of_steps_that_do_not_move(controller, argnums):
     assert relative_error(ours, default) < 1e-10
 
 
+@pytest.mark.parametrize("controller", cases((PID,), more=(FIXED,)), ids=repr)
+def test_first_step_that_follows_the_end(controller):
+    """`dt0` may be computed from what is differentiated, and is held fixed as other steps
+    are."""
+
+    def final(t1, detach):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: jnp.cos(t) * y),
+            dr.ALF6(),
+            *(0.3, t1, detach(t1 - 0.3) / 40, jnp.array(1.0)),
+            stepsize_controller=controller,
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sol.ys[0]
+
+    t1 = jnp.array(2.0)
+    gradient = jax.grad(lambda t1: final(t1, lambda x: x))(t1)
+    held_fixed = jax.grad(lambda t1: final(t1, jax.lax.stop_gradient))(t1)
+    np.testing.assert_array_equal(gradient, held_fixed)
+    exact = np.exp(np.sin(2.0) - np.sin(0.3)) * np.cos(2.0)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_closed_form():
     """For `y' = cos(t) y`, gradients equal the closed form, in both directions of time."""

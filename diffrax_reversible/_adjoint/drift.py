@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import RealScalarLike
 from .._precision import eps
-from .._solver.entry_scales import growth_power, units
+from .._solver.entry_scales import growth_power, units, where_finite
 from .._tree import largest, tree_select
 from .growth import any_grown
 from .problem import Inputs
@@ -68,12 +68,21 @@ class Drift(NamedTuple):
 
 
 def drifts(
-    reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike
+    reconstructed: PyTree,
+    true: PyTree,
+    start: PyTree,
+    scales: PyTree,
+    least: RealScalarLike,
 ) -> list[Drift]:
-    """The errors of every leaf, where `least` is that fraction of the largest scale."""
+    """The errors of every leaf, where `least` is that fraction of the largest scale.
 
-    def of_leaf(r, t, scale):
-        scale, error = units(scale), jnp.abs(r - t)
+    Entries that are not finite from the `start` on, as bounds or by padding, have none.
+    """
+
+    def of_leaf(r, t, y0, scale):
+        finite = jnp.isfinite(y0) | jnp.isfinite(r) | jnp.isfinite(t)
+        error = jnp.where(finite, jnp.abs(r - t), 0)
+        scale = units(*where_finite(scale))
         floor = jnp.asarray(least, scale.dtype) * largest(scale)
         both = error / scale, error / jnp.maximum(scale, floor)
         # One reduction for both, so that XLA does not store the scales.
@@ -81,8 +90,8 @@ def drifts(
         larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]))
         return Drift(*lax.reduce(both, tuple(zeros), larger, tuple(range(error.ndim))))
 
-    leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
-    return [of_leaf(*leaf) for leaf in leaves]
+    leaves = map(_inexact_leaves, (reconstructed, true, start, scales))
+    return [of_leaf(*leaf) for leaf in zip(*leaves, strict=True)]
 
 
 def tolerance(drift_tol: float | None, state: PyTree) -> float:

@@ -40,6 +40,8 @@ class Context(eqx.Module):
     save_fns: SaveFns
     event_fns: EventFns
     times: Times
+    # Nothing reads it, as steps are held fixed. It is here so that its gradient is zero.
+    dt0: RealScalarLike | None
 
 
 class Inputs(eqx.Module):

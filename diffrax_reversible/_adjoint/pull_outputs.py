@@ -132,7 +132,7 @@ def pull_dense_times(walk: Walk, position: Position, cotangent: State) -> Positi
     written = jnp.arange(len(ts)) <= walk.residuals.count
 
     def dense_ts(params):
-        return jax.vmap(walk.context(params).times.of)(ts)
+        return walk.context(params).times.of(ts)
 
     _, pull = jax.vjp(dense_ts, walk.params)
     (params_bar,) = pull(jnp.where(written, ts_bar, 0))

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from diffrax import is_okay
 
 from .._diffrax import State
+from .._tree import tree_replace
 from .backward import walk_back, Walked
 from .batch import call_in_batches, Sharing
 from .drift import refuse_wrong
@@ -18,6 +19,7 @@ from .partition import detach
 from .problem import Inputs, Problem, save_states
 from .validate import (
     differentiate_once,
+    first_step_alone,
     moving_steps,
     steps_move_with,
     steps_that_follow_the_state,
@@ -66,21 +68,29 @@ def _solve_fwd(
     perturbed, inputs: Inputs, problem: Problem, settings: Settings, sharing: Sharing
 ):
     del sharing
-    times = perturbed.context.times
-    with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
-    prescribed = with_t0 and any(times.prescribed)
-    moving = (with_t0 and times.t0) or (with_t1 and times.t1) or prescribed
-    if moving and problem.saves_ends_of_steps:
-        raise NotImplementedError(moving_steps)
-    others = eqx.tree_at(lambda p: p.context.times, perturbed, None)
-    if problem.saves_ends_of_steps and problem.steps_follow_state:
-        if any(jtu.tree_leaves(others)):
-            raise NotImplementedError(steps_that_follow_the_state)
+    _refuse_gradients(perturbed, problem)
     checkpoints = settings.checkpoints
     if checkpoints is None:
         checkpoints = default_checkpoints(inputs, problem)
     final_state, aux_stats, residuals = solve_and_record(inputs, problem, checkpoints)
     return (differentiate_once(final_state), aux_stats), residuals
+
+
+def _refuse_gradients(perturbed: Inputs, problem: Problem) -> None:
+    """Raise an error for gradients that ignore too much, as steps are held fixed."""
+    times, dt0 = perturbed.context.times, perturbed.context.dt0
+    others = tree_replace(
+        lambda p: (p.context.times, p.context.dt0), perturbed, (None,) * 2
+    )
+    follows_state = problem.steps_follow_state and any(jtu.tree_leaves(others))
+    if dt0 and not any(jtu.tree_leaves((times, others))):
+        raise NotImplementedError(first_step_alone)
+    with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
+    moving = with_t0 and (times.t0 or dt0 or any(times.prescribed))
+    if problem.saves_ends_of_steps and (moving or (with_t1 and times.t1)):
+        raise NotImplementedError(moving_steps)
+    if problem.saves_ends_of_steps and follows_state:
+        raise NotImplementedError(steps_that_follow_the_state)
 
 
 @_solve.def_bwd
@@ -94,6 +104,9 @@ def _solve_bwd(
     sharing: Sharing,
 ):
     state_cotangent: State = cotangent[0]
+    # The gradient with respect to `dt0` is zero.
+    unread = jtu.tree_map(lambda _: False, perturbed.context.dt0)
+    perturbed = tree_replace(lambda p: p.context.dt0, perturbed, unread)
     tol, throw = settings.drift_tol, settings.throw
     solve = inputs, perturbed, problem, residuals
     walked = walk_back(*solve, state_cotangent, sharing, tol, settings.watch)

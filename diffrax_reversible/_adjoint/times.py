@@ -24,7 +24,7 @@ class Times(eqx.Module):
     prescribed: tuple[Array | None, ...]
 
     def of(self, t: RealScalarLike) -> RealScalarLike:
-        """`t`, an end of a step, with its derivative.
+        """`t`, an end of a step, with its derivative; or an array of them.
 
         An end of the solve has its own. Other ends would be constants, but move with the
         times that the controller was given, in proportion to the distance from those to
@@ -84,15 +84,28 @@ def _beside(x: Float[Array, " n"], times: Float[Array, " times"]) -> Bool[Array,
 
 def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
     """Zero, with the derivative of a time `t` that divides the distance of those around it
-    in a constant ratio. NaN stands for no time."""
-    before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
-    after = jnp.min(jnp.where(times >= t, times, jnp.inf))
+    in a constant ratio. NaN stands for no time. `t` may be an array."""
+    before, after = _around(t, times)
     # A given time may lie just after the start, and the end of the solve may be infinite.
     before = jnp.where(jnp.isfinite(before), before, after)
     length = jnp.where(jnp.isfinite(after), after - before, 0)
     ratio = lax.stop_gradient((t - before) / jnp.where(length == 0, 1, length))
     moves = before + ratio * length
     return moves - lax.stop_gradient(moves)
+
+
+def _around(t: Array, times: Float[Array, " times"]) -> tuple[Array, Array]:
+    """The last of the `times` that is at most `t`, and the first that is at least `t`, with
+    their derivatives; infinite if there is none."""
+    if t.ndim == 0:
+        before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
+        return before, jnp.min(jnp.where(times >= t, times, jnp.inf))
+    # Comparing every `t` with all times would take a lot of memory.
+    times = jnp.concatenate([jnp.sort(times), jnp.array([jnp.nan], times.dtype)])
+    i = jnp.searchsorted(times, t, side="right") - 1
+    before = jnp.where(i < 0, -jnp.inf, times[jnp.maximum(i, 0)])
+    after = times[jnp.searchsorted(times, t, side="left")]
+    return before, jnp.where(jnp.isnan(after), jnp.inf, after)
 
 
 def prescribed_times(controller: AbstractStepSizeController) -> list[Array]:

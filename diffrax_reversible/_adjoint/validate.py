@@ -63,12 +63,19 @@ def steps_move_with(controller: AbstractStepSizeController) -> tuple[bool, bool]
     return True, not (recomputed or isinstance(controller, PIDController))
 
 
+first_step_alone = (
+    f"{call} does not give gradients with respect to `dt0` alone, as it holds steps fixed, "
+    f"so that they would be zero. {_remedy}, or hold `dt0` fixed with "
+    "`jax.lax.stop_gradient`."
+)
+
 moving_steps = (
     f"{call} ignores how steps depend on times, so it has no gradients with respect to "
-    "`t0` or `t1`, or times that the controller steps to, of outputs at the end of a step, "
-    "by `SaveAt(steps=...)` or at an `Event` that is Boolean or has no `root_finder`. Save "
-    "at times of your own by `SaveAt(ts=...)`, locate the event, prescribe all steps with "
-    f"`StepTo`, or detach these times with `jax.lax.stop_gradient`. {_remedy} otherwise."
+    "`t0`, `t1` or `dt0`, or times that the controller steps to, of outputs at the end of "
+    "a step, by `SaveAt(steps=...)` or at an `Event` that is Boolean or has no "
+    "`root_finder`. Save at times of your own by `SaveAt(ts=...)`, locate the event, "
+    "prescribe all steps with `StepTo`, or detach these times with "
+    f"`jax.lax.stop_gradient`. {_remedy} otherwise."
 )
 
 

@@ -35,7 +35,7 @@ from .capabilities import (
 )
 from .chain import run
 from .deviation import Deviation, has_third_estimate
-from .error_estimate import combine_errors, raise_error
+from .error_estimate import combine_errors, nan_if_infinite, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
 
@@ -134,9 +134,7 @@ class AbstractALF(
         (k, v), sums = run(chain, terms, args, parts, sums, collect)
         z = k.plus(tree_scale(control * float(self.tableau.drifts[-1]), v.high))
         y1, v1, low = split_sums(z, v)
-        # `PIDController` rejects a NaN step but not an infinite one (inf/inf), so map inf
-        # to NaN.
-        y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
+        y1 = jtu.tree_map(nan_if_infinite, y1, y0)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         step = control, y1, k0, k1
         y_error, deviation = self._judge(*step, sums["errors"], solver_state)

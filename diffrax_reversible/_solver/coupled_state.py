@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._custom_types import BoolScalarLike, Y
 from .._precision import eps
 from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
-from .entry_scales import has_grown, largest_entry, largest_so_far
+from .entry_scales import has_grown, largest_entry, largest_so_far, where_finite
 
 
 # Restart where the distance of the copies, in any entry, exceeds `_ratio` times its error
@@ -42,7 +42,8 @@ class Separation(eqx.Module):
     @staticmethod
     def start(y: Y) -> "Separation":
         seeds = jtu.tree_map(lambda y: jnp.zeros((), real_like(y).dtype), y)
-        scales = jtu.tree_map(lambda y: to_half_the_bits(jnp.abs(y)), y)
+        size = lambda y: to_half_the_bits(*where_finite(jnp.abs(y)))
+        scales = jtu.tree_map(size, y)
         return Separation(jnp.array(False), to_bits(seeds), scales)
 
     def restarted(self) -> "Separation":
@@ -72,8 +73,8 @@ def _judge(
     scales: Int[Array, "..."],
 ) -> tuple[BoolScalarLike, Int[Array, ""], Int[Array, "..."]]:
     """Whether to restart, and the new `seed` and `scales`, as bits."""
+    y, distances, errors = where_finite(y, jnp.abs(y - z), jnp.abs(error))
     so_far, unit = largest_so_far(from_half_the_bits(scales, y), y)
-    distances, errors = jnp.abs(y - z), jnp.abs(error)
     # A single error estimate may be small by chance: it counts as at least the largest one,
     # in proportion to the scales.
     usual = unit * (largest_entry(errors) / largest_entry(unit))

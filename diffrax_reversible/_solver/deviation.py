@@ -13,7 +13,13 @@ from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._precision import eps
 from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
-from .entry_scales import has_grown, largest_entry, largest_so_far, units
+from .entry_scales import (
+    has_grown,
+    largest_entry,
+    largest_so_far,
+    units,
+    where_finite,
+)
 
 
 # Restart where the deviation of `v`, times the step size, exceeds `_ratio` times the Taylor
@@ -28,9 +34,14 @@ _most = 0.3
 # steps. Errors of earlier steps count too, with this factor for each step since.
 _recent = 0.5
 # Restart where the effect of the deviation on the solution in a step may exceed this many
-# times the error of the step. Tuned on the same problems, where it adds few restarts, and
-# on `examples/benchmarks/solutions.py`.
-_harm = 300.0
+# times the error of the step, or where the third error estimate exceeds `_exceeds` times
+# the first. The deviation would dominate the error of the next step, which would be
+# rejected until it is tiny. The second of these numbers is for steps without a deviation at
+# the start: on Kepler's problem the third estimate is up to 5 times the first there, and on
+# decays that limit the step it is 15 times or more. Tuned on the same problems, on random
+# linear ones, and on `examples/benchmarks/solutions.py`.
+_harm = 10.0
+_exceeds = 2.0, 6.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
 # In larger arrays the third error estimate does not remember the deviation of every entry.
@@ -46,8 +57,8 @@ class Known(NamedTuple):
         possible size by rounding.
     - `error`: the error estimate of recent steps.
     - `size`: the deviation.
-    - `sizes`: the deviation of every entry, if an error estimate uses them and they are
-        few.
+    - `sizes`: the deviation of every entry after recent steps, if an error estimate uses
+        them and they are few.
     - `scales`: the largest magnitude of every entry since the start of the solve.
     """
 
@@ -91,7 +102,8 @@ class Deviation(eqx.Module):
         """The facts at a state where `v` was evaluated."""
 
         def known(y):
-            zero, scales = jnp.zeros((), real_like(y).dtype), jnp.abs(y)
+            (scales,) = where_finite(jnp.abs(y))
+            zero = jnp.zeros((), scales.dtype)
             remembers = has_third_estimate(tableau) and y.size <= _remembers
             sizes = jnp.zeros(y.shape if remembers else 0, scales.dtype)
             return Known(zero, zero, zero, sizes, scales)
@@ -105,7 +117,8 @@ class Deviation(eqx.Module):
         def restart(v: Array, packed: Packed) -> Packed:
             known = Known.unpack(packed, v)
             rounding = _noise(tableau) * eps(v)
-            relative = largest_entry(jnp.abs(v) / units(known.scales))
+            (size,) = where_finite(jnp.abs(v))
+            relative = largest_entry(size / units(known.scales))
             return known._replace(seed=relative * rounding).pack()
 
         return Deviation(jnp.array(False), jtu.tree_map(restart, v, self.known))
@@ -171,7 +184,7 @@ def _judge(
     """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
-    deviation, error = jnp.abs(deviation), jnp.abs(error)
+    y, deviation, error = where_finite(y, jnp.abs(deviation), jnp.abs(error))
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
     relative = largest_entry(deviation / unit)
@@ -191,7 +204,11 @@ def _judge(
     )
 
     remembers = before.sizes.shape == y.shape
-    sizes = deviation if remembers else before.sizes
+    sizes = before.sizes
+    if remembers:
+        # The estimate of a deviation that changes its sign may be small by chance.
+        faded = jnp.where(evaluated | jnp.isinf(sizes), 0, _recent * sizes)
+        sizes = jnp.maximum(deviation, faded)
     known = Known(seed, recent_error, relative, sizes, scales)
     if not has_third_estimate(tableau):
         return restart, known, None
@@ -199,7 +216,9 @@ def _judge(
     old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
     excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
     excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    return restart, known, excess
+    first = h * relative_error * jnp.where(evaluated, _exceeds[1], _exceeds[0])
+    dominates = largest_entry(excess / unit) > jnp.maximum(first, 16 * eps(y))
+    return restart | dominates, known, excess
 
 
 def has_third_estimate(tableau: ALFTableau) -> bool:

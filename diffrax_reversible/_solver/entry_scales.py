@@ -29,6 +29,13 @@ def units(scales: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(scales == 0, 1, scales)
 
 
+def where_finite(y: Array, *others: Array) -> list[Array]:
+    """Zero the entries of `y` and the `others` at which `y` is not finite. A bound that is
+    infinite, and entries padded with NaN, have no scale."""
+    finite = jnp.isfinite(y)
+    return [jnp.where(finite, x, jnp.zeros_like(x)) for x in (y, *others)]
+
+
 def largest_entry(x: Array) -> Float[Array, ""]:
     return jnp.max(x, initial=0)
 

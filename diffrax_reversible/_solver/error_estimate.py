@@ -21,6 +21,12 @@ def combine_errors(fine: Array, coarse: Array, k0: Array, k1: Array) -> Array:
     return jnp.where(jnp.abs(coarse) > jnp.abs(fine), coarse, fine)
 
 
+def nan_if_infinite(y1: Array, y0: Array) -> Array:
+    """The end of a step, NaN where it has become infinite: `PIDController` rejects a step
+    that is NaN, but not an infinite one (`inf/inf`)."""
+    return jnp.where(jnp.isinf(y1) & jnp.isfinite(y0), jnp.nan, y1)
+
+
 def raise_error(error: Array, least: Array) -> Array:
     """An error estimate, raised where it is below another one."""
     return jnp.maximum(jnp.abs(error), least).astype(error.dtype)

@@ -78,7 +78,8 @@ class HermiteInterpolation(AbstractLocalInterpolation):
             if self.k_mid is not None:
                 missed = data[-1] - (3 * (y1 - y0) / 2 - (k0 + k1) / 4)
                 y = y + bumps[-1].astype(dtype) * missed
-            return y
+            # An infinite bound stays one.
+            return jnp.where(jnp.isinf(y0) & (y0 == y1), y0, y)
 
         ends = self.y0, self.y1, self.k0, self.k1
         return jtu.tree_map(combine, *ends, *self.inner, *others)

@@ -41,6 +41,7 @@ from .base import check_flags
 from .capabilities import CanCrossJumps, HasErrorScales, HasExtraDenseInfo
 from .chain import Chain, run, undo, Update
 from .chain_pullback import undo_and_pull
+from .error_estimate import nan_if_infinite
 from .ode_term import as_ode_term
 from .osculating import OsculatingInterpolation
 from .pullback import Cotangent, HasPullbackFromStart, StepStart
@@ -175,8 +176,7 @@ class AbstractSplitting(
         (q, p), sides = run(chain, terms, args, (q, p), sides, collect)
         q_error, p_error, force = sides
         y1, low = _split_sums(q, p)
-        # `PIDController` rejects a NaN step but not an infinite one, so map inf to NaN.
-        y1 = jtu.tree_map(lambda y: jnp.where(jnp.isinf(y), jnp.nan, y), y1)
+        y1 = jtu.tree_map(nan_if_infinite, y1, y0)
         y_error = tree_scale(h_q, q_error), tree_scale(h_p, p_error)
         velocity = term_q.vf(t1, y1[1], args)
         dense_info = dict(
