@@ -77,13 +77,12 @@ def partition(
     passed, made = (solver_state, None) if passed_solver_state else (None, solver_state)
     controller = given["stepsize_controller"]
     times = given["t0"], given["t1"], given["saveat"], prescribed_times(controller)
-    times = *times, given["dt0"]
-    (y0, passed, context), (made, *times) = reverse_only(
-        (y0, passed, context), (made, *times)
+    (y0, passed, context), (made, dt0, *times) = reverse_only(
+        (y0, passed, context), (made, given["dt0"], *times)
     )
     inputs = Inputs(y0, passed if passed_solver_state else made, context)
     times = jtu.tree_map(detach_integers, hold_times_fixed(times))
-    t0, t1, saveat, prescribed, dt0 = times
+    t0, t1, saveat, prescribed = times
     controller = eqx.tree_at(prescribed_times, controller, prescribed)
     if passed_controller_state:
         init_state = tree_replace(
@@ -97,7 +96,7 @@ def partition(
     problem = Problem(
         t0=t0,
         t1=t1,
-        dt0=dt0,
+        dt0=detach(dt0),
         saveat=saveat,
         event=hold_fixed(given["event"], "`event`"),
         solver=hold_fixed(solver, "`solver`"),
