@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import RealScalarLike
 from .._precision import eps
-from .._solver.entry_scales import growth_power, units, where_finite
+from .._solver.entry_scales import growth_power, units
 from .._tree import largest, tree_select
 from .growth import any_grown
 from .problem import Inputs
@@ -81,8 +81,8 @@ def drifts(
 
     def of_leaf(r, t, y0, scale):
         finite = jnp.isfinite(y0) | jnp.isfinite(r) | jnp.isfinite(t)
-        error = jnp.where(finite, jnp.abs(r - t), 0)
-        scale = units(*where_finite(scale))
+        error, scale = (jnp.where(finite, x, 0) for x in (jnp.abs(r - t), scale))
+        scale = units(scale)
         floor = jnp.asarray(least, scale.dtype) * largest(scale)
         both = error / scale, error / jnp.maximum(scale, floor)
         # One reduction for both, so that XLA does not store the scales.
