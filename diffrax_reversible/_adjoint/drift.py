@@ -55,7 +55,8 @@ _messages = [
     "finite, so there is no gradient. The solution or its vector field overflowed, or is "
     "NaN, or the equations of an implicit step were not solved; check the solution itself, "
     "decrease the tolerances or `dt0`, and check the `linear_solver` and `root_finder` of "
-    "an implicit solver.",
+    "an implicit solver. Entries that are padded with NaN, or infinite bounds, have to be "
+    "finite numbers, such as zero, or leave the state.",
 ]
 
 
@@ -68,21 +69,12 @@ class Drift(NamedTuple):
 
 
 def drifts(
-    reconstructed: PyTree,
-    true: PyTree,
-    start: PyTree,
-    scales: PyTree,
-    least: RealScalarLike,
+    reconstructed: PyTree, true: PyTree, scales: PyTree, least: RealScalarLike
 ) -> list[Drift]:
-    """The errors of every leaf, where `least` is that fraction of the largest scale.
+    """The errors of every leaf, where `least` is that fraction of the largest scale."""
 
-    Entries that are not finite from the `start` on, as bounds or by padding, have none.
-    """
-
-    def of_leaf(r, t, y0, scale):
-        finite = jnp.isfinite(y0) | jnp.isfinite(r) | jnp.isfinite(t)
-        error, scale = (jnp.where(finite, x, 0) for x in (jnp.abs(r - t), scale))
-        scale = units(scale)
+    def of_leaf(r, t, scale):
+        scale, error = units(scale), jnp.abs(r - t)
         floor = jnp.asarray(least, scale.dtype) * largest(scale)
         both = error / scale, error / jnp.maximum(scale, floor)
         # One reduction for both, so that XLA does not store the scales.
@@ -90,8 +82,8 @@ def drifts(
         larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]))
         return Drift(*lax.reduce(both, tuple(zeros), larger, tuple(range(error.ndim))))
 
-    leaves = map(_inexact_leaves, (reconstructed, true, start, scales))
-    return [of_leaf(*leaf) for leaf in zip(*leaves, strict=True)]
+    leaves = zip(*map(_inexact_leaves, (reconstructed, true, scales)), strict=True)
+    return [of_leaf(*leaf) for leaf in leaves]
 
 
 def tolerance(drift_tol: float | None, state: PyTree) -> float:

@@ -77,12 +77,13 @@ def partition(
     passed, made = (solver_state, None) if passed_solver_state else (None, solver_state)
     controller = given["stepsize_controller"]
     times = given["t0"], given["t1"], given["saveat"], prescribed_times(controller)
-    (y0, passed, context), (made, dt0, *times) = reverse_only(
-        (y0, passed, context), (made, given["dt0"], *times)
+    times = given["dt0"], *times
+    (y0, passed, context), (made, *times) = reverse_only(
+        (y0, passed, context), (made, *times)
     )
     inputs = Inputs(y0, passed if passed_solver_state else made, context)
     times = jtu.tree_map(detach_integers, hold_times_fixed(times))
-    t0, t1, saveat, prescribed = times
+    dt0, t0, t1, saveat, prescribed = times
     controller = eqx.tree_at(prescribed_times, controller, prescribed)
     if passed_controller_state:
         init_state = tree_replace(
@@ -96,7 +97,7 @@ def partition(
     problem = Problem(
         t0=t0,
         t1=t1,
-        dt0=detach(dt0),
+        dt0=dt0,
         saveat=saveat,
         event=hold_fixed(given["event"], "`event`"),
         solver=hold_fixed(solver, "`solver`"),

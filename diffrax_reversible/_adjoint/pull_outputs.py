@@ -273,7 +273,7 @@ def _any_left(
 
 
 def _transpose(fn: Callable[[DenseInfo], Y], like: DenseInfo, y_bar: Y) -> DenseInfo:
-    """The transpose of a linear function."""
+    """The transpose of a function that is linear where its data are finite."""
     # Any point will do. `jax.linear_transpose` does not support loops over linear
     # functions, as in `jnp.polyval`, before JAX 0.7.
     anywhere = jtu.tree_map(jnp.zeros_like, like)

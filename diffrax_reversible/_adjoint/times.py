@@ -96,7 +96,7 @@ def _zero_that_moves(t: Array, times: Float[Array, " times"]) -> Array:
 
 def _around(t: Array, times: Float[Array, " times"]) -> tuple[Array, Array]:
     """The last of the `times` that is at most `t`, and the first that is at least `t`, with
-    their derivatives; infinite if there is none."""
+    their derivatives; infinite if there is none. Of equal times, any may have these."""
     if t.ndim == 0:
         before = jnp.max(jnp.where(times <= t, times, -jnp.inf))
         return before, jnp.min(jnp.where(times >= t, times, jnp.inf))

@@ -106,7 +106,7 @@ def hold_times_fixed(x: PyTree) -> PyTree:
     return eqxi.nondifferentiable(
         x,
         msg=(
-            f"{call} does not give the derivatives of gradients along `t0`, `t1`, "
+            f"{call} does not give the derivatives of gradients along `t0`, `t1`, `dt0`, "
             "`SaveAt(ts=...)` or times that the controller steps to, as "
             "`jax.jvp(jax.grad(...), ...)` and `jax.hessian(...)` ask for. Use "
             "`adjoint=diffrax.DirectAdjoint()`, or hold times fixed with "

@@ -258,5 +258,4 @@ class Walk(eqx.Module):
         if position.hidden is not None:
             settled, others = eqx.partition(reconstructed, eqx.is_inexact_array)
             reconstructed = eqx.combine(tree_add(settled, position.hidden), others)
-        start = self.inputs.y0, self.inputs.solver_state
-        return drifts(reconstructed, true, start, scales, least)
+        return drifts(reconstructed, true, scales, least)

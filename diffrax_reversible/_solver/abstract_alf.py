@@ -35,7 +35,6 @@ from .capabilities import (
 )
 from .chain import run
 from .deviation import Deviation, has_third_estimate
-from .entry_scales import where_finite
 from .error_estimate import combine_errors, nan_if_infinite, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
@@ -266,7 +265,6 @@ class AbstractALF(
         del args, solver_state_end
         step = tree_scale(as_ode_term(self, terms).contr(t0, t1), solver_state.v)
         y_scale = jtu.tree_map(larger, y0, step, y_end)
-        y_scale = jtu.tree_map(lambda y: where_finite(y)[0], y_scale)
         # XLA recomputes a product rather than keep it in memory.
         frequency = 1 / length
         v_scale = jtu.tree_map(

@@ -39,8 +39,8 @@ class CoupledInterpolation(AbstractLocalInterpolation):
         def add(y, d0, d1):
             weight = x.astype(d0.dtype)
             # An infinite bound stays one.
-            offset = (1 - weight) * d0 + weight * d1
-            return jnp.where(jnp.isinf(y), y, y + offset)
+            d0, d1 = (jnp.where(jnp.isinf(y), 0, d) for d in (d0, d1))
+            return y + ((1 - weight) * d0 + weight * d1)
 
         y = self.interpolation.evaluate(t0, left=left)
         return jtu.tree_map(add, y, self.offset0, self.offset1)

@@ -30,8 +30,8 @@ def units(scales: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def where_finite(y: Array, *others: Array) -> list[Array]:
-    """Zero the entries of `y` and the `others` at which `y` is not finite. A bound that is
-    infinite, and entries padded with NaN, have no scale."""
+    """`y` and `others`, with zero in the entries at which `y` is not finite. An infinite
+    bound has no scale."""
     finite = jnp.isfinite(y)
     return [jnp.where(finite, x, jnp.zeros_like(x)) for x in (y, *others)]
 

@@ -70,6 +70,9 @@ class HermiteInterpolation(AbstractLocalInterpolation):
 
         def combine(y0, y1, k0, k1, *data):
             dtype = y0.dtype
+            # An infinite bound stays one.
+            bound, given = jnp.isinf(y0) & (y0 == y1), y0
+            y0, y1 = (jnp.where(bound, 0, y) for y in (y0, y1))
             y = _cubic(x.astype(dtype), y0, y1, k0, k1)
             # Add the misses of the cubic at the fractions.
             for i, (theta, inner) in enumerate(zip(self.fractions, data, strict=False)):
@@ -78,8 +81,7 @@ class HermiteInterpolation(AbstractLocalInterpolation):
             if self.k_mid is not None:
                 missed = data[-1] - (3 * (y1 - y0) / 2 - (k0 + k1) / 4)
                 y = y + bumps[-1].astype(dtype) * missed
-            # An infinite bound stays one.
-            return jnp.where(jnp.isinf(y0) & (y0 == y1), y0, y)
+            return jnp.where(bound, given, y)
 
         ends = self.y0, self.y1, self.k0, self.k1
         return jtu.tree_map(combine, *ends, *self.inner, *others)

@@ -15,7 +15,6 @@ from jaxtyping import Array, Int, PyTree
 from .._custom_types import BoolScalarLike
 from .._precision import eps
 from .._tree import from_real, to_real
-from .entry_scales import where_finite
 
 
 class StageNewton(optx.Newton):
@@ -139,7 +138,7 @@ def _units(guess: Array, y: Array) -> Array:
     tiny may be coupled to the largest one, whose rounding limits its accuracy: the least
     unit makes that tolerance a hundred roundings of the largest entry.
     """
-    (sizes,) = where_finite(jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y)))
+    sizes = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y))
     least = min(1.0, 1e5 * 100 * eps(y)) * jnp.max(sizes, initial=0)
     sizes = jnp.maximum(sizes, least)
     return jnp.where(sizes > 0, sizes, 1)[None].astype(y.dtype)
