@@ -103,8 +103,8 @@ HARD = cases(
         (FAST_RELAXATION, dr.ALF6(), pid(1e-4), 1600, 1e-4, 80),
         (VAN_DER_POL, dr.ALF4(), pid(1e-5), 400, 1e-4, 40),
         (RELAXATION, dr.ALF6(), FIXED, 400, 1e-9, 25),
-        (RELAXATION, dr.ALF6(), pid(1e-6), 400, 1e-6, 36),
-        (RELAXATION, dr.ALF4(), pid(1e-6), 400, 1e-5, 48),
+        (RELAXATION, dr.ALF6(), pid(1e-6), 400, 1e-6, 25),
+        (RELAXATION, dr.ALF4(), pid(1e-6), 400, 1e-5, 40),
         (LORENZ, dr.ALF6(), FIXED, 1000, 1e-6, 12),
         (VAN_DER_POL, dr.ALF8(), pid(1e-5), 400, 1e-5, 30),
     ),
@@ -135,21 +135,11 @@ def test_van_der_pol_evaluations():
 @pytest.mark.parametrize(
     "solver, steps", cases(((dr.ALF4(), 4000),), slow=((dr.ALF6(), 1000),))
 )
-@pytest.mark.parametrize("controller, restarts", ((FIXED, 0), (PID, 12)))
+@pytest.mark.parametrize("controller, restarts", ((FIXED, 0), (PID, 5)))
 def test_conservative(problem, solver, steps, controller, restarts):
     adjoint = dr.ReversibleAdjoint()
     sol = solve(problem, solver, controller, steps, adjoint, *problem[1:3])
     assert sol.stats["num_restarts"] <= restarts
-
-
-def test_deviation_before_it_spoils_a_step():
-    """A deviation is removed before the next step, which would be rejected otherwise."""
-    rates = jnp.array([1.9, 1.8, 9.2, 0.8, 0.2, 2.0])
-    problem = (lambda t, y, rates: -rates * y), jnp.ones(6), rates, 8.0
-    controller = dfx.PIDController(rtol=1e-3, atol=1e-6)
-    adjoint = dr.ReversibleAdjoint()
-    stats = solve(problem, dr.ALF4(), controller, 100, adjoint, *problem[1:3]).stats
-    assert stats["num_steps"] <= 50
 
 
 def test_deviation_that_changes_its_sign():

@@ -194,10 +194,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     `SaveAt(fn=...)` interpolates, or if times are differentiated, half as much again; for
     `ALF6` also in steps with interpolated outputs. Each known state costs one evaluation or
     one step, but none with `ALF4` and its like. A replay takes the evaluations of a solve:
-    on `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 80 times in 400 steps.
+    on `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps.
     There 8 checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4
-    2.2 times, and 1 checkpoint 6.5 times. A backward pass that is done once more, see
-    above, takes at least twice as many evaluations, or three times with `McCallumFoster`.
+    twice, and 1 checkpoint 6 times. A backward pass that is done once more, see above,
+    takes at least twice as many evaluations, or three times with `McCallumFoster`.
 
     **Transformations**
 

@@ -34,14 +34,13 @@ _most = 0.3
 # steps. Errors of earlier steps count too, with this factor for each step since.
 _recent = 0.5
 # Restart where the effect of the deviation on the solution in a step may exceed this many
-# times the error of the step. Otherwise it would be the next steps that are rejected, again
-# and again. Tuned on the same problems, on random linear ones, and on
-# `examples/benchmarks/solutions.py`.
+# times the error of the step. Tuned on the same problems, where it adds few restarts, and
+# on `examples/benchmarks/solutions.py`.
 #
-# It helps the solution to restart wherever the third error estimate dominates, too: close
-# to the limit of stability steps are then a third longer. But they exceed the limit for
-# modes that have died out, as those of other explicit solvers do, and gradients are wrong.
-_harm = 10.0
+# It helps solutions to restart wherever the third error estimate dominates, too: steps at
+# the limit of stability are then a third longer. But they exceed the limit for modes that
+# have died out, as those of other explicit solvers do, and gradients are wrong.
+_harm = 300.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
 # In larger arrays the third error estimate does not remember the deviation of every entry.
