@@ -210,8 +210,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
     - A `progress_meter` also shows the backward pass, again from 0 % to 100 %, but not how
         often that is done.
-    - `sol.stats` has one entry more than Diffrax has, the number of restarts. Code
-        that combines the statistics of several solves leaf by leaf needs it in all of them.
+    - `sol.stats` has one entry more than under other adjoints, `num_restarts`. Code that
+        combines the statistics of several solves, leaf by leaf, needs it in all of them.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=_as_python)
