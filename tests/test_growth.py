@@ -412,8 +412,12 @@ def test_continued_solve():
 
         return jax.jit(jax.grad(loss, (0, 1)))(y0, layers)
 
-    got = gradient(dr.ReversibleAdjoint(), dr.ALF4(), 1e-3, 1e-5)
-    assert relative_error(got, gradient(DEFAULT, dfx.Dopri8(), 1e-6, 1e-7)) < 1e-3
+    want = gradient(DEFAULT, dfx.Dopri8(), 1e-6, 1e-7)
+    ours, stored = (
+        relative_error(gradient(adjoint, dr.ALF4(), 1e-3, 1e-5), want)
+        for adjoint in (dr.ReversibleAdjoint(), DEFAULT)
+    )
+    assert ours < 1e-3 and ours < stored / 2
 
 
 @pytest.mark.slow

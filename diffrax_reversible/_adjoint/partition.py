@@ -76,8 +76,10 @@ def partition(
     # If no solver state was passed, the backward pass differentiates `init`.
     passed, made = (solver_state, None) if passed_solver_state else (None, solver_state)
     controller = given["stepsize_controller"]
-    times = given["t0"], given["t1"], given["saveat"], prescribed_times(controller)
-    times = given["dt0"], *times
+    times = (
+        *(given[name] for name in ("dt0", "t0", "t1", "saveat")),
+        prescribed_times(controller),
+    )
     (y0, passed, context), (made, *times) = reverse_only(
         (y0, passed, context), (made, *times)
     )

@@ -82,14 +82,15 @@ def _refuse_gradients(perturbed: Inputs, problem: Problem) -> None:
     others = tree_replace(
         lambda p: (p.context.times, p.context.dt0), perturbed, (None,) * 2
     )
-    follows_state = problem.steps_follow_state and any(jtu.tree_leaves(others))
     if dt0 and not any(jtu.tree_leaves((times, others))):
         raise NotImplementedError(first_step_alone)
+    if not problem.saves_ends_of_steps:
+        return
     with_t0, with_t1 = steps_move_with(problem.stepsize_controller)
     moving = with_t0 and (times.t0 or dt0 or any(times.prescribed))
-    if problem.saves_ends_of_steps and (moving or (with_t1 and times.t1)):
+    if moving or (with_t1 and times.t1):
         raise NotImplementedError(moving_steps)
-    if problem.saves_ends_of_steps and follows_state:
+    if problem.steps_follow_state and any(jtu.tree_leaves(others)):
         raise NotImplementedError(steps_that_follow_the_state)
 
 

@@ -38,8 +38,9 @@ _recent = 0.5
 # on `examples/benchmarks/solutions.py`.
 #
 # It helps solutions to restart wherever the third error estimate dominates, too: steps at
-# the limit of stability are then a third longer. But they exceed the limit for modes that
-# have died out, as those of other explicit solvers do, and gradients are wrong.
+# the limit of stability are then longer. But they exceed the limit for modes that have died
+# out, as those of other explicit solvers do, and gradients are refused or wrong, as in
+# `tests/test_growth.py::test_slow_manifold`.
 _harm = 300.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
