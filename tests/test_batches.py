@@ -258,8 +258,8 @@ def test_mean_miss(monkeypatch, miss, of_all, with_rates, repeats):
     known = []
 
     def loss(network, rates):
-        adjoint = dr.ReversibleAdjoint(watch=known.append)
-        one = lambda rate: shared_loss(dr.ALF4(), adjoint, network, rate, 1.0)
+        adjoint = dr.ReversibleAdjoint(checkpoints=1, watch=known.append)
+        one = lambda rate: shared_loss(dr.ALF4(), adjoint, network, rate, 3.0)
         return jnp.sum(jax.vmap(one)(rates))
 
     argnums = (0, 1) if with_rates else (0,)

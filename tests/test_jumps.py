@@ -216,3 +216,41 @@ def test_from_a_jump(fresh):
 
     # The single solve takes other steps.
     assert relative_error(grads, whole(Y0, W)) < 1e-3
+
+
+@pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.ALF8()))
+def test_unannounced_jump(solver):
+    """The error estimate shows a jump anywhere in a step."""
+
+    def one_step(jump):
+        term = dfx.ODETerm(lambda t, y, args: jnp.where(t > jump, 1.0, 0.0) + 0 * y)
+        y0 = jnp.array(0.0)
+        state = solver.init(term, 0.0, 1.0, y0, None)
+        step = term, 0.0, 1.0, y0, None, state
+        y1, estimate, *_ = solver.step(*step, made_jump=False)
+        return jnp.abs(y1 - (1 - jump)), jnp.abs(estimate)
+
+    error, estimate = jax.jit(jax.vmap(one_step))(jnp.linspace(0.001, 0.999, 999))
+    assert np.max(error) > 0.1
+    assert np.all(estimate > 0.02 * error)
+
+
+@pytest.mark.parametrize("solver", cases((dr.ALF4(),), long=(dr.ALF6(), dr.ALF8())))
+def test_unannounced_kink(solver):
+    """A ball falls on a stiff floor. When it does is not known beforehand."""
+
+    def fall(height, solver, **kwargs):
+        floor = lambda q: 500 * jnp.maximum(-q, 0)
+        term = dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], floor(y[0]) - 9.8]))
+        start = jnp.stack([height, jnp.zeros_like(height)])
+        return dfx.diffeqsolve(
+            term, solver, 0.0, 0.8, kwargs.pop("dt0", None), start, **kwargs
+        ).ys[0]
+
+    heights = jnp.linspace(0.8, 1.2, 100)
+    many_steps = dict(dt0=2e-4, max_steps=4001)
+    want = jax.jit(jax.vmap(lambda h: fall(h, dfx.Dopri8(), **many_steps)))(heights)
+    controller = dfx.PIDController(1e-8, 1e-8)
+    adaptive = lambda h: fall(h, solver, stepsize_controller=controller)
+    got = jax.jit(jax.vmap(adaptive))(heights)
+    assert np.max(np.abs(got - want)) < 1e-4

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dr
-from diffrax_reversible._adjoint.branches import may_branch
+from diffrax_reversible._branches import may_branch
 
 from .chains import TwoStreams
 from .counter import Counter

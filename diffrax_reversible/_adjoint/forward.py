@@ -11,6 +11,7 @@ import numpy as np
 from diffrax import RESULTS
 from jaxtyping import Array, PyTree
 
+from .._branches import may_branch
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import (
     IntScalarLike,
@@ -19,7 +20,6 @@ from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance, needs_restart, statistics, to_record
 from .._tree import tree_replace, tree_zeros_of
-from .branches import may_branch
 from .drift import coarsest_eps
 from .kept import Counted, first_spacing, Kept
 from .known import Checkpoints, Known
@@ -124,9 +124,10 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
 
 
 def solve_and_record(
-    inputs: Inputs, problem: Problem, checkpoints: int
+    inputs: Inputs, perturbed: Inputs, problem: Problem, checkpoints: int
 ) -> tuple[State, dict, Residuals]:
-    """As `solve_plainly`, with the residuals for the backward pass."""
+    """As `solve_plainly`, with the residuals for the backward pass, in which `perturbed`
+    leaves of `inputs` are differentiated."""
     controller, solver = problem.stepsize_controller, problem.solver
     restartable = needs_restart(solver, inputs.solver_state) is not False
     branches = _may_branch(inputs, problem)
@@ -145,7 +146,8 @@ def solve_and_record(
             room=max(room - known.bytes * checkpoints, known.bytes * checkpoints),
         )
         held = Checkpoints.allocate(checkpoints, known)
-        spacing = jnp.array(first_spacing((state.y, state.solver_state)))
+        params = eqx.filter(inputs.context, perturbed.context)
+        spacing = jnp.array(first_spacing((state.y, state.solver_state), params))
         none = jnp.array(0)
         no = jnp.array(False)
         rest = Rest.start((state.y, state.solver_state)) if branches else None

@@ -8,23 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from .._custom_types import BoolScalarLike, IntScalarLike, SolverState
+from .._custom_types import BoolScalarLike, IntScalarLike, Params, SolverState
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import to_record
 from .drift import coarsest_eps
 from .known import Checkpoints, Known
 from .rest import Rest
+from .spread import many
 from .steps import Record
 
 
-def first_spacing(state: PyTree) -> int:
+def first_spacing(state: PyTree, params: Params) -> int:
     """The number of steps between known states at first. A solve of fewer steps holds only
     those before restarts.
 
     Rounding errors grow too large in 64 steps of Lorenz' equations, and in single precision
-    in 16 steps of milder ones. If one member of a batch has to undo steps again, so do all.
+    in 16 steps of milder ones. If one member of a batch has to undo steps again, so do all;
+    and if they share `params`, all wait at known states for those that arrive last. So with
+    many parameters, where a step costs more than a known state, every one is held.
     """
+    if many(params):
+        return 1
     return 8 if coarsest_eps(state) > np.finfo(np.float64).eps else 16
 
 

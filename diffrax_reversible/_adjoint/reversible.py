@@ -67,7 +67,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     continues from there, so that rounding errors grow over one such segment only. The known
     states are the start and at most `checkpoints` more: the states before restarts (see
     `ALF4`), which cannot be undone, and in the remaining room one every 16 steps or more,
-    evenly spread, or every eight in single precision. A jump can be undone: the solvers of
+    evenly spread, or every eight in single precision, or one every step or more with over
+    1,024 differentiated parameters. A jump can be undone: the solvers of
     this package exchange the value of the vector field that they carry, by at most two
     evaluations and no stored state.
 

@@ -72,7 +72,8 @@ def _solve_fwd(
     checkpoints = settings.checkpoints
     if checkpoints is None:
         checkpoints = default_checkpoints(inputs, problem)
-    final_state, aux_stats, residuals = solve_and_record(inputs, problem, checkpoints)
+    solve = inputs, perturbed, problem, checkpoints
+    final_state, aux_stats, residuals = solve_and_record(*solve)
     return (differentiate_once(final_state), aux_stats), residuals
 
 

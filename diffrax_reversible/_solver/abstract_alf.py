@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 
+from .._branches import may_branch
 from .._custom_types import (
     Args,
     BoolScalarLike,
@@ -34,7 +35,7 @@ from .capabilities import (
     HasExtraDenseInfo,
 )
 from .chain import run
-from .deviation import Deviation, has_third_estimate
+from .deviation import Deviation
 from .error_estimate import combine_errors, nan_if_infinite, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
@@ -137,7 +138,8 @@ class AbstractALF(
         y1 = jtu.tree_map(nan_if_infinite, y1, y0)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
         step = control, y1, k0, k1
-        y_error, deviation = self._judge(*step, sums["errors"], solver_state)
+        missed = self._deviation_at_end(term, t1, y1, v1, args)
+        y_error, deviation = self._judge(*step, sums["errors"], solver_state, missed)
         inner = tree_scale(control, sums.get("inner", []))
         inner = _rows(inner, len(self.tableau.continuous_extension.weights))
         dense_info = dict(y0=y0, y1=y1, inner=inner)
@@ -145,6 +147,18 @@ class AbstractALF(
             dense_info |= dict(k0=k0, k1=k1)
         solver_state = ALFState(v1, deviation, low, jnp.array(False))
         return y1, y_error, dense_info, solver_state, RESULTS.successful
+
+    def _deviation_at_end(
+        self, term: AbstractTerm, t1: RealScalarLike, y1: Y, v1: VF, args: Args
+    ) -> VF | None:
+        """The deviation of `v` at the end of a step, if the vector field may have jumps or
+        kinks. A jump after the last evaluation, at `midpoints[-1]`, shows only there."""
+        if self.tableau.deviation_weights is None:
+            return None
+        field = lambda t, y: self._field(term, t, y, args)
+        if not may_branch(field, jnp.asarray(t1), y1):
+            return None
+        return jtu.tree_map(jnp.subtract, v1, field(t1, y1))
 
     def _judge(
         self,
@@ -154,9 +168,10 @@ class AbstractALF(
         k1: Y,
         sums: VF,
         solver_state: ALFState,
+        missed: VF | None,
     ) -> tuple[Y, Deviation | None]:
         """The error estimate of a step, and the known facts about the deviation after it,
-        from the `sums` of its evaluations."""
+        from the `sums` of its evaluations, and from the deviation `missed` by these."""
         names = self._error_functionals()
         errors = dict(zip(names, _rows(sums, len(names)), strict=True))
         y_error = tree_scale(control, errors["fine"])
@@ -167,8 +182,8 @@ class AbstractALF(
             return y_error, None
         assert solver_state.evaluated is not None
         step = control, solver_state.evaluated, y1, errors["fine"], errors["deviation"]
-        deviation, excess = deviation.after_step(self.tableau, *step)
-        if has_third_estimate(self.tableau):
+        deviation, excess = deviation.after_step(self.tableau, *step, missed)
+        if excess is not None:
             y_error = jtu.tree_map(raise_error, y_error, excess)
         return y_error, deviation
 

@@ -21,7 +21,8 @@ class ALF2(AbstractALF):
     vector field grows where the flow contracts. With a single sub-step, the deviation
     cannot be distinguished from the local error, so this solver does not restart as `ALF4`
     does. Avoid it on dissipative problems: the solution itself is lost, with a successful
-    result. On `y' = -λ y` that happens past `λ T = 15`.
+    result. On `y' = -λ y` that happens past `λ T = 15`. Its error estimate does not show a
+    jump of the vector field in the second half of a step: give `jump_ts` to the controller.
 
     Example:
 
@@ -65,7 +66,10 @@ class ALF4(AbstractALF):
     The error estimate is the largest of three. Two of them count for steps close to the
     limit of stability, where the first may miss the error. On `y' = λ y` the estimate is at
     least a quarter of the error of a step wherever that exceeds 1e-3, for `Re λ <= 0` and
-    `|h λ| <= 15`.
+    `|h λ| <= 15`. The last 13 % of a step follow its last evaluation, and would hide a jump
+    of the vector field. So if the field compares, rounds or takes maxima, adaptive steps
+    take a sixth evaluation, at their end, for the estimate. (`ALF6` and `ALF8` do so, too.)
+    The backward pass does not.
 
     Example:
 

@@ -141,7 +141,8 @@ class Deviation(eqx.Module):
         y: Y,
         error: Y,
         deviation: VF,
-    ) -> tuple["Deviation", PyTree[Float[Array, "..."] | None]]:
+        missed: VF | None,
+    ) -> tuple["Deviation", PyTree[Float[Array, "..."]] | None]:
         """Judge whether the deviation threatens the accuracy of the next steps or of the
         backward pass.
 
@@ -153,23 +154,30 @@ class Deviation(eqx.Module):
         - `evaluated`: whether there was no deviation before the step.
         - `y`: the state at its end.
         - `error`, `deviation`: the sums of stage derivatives that give them.
+        - `missed`: the deviation at its end, if that was evaluated.
 
         **Returns:**
 
-        The known facts after the step, and an error estimate: the growth of the deviation
-        beyond that of a stable step.
+        The known facts after the step, and an error estimate, or `None`: the growth of the
+        deviation beyond that of a stable step.
         """
         structure = jtu.tree_structure(y)
-        leaves = (structure.flatten_up_to(x) for x in (y, error, deviation, self.known))
+        trees = y, error, deviation, self.known
+        leaves = [structure.flatten_up_to(x) for x in trees]
         restart, known, excess = jnp.array(False), [], []
-        for leaf, error_of, deviation_of, packed in zip(*leaves, strict=True):
-            step = tableau, control, evaluated, leaf, error_of, deviation_of
+        ends = [None] * structure.num_leaves
+        if missed is not None:
+            ends = structure.flatten_up_to(missed)
+        for leaf, error_of, deviation_of, packed, end in zip(*leaves, ends, strict=True):
+            step = tableau, control, evaluated, leaf, error_of, deviation_of, end
             judged = _judge(*step, Known.unpack(packed, leaf))
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
-        known, excess = (jtu.tree_unflatten(structure, x) for x in (known, excess))
-        return Deviation(restart, known), excess
+        known = jtu.tree_unflatten(structure, known)
+        if any(x is None for x in excess):
+            return Deviation(restart, known), None
+        return Deviation(restart, known), jtu.tree_unflatten(structure, excess)
 
 
 def _judge(
@@ -179,6 +187,7 @@ def _judge(
     y: Array,
     error: Array,
     deviation: Array,
+    missed: Array | None,
     before: Known,
 ) -> tuple[BoolScalarLike, Known, Float[Array, "..."] | None]:
     """The judgement of `Deviation.after_step` for one array."""
@@ -210,12 +219,20 @@ def _judge(
         faded = jnp.where(evaluated | jnp.isinf(sizes), 0, _recent * sizes)
         sizes = jnp.maximum(deviation, faded)
     known = Known(seed, recent_error, relative, sizes, scales)
-    if not has_third_estimate(tableau):
-        return restart, known, None
     # What is not remembered was at most the largest, on the scale of the entry.
     old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
-    excess = tableau.deviation_error_scale * (deviation - tableau.deviation_growth * old)
-    excess = h * jnp.maximum(excess - usual_deviation * error, 0)
+    excess = None
+    if has_third_estimate(tableau):
+        excess = deviation - tableau.deviation_growth * old
+        excess = tableau.deviation_error_scale * excess
+    if missed is not None:
+        # After its last evaluation, a step drifts with `v`.
+        (missed,) = where_finite(jnp.abs(missed))
+        at_end = missed - tableau.deviation_growth * old
+        at_end = abs(float(tableau.drifts[-1])) * at_end
+        excess = at_end if excess is None else jnp.maximum(excess, at_end)
+    if excess is not None:
+        excess = h * jnp.maximum(excess - usual_deviation * error, 0)
     return restart, known, excess
 
 

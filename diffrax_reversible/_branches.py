@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, PyTree
 
-from .._jaxpr import meets
+from ._jaxpr import meets
 
 
 # Primitives, besides comparisons, whose derivative jumps, or whose custom derivative may.
