@@ -512,3 +512,25 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
 )
 def test_what_is_seen_to_be_affine(fn, affine):
     assert is_affine(fn, Y0) == affine
+
+
+@every_solver
+def test_derivatives_at_ends_of_steps(solver):
+    """Derivatives with respect to time, there and within steps."""
+    ts = jnp.array([0.5, 0.77, 1.0, 2.0])
+
+    def solve(**kwargs):
+        term = dfx.ODETerm(lambda t, y, args: -y)
+        return dfx.diffeqsolve(term, solver, 0.0, 2.0, 0.125, jnp.array(1.0), **kwargs)
+
+    def outputs(ts):
+        saveat = dfx.SaveAt(ts=ts)
+        return jnp.sum(solve(saveat=saveat, adjoint=dr.ReversibleAdjoint()).ys)
+
+    slopes = jax.vmap(solve(saveat=dfx.SaveAt(dense=True)).derivative)(ts)
+    for got in (jax.grad(outputs)(ts), slopes):
+        np.testing.assert_allclose(got, -np.exp(-ts), rtol=0.1)
+
+    event = dfx.Event(lambda t, y, args, **kwargs: y - 0.3, optx.Newton(1e-6, 1e-6))
+    end = solve(event=event).ts[0]
+    np.testing.assert_allclose(end, np.log(1 / 0.3), rtol=0.01)

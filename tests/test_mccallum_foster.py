@@ -259,3 +259,22 @@ def test_walk_goes_on_from_known_states():
         )
     )
     assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "controller", (dfx.ConstantStepSize(), dfx.PIDController(1e-4, 1e-6))
+)
+def test_copy_that_is_lost(controller):
+    """From zero, a step back of the copy leaves the domain of the square root."""
+    solver = dr.McCallumFoster(dfx.Tsit5())
+
+    def chain(t, y, rate):
+        return jnp.stack([1 - y[0], rate * jnp.sqrt(y[0]) - y[1]])
+
+    def solve(solver, controller, dt0=0.05):
+        solve = dfx.ODETerm(chain), solver, 0.0, 5.0, dt0, jnp.zeros(2), jnp.array(0.5)
+        return dfx.diffeqsolve(*solve, stepsize_controller=controller).ys[0]
+
+    want = solve(dfx.Dopri8(), dfx.PIDController(1e-9, 1e-9))
+    got = jax.jit(lambda: solve(solver, controller))()
+    np.testing.assert_allclose(got, want, rtol=2e-3)

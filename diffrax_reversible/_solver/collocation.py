@@ -53,10 +53,17 @@ class CollocationInterpolation(AbstractLocalInterpolation):
         x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
         stages = len(jtu.tree_leaves(self.k)[0])
         powers = jnp.stack([x ** (q + 1) for q in range(stages)])
-        weights = jnp.asarray(gauss(stages).integrals, x.dtype) @ powers
+        integrals = jnp.asarray(gauss(stages).integrals, x.dtype)
+        weights, slopes = (
+            integrals @ powers,
+            integrals @ jnp.arange(1, stages + 1, dtype=x.dtype),
+        )
+        # Zero at the end of the step, with the derivatives that it has there.
+        past_end = jnp.where(trivial, 0, t0 - self.t1) / jnp.where(trivial, 1, length)
 
         def combine(y0, y1, k):
-            inner = y0 + jnp.tensordot(weights.astype(y0.dtype), k, axes=(0, 0))
-            return jnp.where(t0 == self.t1, y1, inner)
+            sum_of = lambda w: jnp.tensordot(w.astype(y0.dtype), k, axes=(0, 0))
+            end = y1 + past_end.astype(y0.dtype) * sum_of(slopes)
+            return jnp.where(t0 == self.t1, end, y0 + sum_of(weights))
 
         return jtu.tree_map(combine, self.y0, self.y1, self.k)

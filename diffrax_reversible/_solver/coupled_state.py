@@ -73,6 +73,8 @@ def _judge(
     scales: Int[Array, "..."],
 ) -> tuple[BoolScalarLike, Int[Array, ""], Int[Array, "..."]]:
     """Whether to restart, and the new `seed` and `scales`, as bits."""
+    # The step back may leave the domain of a vector field, as that of a square root.
+    lost = jnp.any(jnp.isfinite(y) & jnp.logical_not(jnp.isfinite(z)))
     y, distances, errors = where_finite(y, jnp.abs(y - z), jnp.abs(error))
     so_far, unit = largest_so_far(from_half_the_bits(scales, y), y)
     # A single error estimate may be small by chance: it counts as at least the largest one,
@@ -83,7 +85,7 @@ def _judge(
     inaccurate = jnp.any(distances > allowed)
     distance = largest_entry(distances / unit)
     seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps(y)), seed)
-    restart = has_grown(distance, seed) | inaccurate
+    restart = has_grown(distance, seed) | inaccurate | lost
     return restart, to_bits(seed), to_half_the_bits(so_far)
 
 
