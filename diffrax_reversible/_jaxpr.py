@@ -28,8 +28,22 @@ def meets(
     return _meets(jaxpr, set(jaxpr.invars), names, trusted)
 
 
-def _meets(jaxpr, moving: set, names: set[str], trusted: frozenset[str]) -> bool:
-    """As `meets`, for operations that depend on the `moving` variables."""
+def has_forward_mode(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> bool:
+    """Whether no operation of `fn(*args)` that depends on `args` has a `jax.custom_vjp`."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    names = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+    return not _meets(jaxpr, set(jaxpr.invars), names, discrete=False)
+
+
+def _meets(
+    jaxpr,
+    moving: set,
+    names: set[str],
+    trusted: frozenset[str] = frozenset(),
+    discrete: bool = True,
+) -> bool:
+    """As `meets`, for operations that depend on the `moving` variables, and those with
+    `discrete` results only if asked for."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if not any(_moves(v, moving) for v in equation.invars):
@@ -38,8 +52,8 @@ def _meets(jaxpr, moving: set, names: set[str], trusted: frozenset[str]) -> bool
         if name in _calls and equation.params.get("name") in trusted:
             continue
         outputs = [v.aval.dtype for v in equation.outvars]
-        discrete = not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
-        if name in names or (discrete and name not in _calls):
+        inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
+        if name in names or (discrete and not inexact and name not in _calls):
             return True
         for inner in _inner(equation.params):
             # In a loop, every carried variable may depend on the moving ones in the end.
@@ -47,7 +61,7 @@ def _meets(jaxpr, moving: set, names: set[str], trusted: frozenset[str]) -> bool
             if name in _calls:
                 pairs = zip(inputs, equation.invars, strict=True)
                 inputs = [v for v, outer in pairs if _moves(outer, moving)]
-            if _meets(inner, set(inputs), names, trusted):
+            if _meets(inner, set(inputs), names, trusted, discrete):
                 return True
     return False
 

@@ -442,3 +442,24 @@ def test_error_estimate_of_an_oscillator(solver, limit):
     large = (error > 1e-3) & (error > 1e-2 * jnp.max(error, axis=1, keepdims=True))
     assert jnp.sum(large) > 1000
     assert jnp.min(jnp.where(large, size / error, jnp.inf)) > 1 / 4
+
+
+@pytest.mark.parametrize("solver", (dr.KahanLi8(), dr.BlanesMoan6()))
+def test_force_without_forward_mode(solver):
+    """Only interpolation needs it."""
+    fn = jax.custom_vjp(jnp.tanh)
+    fn.defvjp(lambda x: (jnp.tanh(x),) * 2, lambda tanh, bar: (bar * (1 - tanh**2),))
+
+    def loss(q0, fn, saveat=None):
+        drift, kick = lambda t, p, args: p, lambda t, q, args: -fn(q)
+        terms = dfx.ODETerm(drift), dfx.ODETerm(kick)
+        adjoint = dr.ReversibleAdjoint()
+        solve = terms, solver, 0.0, 1.0, 0.1, (q0, q0)
+        sol = dfx.diffeqsolve(*solve, saveat=saveat or dfx.SaveAt(t1=True), adjoint=adjoint)
+        return jnp.sum(sol.ys[0] ** 2)
+
+    of = lambda fn: jax.jit(jax.value_and_grad(lambda q0: loss(q0, fn)))(jnp.array(0.7))
+    np.testing.assert_allclose(of(fn), of(jnp.tanh), rtol=1e-12)
+    between = dfx.SaveAt(ts=[0.25, 0.75])
+    with pytest.raises(Exception, match="`jax.custom_jvp`"):
+        jax.block_until_ready(jax.jit(lambda q0: loss(q0, fn, between))(jnp.array(0.7)))

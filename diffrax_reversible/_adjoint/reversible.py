@@ -168,7 +168,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     A gradient holds a few states, whatever the number of stages; some two to four more for
     each of `checkpoints`, and with those a second sum of the cotangent of everything
-    differentiated except the state; one evaluation of the vector field with its pull-back;
+    differentiated except the state; one evaluation of the vector field with its pull-back,
+    or all those of a step if a `SaveAt(fn=...)` interpolates or times are differentiated;
     and a record of the last steps, of 9 bytes each in float64 (17 if there may be jumps).
     The record has room for at least 256 steps, for more if
     `diffrax.RecursiveCheckpointAdjoint` takes as much memory for `max_steps` or if there
