@@ -44,6 +44,9 @@ _recent = 0.5
 _harm = 300.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
+# Where the vector field is smooth, the deviation at the end of a step rarely exceeds so many
+# times its estimate.
+_usual = 5.0
 # In larger arrays the third error estimate does not remember the deviation of every entry.
 _remembers = 2048
 
@@ -193,6 +196,10 @@ def _judge(
     """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
+    if missed is not None:
+        # A jump, which the estimate does not show.
+        missed = jnp.maximum(jnp.abs(missed) - _usual * jnp.abs(deviation), 0)
+        _, missed = where_finite(y, missed)
     y, deviation, error = where_finite(y, jnp.abs(deviation), jnp.abs(error))
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
@@ -221,18 +228,16 @@ def _judge(
     known = Known(seed, recent_error, relative, sizes, scales)
     # What is not remembered was at most the largest, on the scale of the entry.
     old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
-    excess = None
-    if has_third_estimate(tableau):
-        excess = deviation - tableau.deviation_growth * old
-        excess = tableau.deviation_error_scale * excess
+    third = has_third_estimate(tableau)
+    if not third and missed is None:
+        return restart, known, None
+    # Before its first evaluation, and after its last one, a step drifts with `v`.
+    drift = abs(float(tableau.drifts[-1]))
+    scale = tableau.deviation_error_scale if third else drift
+    excess = scale * (deviation - tableau.deviation_growth * old)
     if missed is not None:
-        # After its last evaluation, a step drifts with `v`.
-        (missed,) = where_finite(jnp.abs(missed))
-        at_end = missed - tableau.deviation_growth * old
-        at_end = abs(float(tableau.drifts[-1])) * at_end
-        excess = at_end if excess is None else jnp.maximum(excess, at_end)
-    if excess is not None:
-        excess = h * jnp.maximum(excess - usual_deviation * error, 0)
+        excess = excess + drift * missed
+    excess = h * jnp.maximum(excess - usual_deviation * error, 0)
     return restart, known, excess
 
 
