@@ -219,18 +219,25 @@ def test_from_a_jump(fresh):
 
 
 @pytest.mark.parametrize("solver", (dr.ALF4(), dr.ALF6(), dr.ALF8()))
-def test_unannounced_jump(solver):
-    """The error estimate shows a jump anywhere in a step."""
+@pytest.mark.parametrize("announced", (False, True))
+def test_unannounced_jump(solver, announced):
+    """The error estimate shows a jump in a step, also after one that was announced."""
 
     def one_step(jump):
         term = dfx.ODETerm(lambda t, y, args: jnp.where(t > jump, 1.0, 0.0) + 0 * y)
         y0 = jnp.array(0.0)
         state = solver.init(term, 0.0, 1.0, y0, None)
+        if announced:
+            # Another step before, as nothing is crossed at the start.
+            early = term, -0.5, 0.0, y0, None, state
+            _, _, _, state, _ = solver.step(*early, made_jump=False)
         step = term, 0.0, 1.0, y0, None, state
-        y1, estimate, *_ = solver.step(*step, made_jump=False)
+        y1, estimate, *_ = solver.step(*step, made_jump=announced)
         return jnp.abs(y1 - (1 - jump)), jnp.abs(estimate)
 
-    error, estimate = jax.jit(jax.vmap(one_step))(jnp.linspace(0.001, 0.999, 999))
+    # After an announced jump, `v` may have any deviation up to the first evaluation.
+    jumps = jnp.linspace(0.5 if announced else 0.001, 0.999, 999)
+    error, estimate = jax.jit(jax.vmap(one_step))(jumps)
     assert np.max(error) > 0.1
     assert np.all(estimate > 0.02 * error)
 
@@ -254,3 +261,16 @@ def test_unannounced_kink(solver):
     adaptive = lambda h: fall(h, solver, stepsize_controller=controller)
     got = jax.jit(jax.vmap(adaptive))(heights)
     assert np.max(np.abs(got - want)) < 1e-4
+
+
+def test_field_that_ends():
+    """It is not finite at the end of the last step, where the solution is."""
+    field = lambda t, y, args: jnp.where(t < 1, -jnp.sqrt(1 - t), jnp.nan) + 0 * y
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(field),
+        dr.ALF4(),
+        *(0.0, 1.0, None, jnp.array(1.0)),
+        stepsize_controller=dfx.PIDController(1e-3, 1e-6),
+        max_steps=100,
+    )
+    np.testing.assert_allclose(sol.ys[-1], 1 / 3, rtol=2e-2)

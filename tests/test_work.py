@@ -104,3 +104,29 @@ def test_outputs_at_the_ends_of_steps(solver, stages):
     assert forward == stages * 8 + 1
     by_step = jax.jit(lambda: solve(dfx.SaveAt(steps=True)))()
     jax.tree.map(np.testing.assert_array_equal, ys, by_step)
+
+
+def test_evaluation_at_the_end():
+    """If the vector field may have kinks, adaptive steps are evaluated at their end, too.
+    Fixed steps and the backward pass are not."""
+    counter = Counter()
+    field = lambda t, y, scale: counter(t, y, scale) + jnp.maximum(y, 0)
+
+    def final(y0, controller):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            *(0.0, 3.0, jnp.array(1.0), y0, jnp.array(0.3)),
+            adjoint=dr.ReversibleAdjoint(),
+            stepsize_controller=controller,
+        )
+        return sol.ys[0], (sol.stats["num_steps"], sol.stats["num_accepted_steps"])
+
+    for controller, count in (PID, 6), (dfx.ConstantStepSize(), 5):
+        value = jax.jit(lambda y0, c=controller: final(y0, c))
+        forward, (_, (steps, accepted)) = counter.during(value, jnp.array(1.0))
+        assert forward == count * steps + 1
+        gradient = jax.grad(lambda y0, c=controller: final(y0, c), has_aux=True)
+        both, _ = counter.during(jax.jit(gradient), jnp.array(1.0))
+        # The first step, before which everything rests, is made again from its start.
+        assert both <= forward + 5 * accepted + 1 + 2 * 5

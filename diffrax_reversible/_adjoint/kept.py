@@ -26,7 +26,7 @@ def first_spacing(state: PyTree, params: Params) -> int:
     Rounding errors grow too large in 64 steps of Lorenz' equations, and in single precision
     in 16 steps of milder ones. If one member of a batch has to undo steps again, so do all;
     and if they share `params`, all wait at known states for those that arrive last. So with
-    many parameters, where a step costs more than a known state, every one is held.
+    many parameters every state is held at first: a step then mostly costs more than that.
     """
     if many(params):
         return 1

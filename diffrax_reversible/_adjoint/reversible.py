@@ -66,11 +66,11 @@ class ReversibleAdjoint(AbstractAdjoint):
     The backward pass undoes the steps from one *known state* to the one before, and
     continues from there, so that rounding errors grow over one such segment only. The known
     states are the start and at most `checkpoints` more: the states before restarts (see
-    `ALF4`), which cannot be undone, and in the remaining room one every 16 steps or more,
-    evenly spread, or every eight in single precision, or one every step or more with over
-    1,024 differentiated parameters. A jump can be undone: the solvers of
-    this package exchange the value of the vector field that they carry, by at most two
-    evaluations and no stored state.
+    `ALF4`), which cannot be undone, and in the remaining room others that
+    are evenly spread. These are at least 16 steps apart, or eight in single precision. With
+    over 1,024 differentiated parameters they may follow every step. A jump can be undone:
+    the solvers of this package exchange the value of the vector field that they carry, by
+    at most two evaluations and no stored state.
 
     `checkpoints` is a memory budget, not a limit on the number of restarts. At a restart
     whose state is not held, the backward pass replays the solve from the known state

@@ -72,8 +72,9 @@ def _solve_fwd(
     checkpoints = settings.checkpoints
     if checkpoints is None:
         checkpoints = default_checkpoints(inputs, problem)
-    solve = inputs, perturbed, problem, checkpoints
-    final_state, aux_stats, residuals = solve_and_record(*solve)
+    final_state, aux_stats, residuals = solve_and_record(
+        inputs, perturbed, problem, checkpoints
+    )
     return (differentiate_once(final_state), aux_stats), residuals
 
 

@@ -47,9 +47,9 @@ hidden_in_controller = (
 
 forward_mode = (
     f"{call} is for reverse mode, and `jax.jvp` or `jax.jacfwd` asked for forward "
-    "mode. Use `adjoint=diffrax.ForwardMode()`; in a root find that is differentiated by "
-    "reverse mode itself, `diffrax.DirectAdjoint()`; for second derivatives, forward mode "
-    "over reverse mode, as in `jax.jvp(jax.grad(...), ...)`."
+    "mode. Use `adjoint=diffrax.ForwardMode()`; for the Jacobian of a root find through "
+    "which reverse mode goes, `diffrax.DirectAdjoint()`; for second derivatives, forward "
+    "mode over reverse mode, as in `jax.jvp(jax.grad(...), ...)`."
 )
 
 

@@ -67,9 +67,10 @@ class ALF4(AbstractALF):
     limit of stability, where the first may miss the error. On `y' = λ y` the estimate is at
     least a quarter of the error of a step wherever that exceeds 1e-3, for `Re λ <= 0` and
     `|h λ| <= 15`. The last 13 % of a step follow its last evaluation, and would hide a jump
-    of the vector field. So if the field compares, rounds or takes maxima, adaptive steps
-    take a sixth evaluation, at their end, for the estimate. (`ALF6` and `ALF8` do so, too.)
-    The backward pass does not.
+    of the vector field. So adaptive steps take a sixth evaluation for the estimate, at
+    their end, if the field may have jumps or kinks: if it compares, rounds, looks up
+    tables, takes maxima, or calls a function with a `jax.custom_jvp` or `jax.custom_vjp`.
+    The backward pass takes none.
 
     Example:
 
@@ -104,7 +105,8 @@ class ALF6(AbstractALF):
     is any output between steps. Memory of `SaveAt(dense=True)`: eight states per step.
 
     Algebraically reversible: undoing a step takes twenty evaluations, and is exact up to
-    rounding. It restarts as `ALF4` does, and the same bound holds for its error estimate.
+    rounding. It restarts as `ALF4` does, and the same bound holds for its error estimate,
+    for which fields that may have jumps or kinks are evaluated once more, as with `ALF4`.
     Explicit reversible methods without restarts overflow on Lorenz' equations over a time
     of 10. With 100 steps per unit of time this solver takes at most 12 restarts for an
     error below 1e-6.
@@ -137,7 +139,8 @@ class ALF8(AbstractALF):
 
     Algebraically reversible: undoing a step takes thirty-four evaluations, and is exact up
     to rounding. It restarts as `ALF4` does, and the same bound holds for its error
-    estimate.
+    estimate, for which fields that may have jumps or kinks are evaluated once more, as with
+    `ALF4`.
 
     Example:
 

@@ -50,20 +50,17 @@ class CollocationInterpolation(AbstractLocalInterpolation):
         length = self.t1 - self.t0
         # A step of no length has `y0 == y1`; any fraction will do.
         trivial = length == 0
-        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+        x = jnp.where(trivial, 1, t0 - self.t0) / jnp.where(trivial, 1, length)
         stages = len(jtu.tree_leaves(self.k)[0])
         powers = jnp.stack([x ** (q + 1) for q in range(stages)])
         integrals = jnp.asarray(gauss(stages).integrals, x.dtype)
-        weights, slopes = (
-            integrals @ powers,
-            integrals @ jnp.arange(1, stages + 1, dtype=x.dtype),
-        )
-        # Zero at the end of the step, with the derivatives that it has there.
-        past_end = jnp.where(trivial, 0, t0 - self.t1) / jnp.where(trivial, 1, length)
+        weights = integrals @ powers
+        # Zero at the end of the step, where `x` is one, with the derivatives of `weights`.
+        from_end = integrals @ (powers - 1)
 
         def combine(y0, y1, k):
             sum_of = lambda w: jnp.tensordot(w.astype(y0.dtype), k, axes=(0, 0))
-            end = y1 + past_end.astype(y0.dtype) * sum_of(slopes)
+            end = y1 + sum_of(from_end)
             return jnp.where(t0 == self.t1, end, y0 + sum_of(weights))
 
         return jtu.tree_map(combine, self.y0, self.y1, self.k)

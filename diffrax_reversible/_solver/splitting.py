@@ -26,7 +26,7 @@ from .._custom_types import (
 )
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
-from .._jaxpr import has_forward_mode
+from .._jaxpr import can_be_compiled
 from .._precision import as_floats
 from .._total_derivative import total_derivatives
 from .._tree import (
@@ -60,8 +60,8 @@ _Terms = tuple[AbstractTerm, AbstractTerm]
 _no_higher_derivatives = (
     "`{}` interpolates with derivatives of the vector field, by forward mode, which a "
     "function with `jax.custom_vjp` does not have. Define it with `jax.custom_jvp`; or "
-    "save only at ends of steps, as with `SaveAt(t1=True)` or `SaveAt(steps=True)`; or "
-    "take a solver of order 4, such as `BlanesMoan4`."
+    "use `SaveAt(t1=True)` or `SaveAt(steps=True)`; or take a solver of order 4, such as "
+    "`BlanesMoan4`."
 )
 
 
@@ -232,11 +232,13 @@ class AbstractSplitting(
         count = self.tableau.order // 2 - 2
         if count <= 0:
             return []
-        if not has_forward_mode(field, t, y):
+        derivatives = total_derivatives(field, count, t1 - t0)
+        if not can_be_compiled(derivatives, t, y):
             # Most solves do not read them. While `t` is traced, only a read is an error.
             message = _no_higher_derivatives.format(type(self).__name__)
-            return [eqx.error_if(field(t, y), t == t, message)] * count
-        _, *higher = total_derivatives(field, count, t1 - t0)(t, y)
+            unknown = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), field(t, y))
+            return [eqx.error_if(unknown, t == t, message)] * count
+        _, *higher = derivatives(t, y)
         return higher
 
     def cross_jump(
