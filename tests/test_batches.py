@@ -1,6 +1,7 @@
 """Batches whose members all do something different: each has the solution and the gradient
 that it has alone."""
 
+import dataclasses
 import functools as ft
 
 import diffrax as dfx
@@ -303,7 +304,7 @@ EVENT = dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.4, optx.Newton(1e-8, 1e-
 def test_shared_parameters(solver, adjoint, more):
     """Their gradient is summed over the batch as it arises. It equals the sum of those of
     the members, each of which is computed apart, and that of the default adjoint."""
-    batch = NETWORK, RATES, ENDS
+    batch, counts = (NETWORK, RATES, ENDS), []
 
     def summed(adjoint):
         def loss(network, rates, ends):
@@ -316,12 +317,15 @@ def test_shared_parameters(solver, adjoint, more):
         loss = lambda network, rate: shared_loss(solver, adjoint, network, rate, t1, **more)
         return jax.grad(loss, argnums=(0, 1))(network, rate)
 
-    ours = summed(adjoint)
+    ours = summed(dataclasses.replace(adjoint, report=counts.append))
+    jax.effects_barrier()
     of_network, of_rates = jax.jit(jax.vmap(apart, (None, 0, 0)))(*batch)
     of_network = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_network)
     assert relative_error(ours, (of_network, of_rates)) < 1e-12
     theirs = summed(dfx.RecursiveCheckpointAdjoint(checkpoints=256))
-    assert relative_error(ours, theirs) < 1e-8
+    # With restarts of its own, the gradient is that of another solve at the tolerance 1e-4.
+    restarts = sum(count["restarted_steps"] for count in counts) > 0
+    assert relative_error(ours, theirs) < (1e-3 if restarts else 1e-8)
 
 
 @pytest.mark.long
