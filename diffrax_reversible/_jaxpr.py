@@ -28,16 +28,16 @@ def meets(
     return _meets(jaxpr, set(jaxpr.invars), names, trusted)
 
 
-def can_be_compiled(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> bool:
-    """Whether `fn(*args)` takes no derivative, by forward mode, of a function with a
+def derives_custom_vjp(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> bool:
+    """Whether `fn(*args)` takes a derivative, by forward mode, of a function with a
     `jax.custom_vjp`. JAX traces most of these, and then does not compile them."""
     try:
         jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     except NotImplementedError:
         # JAX has no rule for the derivative of such a derivative.
-        return False
+        return True
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return not _meets(jaxpr, set(jaxpr.invars), {"custom_lin"}, discrete=False)
+    return _meets(jaxpr, set(jaxpr.invars), {"custom_lin"}, discrete=False)
 
 
 def _meets(

@@ -239,20 +239,18 @@ def test_unannounced_jump(solver, announced):
     jumps = jnp.linspace(0.5 if announced else 0.001, 0.999, 999)
     error, estimate = jax.jit(jax.vmap(one_step))(jumps)
     assert np.max(error) > 0.1
-    assert np.all(estimate > 0.02 * error)
+    assert np.all(estimate > 0.05 * error)
 
 
 @pytest.mark.parametrize("solver", cases((dr.ALF4(),), long=(dr.ALF6(), dr.ALF8())))
 def test_unannounced_kink(solver):
     """A ball falls on a stiff floor. When it does is not known beforehand."""
 
-    def fall(height, solver, **kwargs):
+    def fall(height, solver, dt0=None, **kwargs):
         floor = lambda q: 500 * jnp.maximum(-q, 0)
         term = dfx.ODETerm(lambda t, y, args: jnp.stack([y[1], floor(y[0]) - 9.8]))
         start = jnp.stack([height, jnp.zeros_like(height)])
-        return dfx.diffeqsolve(
-            term, solver, 0.0, 0.8, kwargs.pop("dt0", None), start, **kwargs
-        ).ys[0]
+        return dfx.diffeqsolve(term, solver, 0.0, 0.8, dt0, start, **kwargs).ys[0]
 
     heights = jnp.linspace(0.8, 1.2, 100)
     many_steps = dict(dt0=2e-4, max_steps=4001)
@@ -270,7 +268,7 @@ def test_field_that_ends():
         dfx.ODETerm(field),
         dr.ALF4(),
         *(0.0, 1.0, None, jnp.array(1.0)),
-        stepsize_controller=dfx.PIDController(1e-3, 1e-6),
+        stepsize_controller=dfx.PIDController(1e-4, 1e-7),
         max_steps=100,
     )
-    np.testing.assert_allclose(sol.ys[-1], 1 / 3, rtol=2e-2)
+    np.testing.assert_allclose(sol.ys[-1], 1 / 3, rtol=1e-3)

@@ -45,7 +45,7 @@ _harm = 300.0
 # A step itself causes a deviation of up to so many times the error estimate.
 _made = 10.0
 # A jump after the last evaluation of a step shows in a deviation of more than so many times
-# its estimate. With a factor of one, networks take a fifth more steps at loose tolerances.
+# its estimate. With a factor of one, smooth steps are rejected for it where they contract.
 _usual = 5.0
 # In larger arrays the third error estimate does not remember the deviation of every entry.
 _remembers = 2048
@@ -196,12 +196,6 @@ def _judge(
     """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
-    unseen = None
-    if missed is not None:
-        # What the estimate does not show of a jump. The step itself is finite where the
-        # vector field at its end is not.
-        unseen = jnp.maximum(jnp.abs(missed) - _usual * jnp.abs(deviation), 0)
-        _, unseen = where_finite(missed, unseen)
     y, deviation, error = where_finite(y, jnp.abs(deviation), jnp.abs(error))
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
@@ -230,18 +224,30 @@ def _judge(
     known = Known(seed, recent_error, relative, sizes, scales)
     # What is not remembered was at most the largest, on the scale of the entry.
     old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
+    excess = _excess(tableau, deviation, old, missed)
+    if excess is not None:
+        excess = h * jnp.maximum(excess - usual_deviation * error, 0)
+    return restart, known, excess
+
+
+def _excess(
+    tableau: ALFTableau, deviation: Array, old: Array, missed: Array | None
+) -> Float[Array, "..."] | None:
+    """The part of a deviation that did not arise from the `old` one, as an error per unit
+    of time; `None` if no error estimate uses it."""
     third = has_third_estimate(tableau)
-    if not third and unseen is None:
-        return restart, known, None
+    if not third and missed is None:
+        return None
     # Before its first evaluation, and after its last one, a step drifts with `v`.
     drift = abs(float(tableau.drifts[-1]))
     scale = tableau.deviation_error_scale if third else drift
     # After a jump that was crossed, `old` is infinite.
     excess = scale * jnp.maximum(deviation - tableau.deviation_growth * old, 0)
-    if unseen is not None:
-        excess = excess + drift * unseen
-    excess = h * jnp.maximum(excess - usual_deviation * error, 0)
-    return restart, known, excess
+    if missed is None:
+        return excess
+    # The vector field at the end of a step may not be finite where the step is.
+    _, unseen = where_finite(missed, jnp.abs(missed) - _usual * deviation)
+    return excess + drift * jnp.maximum(unseen, 0)
 
 
 def has_third_estimate(tableau: ALFTableau) -> bool:

@@ -26,7 +26,7 @@ from .._custom_types import (
 )
 from .._exact_sum import LowPart, Sum
 from .._isolated import isolated
-from .._jaxpr import can_be_compiled
+from .._jaxpr import derives_custom_vjp
 from .._precision import as_floats
 from .._total_derivative import total_derivatives
 from .._tree import (
@@ -233,7 +233,7 @@ class AbstractSplitting(
         if count <= 0:
             return []
         derivatives = total_derivatives(field, count, t1 - t0)
-        if not can_be_compiled(derivatives, t, y):
+        if derives_custom_vjp(derivatives, t, y):
             # Most solves do not read them. While `t` is traced, only a read is an error.
             message = _no_higher_derivatives.format(type(self).__name__)
             unknown = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), field(t, y))
