@@ -10,6 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 
+from .chains import TwoStreams
 from .problems import (
     as_terms,
     assert_same_gradient,
@@ -76,29 +77,31 @@ def test_gradients(solver):
     gradients(loss, Y0, W)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "solver, field, kwargs",
-    (
-        (dfx.SemiImplicitEuler(), BOTH, AT_START),
-        (dr.McCallumFoster(dfx.Tsit5()), field, {}),
-        (dr.BlanesMoan4(), PAIR, {}),
-        (dr.BlanesMoan4(bitwise=True), BOTH, {}),
-        (dfx.LeapfrogMidpoint(), field, AT_START),
-    ),
-    ids=(
-        *("SemiImplicitEuler", "McCallumFoster", "BlanesMoan4", "BlanesMoan4 bitwise"),
-        "LeapfrogMidpoint",
+    "solver, checkpoints, field, kwargs",
+    cases(
+        ((dr.BlanesMoan4(), 4, PAIR, {}),),
+        long=((TwoStreams(), 4, PAIR, AT_START),),
+        slow=(
+            (dfx.SemiImplicitEuler(), 0, BOTH, AT_START),
+            (dfx.SemiImplicitEuler(), 4, BOTH, AT_START),
+            # The two copies drift apart, with or without jumps.
+            (dr.McCallumFoster(dfx.Tsit5()), 4, field, {}),
+            (dr.BlanesMoan4(), 0, PAIR, {}),
+            (dr.BlanesMoan4(bitwise=True), 0, BOTH, {}),
+            (dr.BlanesMoan4(bitwise=True), 4, BOTH, {}),
+            (dfx.LeapfrogMidpoint(), 0, field, AT_START),
+            (dfx.LeapfrogMidpoint(), 4, field, AT_START),
+        ),
     ),
 )
-def test_families(solver, field, kwargs):
+def test_families(solver, checkpoints, field, kwargs):
+    """With and without known states on the way."""
     y0 = (Y0, Y0 / 2) if isinstance(field, tuple) else Y0
 
     def loss(adjoint, y0, w):
         return sum_of_squares(solve(adjoint, solver, y0, w, field=field, **kwargs).ys)
 
-    # The two copies drift apart, with or without jumps.
-    checkpoints = 4 if isinstance(solver, dr.McCallumFoster) else 0
     gradients(loss, y0, W, checkpoints=checkpoints)
 
 

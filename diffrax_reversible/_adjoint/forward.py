@@ -138,7 +138,7 @@ def solve_and_record(
         record = Record.allocate(
             problem.t0,
             jax.eval_shape(lambda: to_record(solver, inputs.solver_state)),
-            with_flags=restartable or problem.with_jumps,
+            restartable=restartable,
             with_jumps=problem.with_jumps,
             recomputed=isinstance(controller, AbstractReversibleStepSizeController),
             max_steps=problem.max_steps,

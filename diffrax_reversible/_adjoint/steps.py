@@ -68,7 +68,7 @@ class Record(eqx.Module):
     - `torn`: whether a step did not start at the end of the last one, without a jump.
     - `outermost`: the first and the last step, if steps are recomputed. They may differ
         from those that the controller chose.
-    - `with_jumps`: whether there may be jumps.
+    - `restartable`, `with_jumps`: whether there may be restarts, and jumps.
     """
 
     starts: eqxi.MaybeBuffer[Float[Array, " rows"]] | None
@@ -82,13 +82,14 @@ class Record(eqx.Module):
     last_end: RealScalarLike
     torn: BoolScalarLike
     outermost: tuple[Ends, Ends] | None
+    restartable: bool = eqx.field(static=True)
     with_jumps: bool = eqx.field(static=True)
 
     @staticmethod
     def allocate(
         t0: RealScalarLike,
         scalars: PyTree[jax.ShapeDtypeStruct],
-        with_flags: bool,
+        restartable: bool,
         with_jumps: bool,
         recomputed: bool,
         max_steps: int | None,
@@ -98,11 +99,11 @@ class Record(eqx.Module):
 
         **Arguments:**
 
-        - `with_flags`: whether there may be restarts or jumps.
+        - `restartable`, `with_jumps`: whether there may be restarts, and jumps.
         - `room`: the bytes that the record may take, if these suffice for a few hundred
             steps.
         """
-        t = jnp.asarray(t0)
+        t, with_flags = jnp.asarray(t0), restartable or with_jumps
         time = jax.ShapeDtypeStruct((), t.dtype)
         rows = dict(
             starts=None if recomputed else time,
@@ -126,6 +127,7 @@ class Record(eqx.Module):
             last_end=t,
             torn=no,
             outermost=(ends, ends) if recomputed else None,
+            restartable=restartable,
             with_jumps=with_jumps,
         )
 
@@ -248,7 +250,8 @@ class Record(eqx.Module):
         if self.flags is None:
             return False, False
         flags = self.flags[step % self.flags.shape[0]]
-        return (flags & _restarted) != 0, self.with_jumps and (flags & _crossed) != 0
+        restarted = self.restartable and (flags & _restarted) != 0
+        return restarted, self.with_jumps and (flags & _crossed) != 0
 
     def recorded_before(self, step: IntScalarLike) -> PyTree[Array]:
         """The values that the solver recorded before a step."""
