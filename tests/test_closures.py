@@ -162,6 +162,32 @@ def test_idioms(make):
     assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.parametrize("hides", (False, True))
+def test_variable_of_a_loop(hides):
+    """A vector field reads the Python variables of its time, also in the backward pass."""
+
+    def loss(rate, adjoint):
+        y, scale = jnp.array(1.0), 1.0
+        for k in (1.0, 2.0):
+            # Otherwise `scale` is the constant one.
+            scale = rate if hides else scale
+            field = lambda t, y, args: -k * args[0] * y + k * scale**2  # noqa: B023
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                dr.ALF4(),
+                *(0.0, 1.0, None, y, [rate]),
+                stepsize_controller=PID,
+                adjoint=adjoint,
+            )
+            y = sol.ys[-1]
+            scale = scale + k
+        return y
+
+    ours = jax.grad(loss)(jnp.array(0.7), dr.ReversibleAdjoint())
+    theirs = jax.grad(loss)(jnp.array(0.7), dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, theirs) < 1e-8
+
+
 @pytest.mark.slow
 def test_functions_in_args_of_outputs():
     """Outputs and events may call functions in `args` differently than the field does."""

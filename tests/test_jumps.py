@@ -264,6 +264,33 @@ def test_unannounced_kink(solver):
     assert np.max(np.abs(got - want)) < 1e-4
 
 
+def test_jump_that_time_hardly_resolves():
+    """In single precision a step of a few floats may have an error above the tolerance,
+    and no smaller step is more accurate."""
+    single = jnp.float32
+    tol = jnp.array([1e-4, 1e-5, 1e-5, 1e-3], single)
+    jump = jnp.array([33.3, 8.0, 1.1, 1000.3], single)
+    size = jnp.array([100, 100, 100, 10], single)
+
+    @jax.vmap
+    def solve(tol, jump, size):
+        half = jnp.asarray(0.5, single)
+        field = lambda t, y, args: jnp.where(t < jump, 0, size) - half * y
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            *(jnp.zeros((), single), 3 * jump, None, jnp.zeros((), single)),
+            stepsize_controller=dfx.PIDController(rtol=tol, atol=tol / 10),
+            adjoint=dfx.ForwardMode(),
+            throw=False,
+        )
+
+    sol = jax.jit(solve)(tol, jump, size)
+    assert jnp.all(sol.result == dfx.RESULTS.successful), sol.stats
+    exact = 2 * size * (1 - jnp.exp(-jump))
+    assert jnp.all(jnp.abs(sol.ys[:, 0] - exact) < 3 * tol * exact), sol.ys[:, 0] - exact
+
+
 def test_field_that_ends():
     """It is not finite at the end of the last step, where the solution is."""
     field = lambda t, y, args: jnp.where(t < 1, -jnp.sqrt(1 - t), jnp.nan) + 0 * y

@@ -1,9 +1,9 @@
-"""Making closed-over values visible to differentiation."""
+"""Functions as they are when they are solved, with closed-over values made visible."""
 
 import copy
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,13 +28,16 @@ def close_terms(
     t: RealScalarLike,
     y: Y,
     solver_state: SolverState,
-) -> tuple[Terms, Args]:
-    """`terms` and `args`, with the traced values that functions close over as leaves.
+) -> tuple[Terms, Args, bool]:
+    """`terms` and `args` as they are now, with the traced values that functions close over
+    as leaves. Also whether the `terms` may ignore the `args` that they are called with.
 
-    A custom gradient cannot see a closed-over value, and would drop its cotangent. The
-    vector field of an `ODETerm` or a `ControlTerm` is replaced as a whole, together with
-    its `args`, so that a traced value may hide anywhere in it. In controls and other terms,
-    only functions among the leaves are replaced, which preserves their types.
+    The vector field of an `ODETerm` or a `ControlTerm` is traced here, and not again in the
+    backward pass, where a Python variable that it reads may have changed, such as that of a
+    loop. A custom gradient cannot see a closed-over traced value, and would drop its
+    cotangent. If there are any, the vector field is replaced as a whole, together with its
+    `args`, so that they may hide anywhere in it. In controls and other terms, only
+    functions among the leaves are replaced, which preserves their types.
     """
 
     def there_and_back(terms, args, t, y, solver_state):
@@ -49,18 +52,20 @@ def close_terms(
     def captures(terms, args):
         return _captures(step, solver, terms, args, t, y, solver_state)
 
-    if not captures(terms, args):
-        return terms, args
     calls = t, y, solver_state
     spies = _map_fields(lambda field: _FieldSpy(field, args), terms)
     eqx.filter_eval_shape(there_and_back, spies, args, *calls)
+    traced = _map_fields(lambda spy: spy.trace(), spies)
+    hidden = jtu.tree_map(_hides_tracers, traced, is_leaf=_is_traced)
+    if not any(jtu.tree_leaves(hidden)) and not captures(traced, args):
+        return traced, args, False
     terms = _map_fields(lambda spy: spy.close(), spies)
     if not captures(terms, args):
-        return terms, args
+        return terms, args, True
     terms, args = _close_leaves((terms, args), lambda x: there_and_back(x[0], x[1], *calls))
     if captures(terms, args):
         raise NotImplementedError(hidden_closure)
-    return terms, args
+    return terms, args, True
 
 
 def close_controller(
@@ -147,7 +152,7 @@ class _FieldSpy:
     """A vector field that records the structure of the times and states of its calls."""
 
     def __init__(self, field: Callable, args: Args):
-        self.given = field
+        self.given, self.args = field, args
         self.field = lambda t, y: field(t, y, _copy(args))
         self.calls: list[PyTree] = []
 
@@ -157,10 +162,80 @@ class _FieldSpy:
         _note(_structure(point), self.calls)
         return self.field(*point)
 
+    def trace(self) -> "_TracedField":
+        args = _copy(self.args)
+        return _TracedField.of(self.given, [(*point, args) for point in self.calls])
+
     def close(self) -> Callable:
         if len(self.calls) == 0:
             return self.given
         return _ClosedField([close(self.field, *point) for point in self.calls])
+
+
+class _Version(NamedTuple):
+    """A vector field that was traced with one structure of itself and its arguments.
+
+    - `fixed`: their leaves that are no arrays.
+    - `closed`: its value as a function of the others.
+    """
+
+    fixed: list[Any]
+    closed: Callable
+
+
+class _TracedField(eqx.Module):
+    """The vector field that is `given`, which is not traced again in calls of a known
+    structure: one version for each."""
+
+    given: Callable
+    versions: list[_Version]
+    structures: tuple = eqx.field(static=True)
+
+    @staticmethod
+    def of(given: Callable, calls: list[PyTree]) -> "_TracedField":
+        """For calls with the shapes of `calls`."""
+        versions, structures = [], []
+        for call in calls:
+            arrays, fixed, structure = _split((given, *call))
+
+            def value(arrays, fixed=fixed, treedef=structure[0]):
+                leaves = eqx.combine(arrays, fixed)
+                field, t, y, args = jtu.tree_unflatten(treedef, leaves)
+                return field(t, y, args)
+
+            versions.append(_Version(fixed, close(value, arrays)))
+            structures.append(structure)
+        return _TracedField(given, versions, tuple(structures))
+
+    def __call__(self, t, y, args):
+        arrays, fixed, structure = _split((self.given, *_arrays((t, y)), args))
+        for known, version in zip(self.structures, self.versions, strict=True):
+            same = zip(fixed, version.fixed, strict=False)
+            if structure == known and all(x is other for x, other in same):
+                return version.closed(arrays)
+        given, *call = jtu.tree_unflatten(structure[0], eqx.combine(arrays, fixed))
+        return given(*call)
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, _TracedField)
+
+
+def _hides_tracers(x: Any) -> bool:
+    return isinstance(x, _TracedField) and _has_tracers(x.versions)
+
+
+def _split(tree: PyTree) -> tuple[list[Any], list[Any], tuple]:
+    """The leaves of a tree that are arrays, or shapes and dtypes, those that are not, and
+    the structure of the tree, with the shapes and dtypes. Flattens the tree only once."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    arrays, fixed = eqx.partition(leaves, _has_dtype)
+    shapes = [None if x is None else (x.shape, x.dtype) for x in arrays]
+    return arrays, fixed, (treedef, tuple(shapes))
+
+
+def _has_dtype(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 class _ClosedField(eqx.Module):

@@ -41,8 +41,7 @@ def make_visible(
     solver, t0 = given["solver"], given["t0"]
     y0, solver_state = init_state.y, init_state.solver_state
     given_terms = terms
-    terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
-    closed = jtu.tree_structure(terms) != jtu.tree_structure(given_terms)
+    terms, args, bound = close_terms(solver, terms, args, t0, y0, solver_state)
     controller = close_controller(
         given["stepsize_controller"], solver, terms, t0, args, init_state
     )
@@ -51,7 +50,7 @@ def make_visible(
     def close_condition(fn: Callable) -> Callable:
         # A closed vector field is bound to its `args`; a condition may pass different ones.
         def condition(t, y, args, terms):
-            return fn(t, y, args, terms=given_terms if closed else terms, **given)
+            return fn(t, y, args, terms=given_terms if bound else terms, **given)
 
         return close(condition, t0, y0, args, terms)
 

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
@@ -17,6 +18,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart
+from .._precision import eps
 from .._tree import (
     larger,
     largest,
@@ -39,6 +41,10 @@ from .deviation import Deviation
 from .error_estimate import combine_errors, nan_if_infinite, raise_error
 from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
+
+
+# A controller that looks for a jump tries steps of so many floats in the end.
+_floats = 4
 
 
 class AbstractALF(
@@ -137,7 +143,7 @@ class AbstractALF(
         y1, v1, low = split_sums(z, v)
         y1 = jtu.tree_map(nan_if_infinite, y1, y0)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
-        step = control, y1, k0, k1
+        step = control, _resolution(t0, t1), y1, k0, k1
         missed = self._deviation_at_end(term, t1, y1, v1, args)
         y_error, deviation = self._judge(*step, sums["errors"], solver_state, missed)
         inner = tree_scale(control, sums.get("inner", []))
@@ -163,6 +169,7 @@ class AbstractALF(
     def _judge(
         self,
         control: RealScalarLike,
+        resolution: RealScalarLike,
         y1: Y,
         k0: Y,
         k1: Y,
@@ -181,7 +188,8 @@ class AbstractALF(
         if (deviation := solver_state.deviation) is None:
             return y_error, None
         assert solver_state.evaluated is not None
-        step = control, solver_state.evaluated, y1, errors["fine"], errors["deviation"]
+        step = control, resolution, solver_state.evaluated
+        step = *step, y1, errors["fine"], errors["deviation"]
         deviation, excess = deviation.after_step(self.tableau, *step, missed)
         if excess is not None:
             y_error = jtu.tree_map(raise_error, y_error, excess)
@@ -306,6 +314,12 @@ class AbstractALF(
         if self.tableau.deviation_weights is None:
             return None
         return Deviation.start(self.tableau, y, v)
+
+
+def _resolution(t0: RealScalarLike, t1: RealScalarLike) -> RealScalarLike:
+    """The length of a step of a few floats."""
+    t = jnp.maximum(jnp.abs(t0), jnp.abs(t1))
+    return lax.stop_gradient(_floats * eps(t) * t)
 
 
 def _rows(x: VF, count: int) -> list[VF]:

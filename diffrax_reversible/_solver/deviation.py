@@ -140,6 +140,7 @@ class Deviation(eqx.Module):
         self,
         tableau: ALFTableau,
         control: RealScalarLike,
+        resolution: RealScalarLike,
         evaluated: BoolScalarLike,
         y: Y,
         error: Y,
@@ -153,7 +154,8 @@ class Deviation(eqx.Module):
 
         **Arguments:**
 
-        - `control`: the length of the step.
+        - `control`, `resolution`: the length of the step, and up to which length steps are
+            a matter of rounding.
         - `evaluated`: whether there was no deviation before the step.
         - `y`: the state at its end.
         - `error`, `deviation`: the sums of stage derivatives that give them.
@@ -172,8 +174,8 @@ class Deviation(eqx.Module):
         if missed is not None:
             ends = structure.flatten_up_to(missed)
         for leaf, error_of, deviation_of, packed, end in zip(*leaves, ends, strict=True):
-            step = tableau, control, evaluated, leaf, error_of, deviation_of, end
-            judged = _judge(*step, Known.unpack(packed, leaf))
+            step = tableau, control, resolution, evaluated, leaf
+            judged = _judge(*step, error_of, deviation_of, end, Known.unpack(packed, leaf))
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
@@ -186,6 +188,7 @@ class Deviation(eqx.Module):
 def _judge(
     tableau: ALFTableau,
     control: RealScalarLike,
+    resolution: RealScalarLike,
     evaluated: BoolScalarLike,
     y: Array,
     error: Array,
@@ -226,6 +229,8 @@ def _judge(
     old = jnp.where(evaluated, 0, before.sizes if remembers else before.size * unit)
     excess = _excess(tableau, deviation, old, missed)
     if excess is not None:
+        # A jump is at a time that is itself rounded, so no smaller step is more accurate.
+        h = jnp.maximum(h - jnp.asarray(resolution, h.dtype), 0)
         excess = h * jnp.maximum(excess - usual_deviation * error, 0)
     return restart, known, excess
 
