@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import math
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -71,7 +72,8 @@ class Growth(eqx.Module):
     positive; if modes oscillate, it is negative only where an entry passes through zero,
     and is not at its largest. A step adds little to an entry at its largest, unless `v` of
     asynchronous leapfrog has a cotangent of its own, as its deviation has in the forward
-    pass; then it adds most of it.
+    pass; then it adds most of it. Such an entry has to decay, so that it counts as grown
+    already if it does not.
 
     - `sizes`: the largest size of each entry of the state's cotangent, with decay.
     - `factors`: its growth beyond that in steps where it should not grow.
@@ -248,7 +250,14 @@ def _grow(
     # growing fast ones.
     slow = jnp.logical_not(contracts) & (2 * by > 1)
     by = jnp.minimum(by, most)
+    # An entry next to which the cotangent of `v` prevails decays as that does, at least by
+    # this much. It may as well stay as it is, for hundreds of steps, and never grow.
+    decayed = math.exp(-_contracts)
+    lags = contracts & (jnp.abs(pulled) > y_bar) & (outputs == 0)
+    lags &= jnp.logical_not(alone)
+    lag = jnp.maximum(by / decayed, 1)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
+    by = jnp.where(lags, lag, by)
     by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
     return jnp.maximum(factor * by, 1)
 

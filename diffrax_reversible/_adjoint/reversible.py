@@ -120,16 +120,17 @@ class ReversibleAdjoint(AbstractAdjoint):
     Such modes do not affect the solution, but a gradient excites them again. The second
     approximation of the solvers that restart then amplifies it, under every adjoint: in the
     solve both approximations agree there, so that it has no reason to restart. If the
-    gradient seems to grow in steps in which the vector field contracts the growing mode,
-    the backward pass is done once more, with restarts in place of the solve wherever the
+    gradient seems to grow in steps in which the vector field contracts the growing mode, or
+    such a mode does not decay where the cotangent of the second approximation prevails, the
+    backward pass is done once more, with restarts in place of the solve wherever the
     second approximation would otherwise add more than a thousandth to an entry of the
     cotangent. (With `ALF4` and its like each takes an evaluation and a pull-back, with
     `McCallumFoster` none.) This is the gradient of a solve that restarts at these steps: on
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. Growth that is not
-    detected is not corrected: on the same manifold, at a tolerance of 1e-6, the gradient
-    may be off by half, depending on rounding.
+    detected is not corrected: on the same manifold, at some tolerances, that of `ALF6` is
+    off by up to 2e-3.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
