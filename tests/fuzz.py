@@ -7,6 +7,7 @@ To run the cases from `FIRST` to before `LAST` by hand:
 import collections
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax as dfx
@@ -145,7 +146,14 @@ def _cast(x: Any) -> Any:
     return x.astype(dtypes.get(x.dtype, x.dtype)) if isinstance(x, jax.Array) else x
 
 
-def gradient(case: Case, adjoint: dfx.AbstractAdjoint) -> Any:
+def _compile(fn: Callable, *args: Any) -> Any:
+    return jax.jit(fn)(*args)
+
+
+def gradient(
+    case: Case, adjoint: dfx.AbstractAdjoint, run: Callable[..., Any] = _compile
+) -> Any:
+    """The gradient of a case. With `run=jax.eval_shape` it is only traced."""
     problem = PROBLEMS[case.problem]
     solver = SOLVERS.get(case.solver) or SPLITTINGS[case.solver]
     sign = -1 if case.backwards else 1
@@ -233,14 +241,14 @@ def gradient(case: Case, adjoint: dfx.AbstractAdjoint) -> Any:
         batch = [jax.vmap(lambda f, n=n: n * f.astype(n.dtype))(factors) for n in numbers]
         batch = numbers if case.wrt in ("ts", "t1") else batch
         if case.wrt in ("ts", "t1"):
-            return jax.jit(lambda n: jax.vmap(lambda _: grad(n))(factors))(numbers)
-        return jax.jit(jax.vmap(grad))(batch)
+            return run(lambda n: jax.vmap(lambda _: grad(n))(factors), numbers)
+        return run(jax.vmap(grad), batch)
     if case.transform == "scan":
         step = lambda n, _: (n, grad(n))
-        return jax.jit(lambda n: jax.lax.scan(step, n, None, length=2)[1])(numbers)
+        return run(lambda n: jax.lax.scan(step, n, None, length=2)[1], numbers)
     if case.transform == "hessian-vector":
-        return jax.jit(lambda n: jax.jvp(grad, (n,), (n,))[1])(numbers)
-    return jax.jit(grad)(numbers)
+        return run(lambda n: jax.jvp(grad, (n,), (n,))[1], numbers)
+    return run(grad, numbers)
 
 
 # Words that mark intended errors.

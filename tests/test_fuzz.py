@@ -1,9 +1,11 @@
-"""A few random cases of `fuzz.py`: each gradient is right, or an error that explains."""
+"""Random cases of `fuzz.py`: each gradient is right, or an error that explains."""
 
 import jax
 import pytest
 
-from .fuzz import draw, outcome
+import diffrax_reversible as dr
+
+from .fuzz import draw, gradient, outcome, WORDED
 from .problems import cases
 
 
@@ -20,3 +22,24 @@ def test_outcome(seed):
     with jax.numpy_dtype_promotion("standard"):
         what, more = outcome(draw(seed))
     assert what != "defect", more
+
+
+def first_seeds():
+    """The first case of each solver with each controller."""
+    first = {}
+    for seed in range(1000):
+        case = draw(seed)
+        first.setdefault((case.solver, case.controller), seed)
+    return first.values()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", first_seeds())
+def test_tracing(seed):
+    """With states that are held, also in double precision."""
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            gradient(draw(seed), dr.ReversibleAdjoint(checkpoints=1), jax.eval_shape)
+        except Exception as error:
+            if not any(word in str(error) for word in WORDED):
+                raise
