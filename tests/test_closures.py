@@ -188,6 +188,71 @@ def test_variable_of_a_loop(hides):
     assert relative_error(ours, theirs) < 1e-8
 
 
+class Inner(dfx.AbstractTerm):
+    """Passes a part of its `args` to another term."""
+
+    term: dfx.ODETerm
+
+    def vf(self, t, y, args):
+        return self.term.vf(t, y, args["inner"])
+
+    def contr(self, t0, t1, **kwargs):
+        return self.term.contr(t0, t1)
+
+    def prod(self, vf, control):
+        return self.term.prod(vf, control)
+
+
+class Decaying(dfx.ODETerm):
+    """Reads an attribute of its vector field."""
+
+    def vf(self, t, y, args):
+        return -self.vector_field.rate * y
+
+
+class Decay(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+def stops_at(t, y, args, *, terms, **kwargs):
+    """Reads an attribute of a vector field."""
+    return y[0] - 0.9 * terms.term.vector_field.rate
+
+
+@pytest.mark.parametrize(
+    "term, condition",
+    (
+        (lambda rate: Inner(dfx.ODETerm(lambda t, y, rate: -rate * y)), None),
+        (lambda rate: Decaying(Decay(rate)), None),
+        (lambda rate: dfx.ODETerm(Decay(rate)), stops_at),
+    ),
+    ids=("other args", "attribute", "attribute in event"),
+)
+def test_fields_as_they_are_given(term, condition):
+    """Traced vector fields are called with other `args`, and have all attributes."""
+    event = None
+    if condition is not None:
+        event = dfx.Event(condition, optx.Newton(1e-9, 1e-9))
+
+    def loss(rate, adjoint):
+        sol = dfx.diffeqsolve(
+            term(rate),
+            dr.ALF4(),
+            *(0.0, 1.0, None, jnp.array([1.0]), {"inner": rate, "other": 1}),
+            stepsize_controller=PID,
+            adjoint=adjoint,
+            event=event,
+        )
+        return jnp.sum(sol.ys) + sol.ts[-1]
+
+    ours = jax.grad(loss)(jnp.array(0.7), dr.ReversibleAdjoint())
+    theirs = jax.grad(loss)(jnp.array(0.7), dfx.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, theirs) < 1e-8
+
+
 @pytest.mark.slow
 def test_functions_in_args_of_outputs():
     """Outputs and events may call functions in `args` differently than the field does."""

@@ -155,9 +155,8 @@ CHECKS = {
     "name",
     cases(
         (),
-        long=("batch with many parameters", "state"),
+        long=("batch with many parameters", "state", "shard_map"),
         more=("batch",),
-        slow=("shard_map",),
     ),
 )
 def test_eight_devices(name):

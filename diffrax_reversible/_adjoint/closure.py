@@ -1,23 +1,23 @@
-"""Functions as they are when they are solved, with closed-over values made visible."""
+"""Making closed-over values visible to differentiation."""
 
 import copy
 import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractStepSizeController, ControlTerm, ODETerm
-from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance_densely
+from .close import as_arrays, close, has_tracers, structs_of
+from .traced_field import FieldSpy, hides_tracers
 from .validate import hidden_closure, hidden_in_controller
 
 
@@ -30,14 +30,16 @@ def close_terms(
     solver_state: SolverState,
 ) -> tuple[Terms, Args, bool]:
     """`terms` and `args` as they are now, with the traced values that functions close over
-    as leaves. Also whether the `terms` may ignore the `args` that they are called with.
+    as leaves. Also whether the `terms` are bound to these `args`, and ignore others.
 
     The vector field of an `ODETerm` or a `ControlTerm` is traced here, and not again in the
     backward pass, where a Python variable that it reads may have changed, such as that of a
-    loop. A custom gradient cannot see a closed-over traced value, and would drop its
-    cotangent. If there are any, the vector field is replaced as a whole, together with its
-    `args`, so that they may hide anywhere in it. In controls and other terms, only
-    functions among the leaves are replaced, which preserves their types.
+    loop. (Controls and other terms are traced again.)
+
+    A custom gradient cannot see a closed-over traced value, and would drop its cotangent.
+    If there are any, the vector field is replaced as a whole, together with its `args`, so
+    that they may hide anywhere in it. In controls and other terms, only functions among the
+    leaves are replaced, which preserves their types.
     """
 
     def there_and_back(terms, args, t, y, solver_state):
@@ -53,12 +55,13 @@ def close_terms(
         return _captures(step, solver, terms, args, t, y, solver_state)
 
     calls = t, y, solver_state
-    spies = _map_fields(lambda field: _FieldSpy(field, args), terms)
+    spies = _map_fields(FieldSpy, terms)
     eqx.filter_eval_shape(there_and_back, spies, args, *calls)
     traced = _map_fields(lambda spy: spy.trace(), spies)
-    hidden = jtu.tree_map(_hides_tracers, traced, is_leaf=_is_traced)
-    if not any(jtu.tree_leaves(hidden)) and not captures(traced, args):
+    if not hides_tracers(traced) and not captures(traced, args):
         return traced, args, False
+    spies = _map_fields(lambda field: _BoundSpy(field, args), terms)
+    eqx.filter_eval_shape(there_and_back, spies, args, *calls)
     terms = _map_fields(lambda spy: spy.close(), spies)
     if not captures(terms, args):
         return terms, args, True
@@ -102,7 +105,7 @@ def close_controller(
     )
     step = t, t, y, y, args, y_error, error_order
     # Python scalars, which the first state may contain, become arrays in a loop.
-    states = state, _arrays(state)
+    states = state, as_arrays(state)
     bound = ft.partial(adapt, controller)
     return _ClosedController(_Closed([close(bound, *step, state) for state in states]))
 
@@ -148,94 +151,24 @@ class _ClosedController(AbstractStepSizeController[PyTree, RealScalarLike | None
         return self.adapt(*step, controller_state)
 
 
-class _FieldSpy:
-    """A vector field that records the structure of the times and states of its calls."""
+class _BoundSpy:
+    """A vector field, bound to its `args`, that records the structure of its calls."""
 
     def __init__(self, field: Callable, args: Args):
-        self.given, self.args = field, args
+        self.given = field
         self.field = lambda t, y: field(t, y, _copy(args))
         self.calls: list[PyTree] = []
 
     def __call__(self, t, y, args):
         del args
-        point = _arrays((t, y))
+        point = as_arrays((t, y))
         _note(_structure(point), self.calls)
         return self.field(*point)
-
-    def trace(self) -> "_TracedField":
-        args = _copy(self.args)
-        return _TracedField.of(self.given, [(*point, args) for point in self.calls])
 
     def close(self) -> Callable:
         if len(self.calls) == 0:
             return self.given
         return _ClosedField([close(self.field, *point) for point in self.calls])
-
-
-class _Version(NamedTuple):
-    """A vector field that was traced with one structure of itself and its arguments.
-
-    - `fixed`: their leaves that are no arrays.
-    - `closed`: its value as a function of the others.
-    """
-
-    fixed: list[Any]
-    closed: Callable
-
-
-class _TracedField(eqx.Module):
-    """The vector field that is `given`, which is not traced again in calls of a known
-    structure: one version for each."""
-
-    given: Callable
-    versions: list[_Version]
-    structures: tuple = eqx.field(static=True)
-
-    @staticmethod
-    def of(given: Callable, calls: list[PyTree]) -> "_TracedField":
-        """For calls with the shapes of `calls`."""
-        versions, structures = [], []
-        for call in calls:
-            arrays, fixed, structure = _split((given, *call))
-
-            def value(arrays, fixed=fixed, treedef=structure[0]):
-                leaves = eqx.combine(arrays, fixed)
-                field, t, y, args = jtu.tree_unflatten(treedef, leaves)
-                return field(t, y, args)
-
-            versions.append(_Version(fixed, close(value, arrays)))
-            structures.append(structure)
-        return _TracedField(given, versions, tuple(structures))
-
-    def __call__(self, t, y, args):
-        arrays, fixed, structure = _split((self.given, *_arrays((t, y)), args))
-        for known, version in zip(self.structures, self.versions, strict=True):
-            same = zip(fixed, version.fixed, strict=False)
-            if structure == known and all(x is other for x, other in same):
-                return version.closed(arrays)
-        given, *call = jtu.tree_unflatten(structure[0], eqx.combine(arrays, fixed))
-        return given(*call)
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, _TracedField)
-
-
-def _hides_tracers(x: Any) -> bool:
-    return isinstance(x, _TracedField) and _has_tracers(x.versions)
-
-
-def _split(tree: PyTree) -> tuple[list[Any], list[Any], tuple]:
-    """The leaves of a tree that are arrays, or shapes and dtypes, those that are not, and
-    the structure of the tree, with the shapes and dtypes. Flattens the tree only once."""
-    leaves, treedef = jtu.tree_flatten(tree)
-    arrays, fixed = eqx.partition(leaves, _has_dtype)
-    shapes = [None if x is None else (x.shape, x.dtype) for x in arrays]
-    return arrays, fixed, (treedef, tuple(shapes))
-
-
-def _has_dtype(x: Any) -> bool:
-    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 class _ClosedField(eqx.Module):
@@ -246,12 +179,8 @@ class _ClosedField(eqx.Module):
 
     def __call__(self, t, y, args):
         del args
-        point = _arrays((t, y))
+        point = as_arrays((t, y))
         return _choose(self.versions, point, {})(*point)
-
-
-def _arrays(tree: PyTree) -> PyTree[Array]:
-    return jtu.tree_map(jnp.asarray, tree)
 
 
 def _note(call: PyTree, calls: list[PyTree]) -> None:
@@ -281,25 +210,19 @@ def _is_function(x: Any) -> bool:
 
 def _captures(fn: Callable, *args) -> bool:
     """Whether `fn(*args)` depends on traced values that are not leaves of `args`."""
-    return _has_tracers(close(fn, *args))
-
-
-def close(fn: Callable, *args, **kwargs) -> Callable:
-    """`fn` with everything it depends on as leaves, for calls as `fn(*args, **kwargs)`."""
-    # Equinox passes a function without a closure through, although its arguments may
-    # contain functions with one.
-    return eqx.filter_closure_convert(lambda *a, **k: fn(*a, **k), *args, **kwargs)
-
-
-def _has_tracers(closed: PyTree) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(closed))
+    return has_tracers(close(fn, *args))
 
 
 def _structure(x: PyTree) -> PyTree:
     """`x` with shapes and dtypes in place of arrays."""
-    return jtu.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x, x
-    )
+    leaves, treedef = jtu.tree_flatten(x)
+    return jtu.tree_unflatten(treedef, map(_strong, structs_of(leaves)))
+
+
+def _strong(x: Any) -> Any:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 class _Spy:
@@ -332,6 +255,6 @@ def _close(x: Any) -> Any:
     if not isinstance(x, _Spy):
         return x
     versions = [close(x.fn, *args, **kwargs) for args, kwargs in x.calls]
-    if _has_tracers(versions):
+    if has_tracers(versions):
         return _Closed(versions)
     return x.fn

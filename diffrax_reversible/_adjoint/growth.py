@@ -27,6 +27,8 @@ from .spread import Spread
 # but due to entries in other units.
 _contracts = 1.0
 _at_most = 1000.0
+# In a step that contracts, an entry decays at least by this factor.
+_decayed = math.exp(-_contracts)
 # If the backward pass restarts, so that the second approximation does not spoil the
 # cotangent, only steps with more than this fraction of the stability limit count.
 _unstable = 0.75
@@ -250,12 +252,11 @@ def _grow(
     # growing fast ones.
     slow = jnp.logical_not(contracts) & (2 * by > 1)
     by = jnp.minimum(by, most)
-    # An entry next to which the cotangent of `v` prevails decays as that does, at least by
-    # this much. It may as well stay as it is, for hundreds of steps, and never grow.
-    decayed = math.exp(-_contracts)
+    # Where the cotangent of `v` prevails, an entry should decay as that does. One that
+    # stays as it is, perhaps for hundreds of steps, is spoilt, although it never grows.
     lags = contracts & (jnp.abs(pulled) > y_bar) & (outputs == 0)
     lags &= jnp.logical_not(alone)
-    lag = jnp.maximum(by / decayed, 1)
+    lag = jnp.maximum(by / _decayed, 1)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
     by = jnp.where(lags, lag, by)
     by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))

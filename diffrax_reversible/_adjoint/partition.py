@@ -13,7 +13,8 @@ from diffrax import Event
 from .._custom_types import Args, Terms
 from .._diffrax import State
 from .._tree import tree_replace
-from .closure import close, close_controller, close_terms
+from .close import close
+from .closure import close_controller, close_terms
 from .controller_traits import follows_state, makes_jumps, varying_leaves
 from .problem import (
     Context,
@@ -48,7 +49,7 @@ def make_visible(
     given = given | dict(stepsize_controller=controller)
 
     def close_condition(fn: Callable) -> Callable:
-        # A closed vector field is bound to its `args`; a condition may pass different ones.
+        # A condition may pass other `args` than those that the terms are bound to.
         def condition(t, y, args, terms):
             return fn(t, y, args, terms=given_terms if bound else terms, **given)
 

@@ -18,7 +18,7 @@ from .._custom_types import (
     Y,
 )
 from .._exact_sum import LowPart
-from .._precision import eps
+from .._precision import as_floats, eps
 from .._tree import (
     larger,
     largest,
@@ -43,7 +43,8 @@ from .interpolation import MakeInterpolation, with_slopes
 from .ode_term import as_ode_term
 
 
-# A controller that looks for a jump tries steps of so many floats in the end.
+# Both ends of a step, the time of a jump, and that of a stage are rounded: steps of so many
+# floats do not tell where in them a jump is.
 _floats = 4
 
 
@@ -318,6 +319,7 @@ class AbstractALF(
 
 def _resolution(t0: RealScalarLike, t1: RealScalarLike) -> RealScalarLike:
     """The length of a step of a few floats."""
+    t0, t1 = as_floats(t0, t1)
     t = jnp.maximum(jnp.abs(t0), jnp.abs(t1))
     return lax.stop_gradient(_floats * eps(t) * t)
 
