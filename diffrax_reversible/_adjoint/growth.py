@@ -29,6 +29,9 @@ _contracts = 1.0
 _at_most = 1000.0
 # In a step that contracts, an entry decays at least by this factor.
 _decayed = math.exp(-_contracts)
+# The limit per step on counting as grown because an entry has not decayed: a step or two
+# that are barely accurate prove nothing.
+_most_lag = 2.0
 # If the backward pass restarts, so that the second approximation does not spoil the
 # cotangent, only steps with more than this fraction of the stability limit count.
 _unstable = 0.75
@@ -256,7 +259,7 @@ def _grow(
     # stays as it is, perhaps for hundreds of steps, is spoilt, although it never grows.
     lags = contracts & (jnp.abs(pulled) > y_bar) & (outputs == 0)
     lags &= jnp.logical_not(alone)
-    lag = jnp.maximum(by / _decayed, 1)
+    lag = jnp.clip(by / _decayed, 1, _most_lag)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
     by = jnp.where(lags, lag, by)
     by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
