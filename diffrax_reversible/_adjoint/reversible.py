@@ -130,7 +130,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. Growth that is not
     detected is not corrected: on the same manifold, at some tolerances, that of `ALF6` is
-    off by up to 2e-3.
+    off by up to half a percent.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
