@@ -146,12 +146,12 @@ def _cast(x: Any) -> Any:
     return x.astype(dtypes.get(x.dtype, x.dtype)) if isinstance(x, jax.Array) else x
 
 
-def _compile(fn: Callable, *args: Any) -> Any:
+def _run(fn: Callable, *args: Any) -> Any:
     return jax.jit(fn)(*args)
 
 
 def gradient(
-    case: Case, adjoint: dfx.AbstractAdjoint, run: Callable[..., Any] = _compile
+    case: Case, adjoint: dfx.AbstractAdjoint, run: Callable[..., Any] = _run
 ) -> Any:
     """The gradient of a case. With `run=jax.eval_shape` it is only traced."""
     problem = PROBLEMS[case.problem]

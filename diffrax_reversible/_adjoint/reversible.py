@@ -129,8 +129,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. Growth that is not
-    detected is not corrected: on the same manifold, at some tolerances, that of `ALF6` is
-    off by up to half a percent.
+    detected is not corrected, nor are grown entries below a hundredth of the largest.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
