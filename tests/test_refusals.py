@@ -132,6 +132,22 @@ def grad_wrt_static():
     return jax.grad(total)(jnp.array(1.3))
 
 
+def grad_of_changing_field():
+    calls = []
+
+    class Changing(dfx.ODETerm):
+        """Passes other `args` on each time."""
+
+        def vf(self, t, y, args):
+            calls.append(t)
+            return self.vector_field(t, y, len(calls))
+
+    def total(w):
+        return jnp.sum(solve(terms=Changing(lambda t, y, args: w * y)).ys)
+
+    return jax.grad(total)(jnp.array(1.3))
+
+
 def traced(make):
     """Solve with a traced number in place of a known one."""
     return jax.jit(lambda x: solve(**make(x)).ys)(1)
@@ -301,6 +317,12 @@ REFUSALS = (
         grad_wrt_static,
         NotImplementedError,
         ("static field", "closes over", "through `args`"),
+    ),
+    (
+        "a vector field that closes over values and is called in changing ways",
+        grad_of_changing_field,
+        NotImplementedError,
+        ("closes over", "another way", "through `args`"),
     ),
     (
         "settings that are none: tolerance",

@@ -17,7 +17,7 @@ from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance_densely
 from .close import as_arrays, close, has_tracers, structs_of
-from .traced_field import FieldSpy, hides_tracers
+from .traced_field import FieldSpy
 from .validate import hidden_closure, hidden_in_controller
 
 
@@ -28,18 +28,18 @@ def close_terms(
     t: RealScalarLike,
     y: Y,
     solver_state: SolverState,
-) -> tuple[Terms, Args, bool]:
+) -> tuple[Terms, Args]:
     """`terms` and `args` as they are now, with the traced values that functions close over
-    as leaves. Also whether the `terms` are bound to these `args`, and ignore others.
+    as leaves.
 
     The vector field of an `ODETerm` or a `ControlTerm` is traced here, and not again in the
     backward pass, where a Python variable that it reads may have changed, such as that of a
     loop. (Controls and other terms are traced again.)
 
     A custom gradient cannot see a closed-over traced value, and would drop its cotangent.
-    If there are any, the vector field is replaced as a whole, together with its `args`, so
-    that they may hide anywhere in it. In controls and other terms, only functions among the
-    leaves are replaced, which preserves their types.
+    Those of a vector field, and of functions in `args` that it calls, become leaves of the
+    traced one, wherever they hide. If controls and other terms have any, the functions
+    among their leaves, and those in `args`, are replaced, which preserves their types.
     """
 
     def there_and_back(terms, args, t, y, solver_state):
@@ -54,21 +54,21 @@ def close_terms(
     def captures(terms, args):
         return _captures(step, solver, terms, args, t, y, solver_state)
 
-    calls = t, y, solver_state
-    spies = _map_fields(FieldSpy, terms)
-    eqx.filter_eval_shape(there_and_back, spies, args, *calls)
-    traced = _map_fields(lambda spy: spy.trace(), spies)
-    if not hides_tracers(traced) and not captures(traced, args):
-        return traced, args, False
-    spies = _map_fields(lambda field: _BoundSpy(field, args), terms)
-    eqx.filter_eval_shape(there_and_back, spies, args, *calls)
-    terms = _map_fields(lambda spy: spy.close(), spies)
-    if not captures(terms, args):
-        return terms, args, True
-    terms, args = _close_leaves((terms, args), lambda x: there_and_back(x[0], x[1], *calls))
-    if captures(terms, args):
-        raise NotImplementedError(hidden_closure)
-    return terms, args, True
+    def trace_fields(terms, args):
+        spies = _map_fields(FieldSpy, terms)
+        run((spies, args))
+        return _map_fields(lambda spy: spy.trace(), spies)
+
+    def run(called):
+        return eqx.filter_eval_shape(there_and_back, *called, t, y, solver_state)
+
+    traced = trace_fields(terms, args)
+    if captures(traced, args):
+        terms, args = _close_leaves((terms, args), run)
+        traced = trace_fields(terms, args)
+        if captures(traced, args):
+            raise NotImplementedError(hidden_closure)
+    return traced, args
 
 
 def close_controller(
@@ -94,7 +94,8 @@ def close_controller(
     if not captures(controller):
         return controller
     controller = _close_leaves(
-        controller, lambda c: adapt(c, t, t, y, y, args, y, error_order, state)[:3]
+        controller,
+        lambda c: eqx.filter_eval_shape(adapt, c, t, t, y, y, args, y, error_order, state),
     )
     if not captures(controller):
         return controller
@@ -151,56 +152,10 @@ class _ClosedController(AbstractStepSizeController[PyTree, RealScalarLike | None
         return self.adapt(*step, controller_state)
 
 
-class _BoundSpy:
-    """A vector field, bound to its `args`, that records the structure of its calls."""
-
-    def __init__(self, field: Callable, args: Args):
-        self.given = field
-        self.field = lambda t, y: field(t, y, _copy(args))
-        self.calls: list[PyTree] = []
-
-    def __call__(self, t, y, args):
-        del args
-        point = as_arrays((t, y))
-        _note(_structure(point), self.calls)
-        return self.field(*point)
-
-    def close(self) -> Callable:
-        if len(self.calls) == 0:
-            return self.given
-        return _ClosedField([close(self.field, *point) for point in self.calls])
-
-
-class _ClosedField(eqx.Module):
-    """A vector field with everything that it depends on, the `args` included, as leaves:
-    one version for each structure of its calls."""
-
-    versions: list[Any]
-
-    def __call__(self, t, y, args):
-        del args
-        point = as_arrays((t, y))
-        return _choose(self.versions, point, {})(*point)
-
-
-def _note(call: PyTree, calls: list[PyTree]) -> None:
-    if not any(eqx.tree_equal(call, earlier) for earlier in calls):
-        calls.append(call)
-
-
-def _choose(versions: list[Any], args: tuple, kwargs: dict) -> Callable:
-    call = _structure((args, kwargs))
-    for version in versions[:-1]:
-        if eqx.tree_equal(call, _structure(version.in_struct)):
-            return version
-    # If this does not fit either, its error shows the call.
-    return versions[-1]
-
-
 def _close_leaves(tree: PyTree, run: Callable[[PyTree], Any]) -> PyTree:
     """`tree` with the functions among its leaves closed, for the calls that `run` makes."""
     spies = jtu.tree_map(lambda x: _Spy(x) if _is_function(x) else x, tree)
-    eqx.filter_eval_shape(run, spies)
+    run(spies)
     return jtu.tree_map(_close, spies)
 
 
@@ -233,7 +188,9 @@ class _Spy:
         self.calls: list[PyTree] = []
 
     def __call__(self, *args, **kwargs):
-        _note(_structure((args, kwargs)), self.calls)
+        call = _structure((args, kwargs))
+        if not any(eqx.tree_equal(call, known) for known in self.calls):
+            self.calls.append(call)
         return self.fn(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -247,7 +204,12 @@ class _Closed(eqx.Module):
     versions: list[Any]
 
     def __call__(self, *args, **kwargs):
-        return _choose(self.versions, args, kwargs)(*args, **kwargs)
+        call = _structure((args, kwargs))
+        for version in self.versions[:-1]:
+            if eqx.tree_equal(call, _structure(version.in_struct)):
+                return version(*args, **kwargs)
+        # If this does not fit either, its error shows the call.
+        return self.versions[-1](*args, **kwargs)
 
 
 def _close(x: Any) -> Any:

@@ -27,6 +27,7 @@ from .problem import (
 )
 from .reverse_only import reverse_only
 from .times import prescribed_times
+from .traced_field import hides_tracers
 from .unread import detach_unread
 from .validate import hold_fixed, hold_times_fixed
 
@@ -42,16 +43,17 @@ def make_visible(
     solver, t0 = given["solver"], given["t0"]
     y0, solver_state = init_state.y, init_state.solver_state
     given_terms = terms
-    terms, args, bound = close_terms(solver, terms, args, t0, y0, solver_state)
+    terms, args = close_terms(solver, terms, args, t0, y0, solver_state)
     controller = close_controller(
         given["stepsize_controller"], solver, terms, t0, args, init_state
     )
     given = given | dict(stepsize_controller=controller)
 
     def close_condition(fn: Callable) -> Callable:
-        # A condition may pass other `args` than those that the terms are bound to.
+        # A condition may call a vector field in other ways than the solver does.
         def condition(t, y, args, terms):
-            return fn(t, y, args, terms=given_terms if bound else terms, **given)
+            known = given_terms if hides_tracers(terms) else terms
+            return fn(t, y, args, terms=known, **given)
 
         return close(condition, t0, y0, args, terms)
 

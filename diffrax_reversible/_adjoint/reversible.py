@@ -333,7 +333,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     given with `StepTo`, and with respect to `t1` also with a `PIDController` or an
     `AbstractReversibleStepSizeController`. For all gradients of such outputs, with a
     controller of your own whose steps depend on the state. For closed-over traced values
-    that are not visible. For jumps, with a solver whose solver state cannot cross them.
+    that are not visible, or that hide in a vector field which is called in changing ways.
+    For jumps, with a solver whose solver state cannot cross them.
 - `RuntimeError` for gradients with respect to the solver, the controller (besides
     times that it steps to) or its state, or the root finder of an event, for forward mode,
     for second derivatives along times, and for reverse mode over a gradient.

@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .close import as_arrays, close, has_tracers, structs_of
+from .validate import hidden_in_call
 
 
 class _Call(NamedTuple):
@@ -66,7 +67,7 @@ class FieldSpy:
             _Version(call.fixed, close(call.make, call.arrays), call.structure)
             for call in self.calls
         ]
-        return _TracedField(self.field, versions)
+        return _TracedField(self.field, versions, has_tracers(versions))
 
 
 class _Version(eqx.Module):
@@ -79,26 +80,30 @@ class _Version(eqx.Module):
 
 class _TracedField(eqx.Module):
     """A vector field, with a version for each kind of call. In other calls it is traced
-    again, and reads Python variables as they are then."""
+    again, and reads Python variables as they are then; if it hides traced values, whose
+    cotangents would be lost, they are an error."""
 
     given: Callable
     versions: list[_Version]
+    hides_tracers: bool = eqx.field(static=True)
 
     def __call__(self, t, y, args):
         call = _Call.of(self.given, t, y, args)
         for version in self.versions:
             if call.fits(version.fixed, version.structure):
                 return version.closed(call.arrays)
+        if self.hides_tracers:
+            raise NotImplementedError(hidden_in_call)
         return call.make(call.arrays)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("given", "versions") or name.startswith("__"):
+        if name in ("given", "versions", "hides_tracers") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.given, name)
 
 
 def hides_tracers(tree: PyTree) -> bool:
-    """Whether a traced vector field depends on traced values that are not its leaves."""
+    """Whether a vector field that was traced had traced values that were not its leaves."""
     is_traced = lambda x: isinstance(x, _TracedField)
     fields = filter(is_traced, jtu.tree_leaves(tree, is_leaf=is_traced))
-    return any(has_tracers(field.versions) for field in fields)
+    return any(field.hides_tracers for field in fields)

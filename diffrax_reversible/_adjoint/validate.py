@@ -39,6 +39,12 @@ hidden_closure = (
     "through `args`, as fields of the term, or use an `ODETerm`."
 )
 
+hidden_in_call = (
+    f"{call}: a vector field that closes over traced values was called in another way than "
+    "when the solver was first traced, and their gradient would be lost. Pass them through "
+    "`args`."
+)
+
 hidden_in_controller = (
     f"{call}: the `stepsize_controller` computes its steps backwards, and a function of it "
     "that is not visible as a leaf, such as a static field, closes over traced values. "
