@@ -278,3 +278,30 @@ def test_copy_that_is_lost(controller):
     want = solve(dfx.Dopri8(), dfx.PIDController(1e-9, 1e-9))
     got = jax.jit(lambda: solve(solver, controller))()
     np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
+def test_gradient_where_the_copy_is_lost():
+    """Gompertz' growth, `y = exp(exp(-r t) log(y0))`, in a batch: the stages of a step back
+    are below zero, and nothing depends on them."""
+    times = jnp.array([1.0, 5.0])
+    starts = jnp.array([1e-4, 0.3])
+
+    def loss(rate):
+        def final(y0):
+            return dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, rate: -rate * y * jnp.log(y)),
+                dr.McCallumFoster(dfx.Tsit5()),
+                *(0.0, 5.0, None, y0, rate),
+                saveat=dfx.SaveAt(ts=times),
+                stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-6),
+                adjoint=dr.ReversibleAdjoint(),
+            ).ys
+
+        return jnp.sum(jax.vmap(final)(starts))
+
+    def exact(rate):
+        return jnp.sum(jnp.exp(jnp.outer(jnp.log(starts), jnp.exp(-rate * times))))
+
+    rate = jnp.array(0.7)
+    got, want = jax.jit(jax.grad(loss))(rate), jax.grad(exact)(rate)
+    np.testing.assert_allclose(got, want, rtol=3e-3)

@@ -73,8 +73,7 @@ def _judge(
     scales: Int[Array, "..."],
 ) -> tuple[BoolScalarLike, Int[Array, ""], Int[Array, "..."]]:
     """Whether to restart, and the new `seed` and `scales`, as bits."""
-    # The step back may leave the domain of a vector field, as that of a square root.
-    lost = jnp.any(jnp.isfinite(y) & jnp.logical_not(jnp.isfinite(z)))
+    lost = copy_is_lost(y, z)
     y, distances, errors = where_finite(y, jnp.abs(y - z), jnp.abs(error))
     so_far, unit = largest_so_far(from_half_the_bits(scales, y), y)
     # A single error estimate may be small by chance: it counts as at least the largest one,
@@ -87,6 +86,16 @@ def _judge(
     seed = jnp.where(seed == 0, jnp.maximum(distance, _noise * eps(y)), seed)
     restart = has_grown(distance, seed) | inaccurate | lost
     return restart, to_bits(seed), to_half_the_bits(so_far)
+
+
+def copy_is_lost(y: Y, z: Y) -> BoolScalarLike:
+    """Whether the step back to `z` has left the domain of the vector field, as that of a
+    square root, where the step to `y` has not."""
+    lost = [
+        jnp.any(jnp.isfinite(y) & jnp.logical_not(jnp.isfinite(z)))
+        for y, z in zip(jtu.tree_leaves(y), jtu.tree_leaves(z), strict=True)
+    ]
+    return jnp.stack([jnp.array(False), *lost]).any()
 
 
 class CoupledState(eqx.Module):

@@ -39,7 +39,7 @@ from .capabilities import CanRestart, HasErrorScales, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, run, undo, Update
 from .chain_pullback import Pulled, undo_and_pull
 from .coupled_interpolation import MakeCoupled
-from .coupled_state import CoupledState, Separation, with_copy
+from .coupled_state import copy_is_lost, CoupledState, Separation, with_copy
 from .ode_term import as_ode_term
 from .overrides import overrides
 from .pullback import (
@@ -191,13 +191,21 @@ class McCallumFoster(
         return _combine(self._tableau.b_sol, stages)
 
     def _chain(
-        self, t0: RealScalarLike, t1: RealScalarLike, tap: tuple[Y, Y] | None = None
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        tap: tuple[Y, Y] | None = None,
+        lost: BoolScalarLike = False,
     ) -> Chain:
         """The two updates, of `y` and of `z`. The first also returns `Ψ` and its stages.
 
-        The cotangents of the `tap` are those passed to the first stage, and through it to
-        the state.
+        - `tap`: its cotangents are those passed to the first stage, and through it to the
+            state.
+        - `lost`: whether the step back has left the domain of the vector field, so that
+            nothing depends on the new `z`. It then has no length, as derivatives outside
+            of the domain are not finite, even times zero.
         """
+        back_to = t0 if lost is False else jnp.where(lost, t1, t0)
 
         def make_round(terms: Terms, args: Args, row: None):
             del row
@@ -211,8 +219,8 @@ class McCallumFoster(
                 return tree_axpy(1 - self.coupling, z, increment), (increment, stages)
 
             def back(y):
-                first = self._first_stage(terms, t1, t0, y, args)
-                stages = self._stages(terms, t1, t0, y, args, first)
+                first = self._first_stage(terms, t1, back_to, y, args)
+                stages = self._stages(terms, t1, back_to, y, args, first)
                 return self._increment(stages), None
 
             return Update(0, forth, self.coupling, tap=tap), Update(1, back, factor=-1)
@@ -322,8 +330,10 @@ class McCallumFoster(
             aux_bar = increment_bar, stages_bar
             sides_bar = lambda row: ((tree_zeros_like(y1), aux_bar), None)
 
+        tap = tree_zeros_like(y1), tree_zeros_like(y1)
+        lost = copy_is_lost(y1, solver_state.copy)
         pulled = undo_and_pull(
-            self._chain(t0, t1, tap=(tree_zeros_like(y1), tree_zeros_like(y1))),
+            self._chain(t0, t1, tap, lost),
             combine,
             params,
             as_sums((y1, solver_state.copy)),
