@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, PyTree
 
-from ._jaxpr import meets
+from ._jaxpr import custom_vjps, meets
 
 
 # Primitives, besides comparisons, whose derivative jumps, or whose custom derivative may.
@@ -12,7 +12,7 @@ _kinks = {
     *("max", "min", "abs", "sign", "clamp", "floor", "ceil", "round", "rem", "sort"),
     *("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"),
     *("cummax", "cummin", "nextafter"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    *("custom_jvp_call", *custom_vjps),
 }
 # Functions of JAX that are smooth although they compare.
 _smooth = frozenset({"softplus"})

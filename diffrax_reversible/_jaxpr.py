@@ -9,6 +9,8 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 
+# Operations whose derivative in reverse mode is custom.
+custom_vjps = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Their inputs are those of the jaxpr that they call.
 _calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
@@ -76,6 +78,15 @@ def reads(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> list[bool]:
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return used
+
+
+def has_custom_vjp(jaxpr) -> bool:
+    """Whether a jaxpr, or one within it, has an operation with a `jax.custom_vjp`."""
+    return any(
+        equation.primitive.name in custom_vjps
+        or any(map(has_custom_vjp, _inner(equation.params)))
+        for equation in jaxpr.eqns
+    )
 
 
 def _inner(params: dict[str, Any]) -> list:

@@ -19,6 +19,8 @@ from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
+from ._jaxpr import has_custom_vjp
+
 
 def share(x: Array, names: tuple[Hashable, ...]) -> Array:
     """`x`, which members share along the named axes, over which its cotangent is summed."""
@@ -45,10 +47,21 @@ def value_and_pullback(
         lambda *leaves: fn(*jtu.tree_unflatten(structure, leaves)), return_shape=True
     )(*leaves)
     bars = jtu.tree_leaves(bar)
-    results = _pull_p.bind(*(*closed.consts, *leaves, *bars), jaxpr=closed.jaxpr, levels=())
+    operands = *closed.consts, *leaves, *bars
+    performs = _effects(closed.jaxpr, operands)
+    results = _pull_p.bind(*operands, jaxpr=closed.jaxpr, levels=(), performs=performs)
     values, pulled = results[: len(bars)], results[len(bars) :]
     values = jtu.tree_unflatten(jtu.tree_structure(out), values)
     return values, jtu.tree_unflatten(structure, pulled)
+
+
+def _effects(jaxpr, operands: tuple[Array, ...]) -> frozenset:
+    """The effects of a function and of its pull-back, which may have more if a custom
+    derivative has, as one that prints a cotangent."""
+    if not has_custom_vjp(jaxpr):
+        return frozenset(jaxpr.effects)
+    pull = ft.partial(_evaluate, jaxpr=jaxpr, levels=(), performs=frozenset())
+    return frozenset(jax.make_jaxpr(pull)(*operands).effects)
 
 
 def jvp_of(fn: Callable, primals, tangents) -> tuple[list, list]:
@@ -127,7 +140,7 @@ class _Level(NamedTuple):
 
 
 # The operands are the constants and the inputs of the jaxpr, and the cotangents of its
-# outputs; the results, its outputs and the cotangents of its inputs.
+# outputs; the results, its outputs and the cotangents of its inputs. It `performs` effects.
 _pull_p = jex.Primitive("value_and_pullback")
 _pull_p.multiple_results = True
 
@@ -136,7 +149,8 @@ def _axes(mapped: Sequence[bool]) -> tuple[int | None, ...]:
     return tuple(0 if m else None for m in mapped)
 
 
-def _evaluate(*xs, jaxpr, levels):
+def _evaluate(*xs, jaxpr, levels, performs):
+    del performs
     constants = len(jaxpr.constvars)
     both = constants + len(jaxpr.invars)
 
@@ -201,7 +215,7 @@ def _of_members(pull: Callable, level: _Level, both: int) -> Callable:
     return of_batch
 
 
-def _abstract_eval(*xs, jaxpr, levels):
+def _abstract_eval(*xs, jaxpr, levels, performs):
     del xs
     values, pulled = [], []
     for v in jaxpr.outvars:
@@ -217,16 +231,16 @@ def _abstract_eval(*xs, jaxpr, levels):
             if not level.summed[i]:
                 shape = (level.size, *shape)
         pulled.append(ShapedArray(shape, v.aval.dtype))
-    return [*values, *pulled], jaxpr.effects
+    return [*values, *pulled], performs
 
 
 def _jvp(primals, tangents, **params):
     return jvp_of(ft.partial(_evaluate, **params), primals, tangents)
 
 
-def _batch(axis_data, xs, dims, *, jaxpr, levels):
+def _batch(axis_data, xs, dims, *, jaxpr, levels, performs):
     if all(dim is None for dim in dims):
-        results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=levels)
+        results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=levels, performs=performs)
         return results, [None for _ in results]
     pairs = zip(xs, dims, strict=True)
     xs = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs]
@@ -236,7 +250,8 @@ def _batch(axis_data, xs, dims, *, jaxpr, levels):
     pairs = zip(jaxpr.invars, mapped[constants:both], strict=True)
     summed = tuple(not m and axis_data.name in _shared_by(jaxpr, v) for v, m in pairs)
     level = _Level(axis_data.name, axis_data.size, mapped, summed)
-    results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=(*levels, level))
+    levels = *levels, level
+    results = _pull_p.bind(*xs, jaxpr=jaxpr, levels=levels, performs=performs)
     values = [0 if any(mapped[:both]) else None for _ in jaxpr.outvars]
     return results, [*values, *(None if s else 0 for s in summed)]
 

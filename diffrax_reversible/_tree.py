@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 
@@ -78,10 +78,16 @@ def tree_cond(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
     return lax.cond(pred, lambda: x, lambda: y)
 
 
+def _row_index(i: IntScalarLike) -> Int[Array, ""]:
+    """`i >= 0`, unsigned: otherwise XLA spends instructions on indices that count from the
+    end. Before JAX 0.7.2, members of a batch write nothing at unsigned indices."""
+    i = jnp.asarray(i)
+    return i if jax.__version_info__ < (0, 7, 2) else i.astype(jnp.uint32)
+
+
 def read_row(rows: PyTree[Array], i: IntScalarLike) -> PyTree[Array]:
     """The `i`-th row of every array, for `i >= 0`."""
-    # Unsigned: otherwise XLA spends instructions on indices that count from the end.
-    i = jnp.asarray(i).astype(jnp.uint32)
+    i = _row_index(i)
     return jtu.tree_map(
         lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), rows
     )
@@ -91,7 +97,7 @@ def write_row(
     rows: PyTree[Array], i: IntScalarLike, row: PyTree[Array], pred: BoolScalarLike
 ) -> PyTree[Array]:
     """Replace the `i`-th row of every array, for `i >= 0`, if `pred`."""
-    i = jnp.asarray(i).astype(jnp.uint32)
+    i = _row_index(i)
     row = tree_select(pred, row, read_row(rows, i))
     return jtu.tree_map(
         lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), rows, row

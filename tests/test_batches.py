@@ -274,7 +274,6 @@ RATES, ENDS = jnp.array([20.0, 0.5, 3.0, 1.0]), jnp.array([3.0, 4.0, 0.1, 0.0])
 INTERPOLATED = lambda t1: dfx.SaveAt(ts=jnp.linspace(0, 1, 4) * t1)
 FIRST_LAYER = lambda t, y, args: jnp.tanh(args[0]["in"] @ y)
 FUNCTION = lambda t1: dfx.SaveAt(steps=True, fn=FIRST_LAYER)
-# Here members have cotangents of their own.
 INTERPOLATED_FUNCTION = lambda t1: dfx.SaveAt(ts=jnp.linspace(0, 1, 4) * t1, fn=FIRST_LAYER)
 JUMPS = dfx.ClipStepSizeController(PID, jump_ts=jnp.array([0.05, 1.5]))
 EVENT = dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.4, optx.Newton(1e-8, 1e-8))
@@ -284,11 +283,13 @@ EVENT = dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.4, optx.Newton(1e-8, 1e-
     "solver, adjoint, more",
     cases(
         ((dr.ALF4(), dr.ReversibleAdjoint(), {}),),
-        long=((dr.McCallumFoster(dfx.Tsit5()), dr.ReversibleAdjoint(), {}),),
+        long=(
+            (dr.McCallumFoster(dfx.Tsit5()), dr.ReversibleAdjoint(), {}),
+            (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),
+        ),
         more=((dr.ALF4(), dr.ReversibleAdjoint(checkpoints=1), dict(saveat=INTERPOLATED)),),
         slow=(
             (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=FUNCTION)),
-            (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),
             (dr.ALF4(), dr.ReversibleAdjoint(), dict(controller=JUMPS)),
             (dr.ALF4(), dr.ReversibleAdjoint(), dict(event=EVENT)),
             (dr.ALF6(), dr.ReversibleAdjoint(checkpoints=3), dict(saveat=INTERPOLATED)),
@@ -331,6 +332,24 @@ def test_shared_parameters(solver, adjoint, more):
         accurate = more | dict(controller=dfx.PIDController(1e-9, 1e-11))
         exact = summed(default, dfx.Dopri8(), accurate)
         assert relative_error(ours, exact) < 1.1 * relative_error(theirs, exact)
+
+
+@pytest.mark.long
+def test_shared_parameters_and_times():
+    """As `test_shared_parameters`, where the ends of the members are differentiated too."""
+
+    def loss(network, t1, rate):
+        solver, adjoint = dr.ALF4(), dr.ReversibleAdjoint()
+        return shared_loss(solver, adjoint, network, rate, t1, saveat=INTERPOLATED_FUNCTION)
+
+    def sum_of_losses(network, ends):
+        return jnp.sum(jax.vmap(loss, (None, 0, 0))(network, ends, RATES))
+
+    ours = jax.jit(jax.grad(sum_of_losses, argnums=(0, 1)))(NETWORK, ENDS)
+    apart = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, 0, 0)))
+    of_network, of_ends = apart(NETWORK, ENDS, RATES)
+    of_network = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_network)
+    assert relative_error(ours, (of_network, of_ends)) < 1e-12
 
 
 @pytest.mark.long
@@ -384,14 +403,16 @@ def test_batches_of_batches():
 
 
 @pytest.mark.long
-def test_memory_per_member():
+@pytest.mark.parametrize("saveat", (None, INTERPOLATED_FUNCTION), ids=("end", "function"))
+def test_memory_per_member(saveat):
     """No member holds a cotangent of the parameters of its own."""
 
     def bytes_of(members):
         def loss(network, rates):
-            one = lambda rate: shared_loss(
-                dr.ALF4(), dr.ReversibleAdjoint(), network, rate, 1.0
-            )
+            def one(rate):
+                solver, adjoint = dr.ALF4(), dr.ReversibleAdjoint()
+                return shared_loss(solver, adjoint, network, rate, 1.0, saveat)
+
             return jnp.sum(jax.vmap(one)(rates))
 
         lowered = jax.jit(jax.grad(loss)).lower(NETWORK, jnp.linspace(1, 2, members))

@@ -111,6 +111,26 @@ def test_closure():
     assert set(told) == {0}
 
 
+def test_effects_of_a_custom_derivative():
+    """A function may print its cotangent, in order, also within a loop."""
+    seen = []
+    watched = jax.custom_vjp(lambda x: x)
+
+    def back(_, bar):
+        jax.debug.callback(seen.append, bar, ordered=True)
+        return (bar,)
+
+    watched.defvjp(lambda x: (x, None), back)
+    double = lambda x: 2.0 * watched(jnp.asarray(x))
+
+    def pull(_, bar):
+        return value_and_pullback(double, (1.0,), bar)[1][0]
+
+    jax.block_until_ready(jax.jit(lambda: jax.lax.fori_loop(0, 3, pull, 1.0))())
+    jax.effects_barrier()
+    assert [float(bar) for bar in seen] == [2.0, 4.0, 8.0]
+
+
 def test_what_is_shared():
     """A function is told what all members of a batch share, and only if it is
     differentiated after it was batched."""

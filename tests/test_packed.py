@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffrax_reversible._adjoint.packed import Packed
+from diffrax_reversible._tree import read_row, write_row
 
 
 def test_packed():
@@ -27,3 +28,14 @@ def test_packed():
     for new, old in zip(jax.tree.leaves(unpacked), jax.tree.leaves(tree), strict=True):
         assert new.dtype == old.dtype
         np.testing.assert_array_equal(new, old)
+
+
+def test_rows_of_a_batch():
+    """Every member writes a row of its own, if it is to, and reads it."""
+    rows = jnp.zeros((3, 4, 2)), jnp.zeros((3, 4), bool)
+    row = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), jnp.ones(3, bool)
+    places, writes = jnp.array([3, 0, 2]), jnp.array([True, True, False])
+    written = jax.vmap(write_row)(rows, places, row, writes)
+    for new, x in zip(jax.vmap(read_row)(written, places), row, strict=True):
+        np.testing.assert_array_equal(new, x.at[2].set(jnp.zeros_like(x[2])))
+    assert [jnp.count_nonzero(x) for x in written] == [4, 2]

@@ -208,6 +208,24 @@ def test_no_bound_on_steps(field, y0, args, t1, tol, solver, monkeypatch):
         assert relative_error(grad, expected) < 1e-5
 
 
+@pytest.mark.long
+def test_replays_take_the_same_steps():
+    """Constant steps end where a table is looked up: a time that rounds differently reads
+    another entry."""
+    table = jnp.cos(jnp.arange(1001.0) ** 2)
+
+    def field(t, y, rate):
+        return table[jnp.floor(10 * t).astype(int)] - rate * y
+
+    known = []
+    adjoint = dr.ReversibleAdjoint(checkpoints=4, watch=known.append)
+    solver = dr.McCallumFoster(dfx.Heun())
+    final = final_of(field, 100.0, 0.1, solver)
+    jax.block_until_ready(gradient(final, adjoint)(jnp.array(1.0), jnp.array(0.3)))
+    jax.effects_barrier()
+    assert max(state["miss"] for state in known) < 1e-3
+
+
 @pytest.mark.slow
 def test_long_solves_of_solvers_that_do_not_restart(monkeypatch):
     """They also continue from known states; without any, they are replayed from the

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import BoolScalarLike, IntScalarLike, Params
+from .._custom_types import BoolScalarLike, IntScalarLike
 from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
@@ -19,7 +19,7 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .position import Position
-from .problem import Inputs, Problem, save_states, sub_saveats
+from .problem import Inputs, Problem, save_states
 from .pull_outputs import (
     pull_dense_times,
     pull_last,
@@ -83,8 +83,8 @@ def walk_back(
         nondiff = tree_replace(lambda c: c.times.prescribed, nondiff, others)
     with_times = any(jtu.tree_leaves(times))
     summed = Shared.of(sharing, inputs, perturbed)
-    sums = not with_times and _sums(inputs, problem, params)
-    shared = summed if sums else None
+    # A few parameters take little memory, and `Spread` needs what each member has added.
+    shared = summed if many(params) else None
     pulled = pull_finish(
         inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
     )
@@ -115,18 +115,6 @@ def walk_back(
     position, agree = run_walks(walk, position)
     problem.progress_meter.close(position.meter)
     return _walked(walk, position, agree)
-
-
-def _sums(inputs: Inputs, problem: Problem, params: Params) -> bool:
-    """Whether to sum the cotangents of what the members of a batch share.
-
-    A few parameters are not summed: they take little memory, and `Spread` needs what each
-    element has added. Functions of interpolated outputs exclude it too, as every element
-    evaluates them in a loop of its own.
-    """
-    pairs = zip(sub_saveats(problem.saveat), inputs.context.save_fns, strict=True)
-    evaluates = any(sub.ts is not None and fn is not None for sub, fn in pairs)
-    return many(params) and not evaluates
 
 
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:

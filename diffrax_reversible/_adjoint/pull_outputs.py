@@ -20,6 +20,7 @@ from .._custom_types import (
     Y,
 )
 from .._diffrax import State
+from .._members import value_and_pullback
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_zeros_of
 from .outputs import Cursor, Output, Row
@@ -48,8 +49,7 @@ def pull_output(
         saved = y if fn is None else fn(t, y, context.args)
         return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
-    _, pull = jax.vjp(save, y, walk.params)
-    y_bar, params_bar = pull(row)
+    _, (y_bar, params_bar) = value_and_pullback(save, (y, walk.params), row)
     return y_bar, tree_add(params_cotangent, params_bar)
 
 
@@ -156,17 +156,13 @@ def pull_dense(
         last = position.step == walk.residuals.count
         end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
         dense_bar = tree_add(dense_bar, end_dense)
-    moves = True if position.moves is None else position.moves
-    if position.moves is not None:
+    if (moves := position.moves) is not None:
         dense_bar = jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
     cursors = list(position.cursors)
-    params_bar = position.cotangent.params
-    # Each of `ts` was written in the first step that ends at or after it.
-    last_end = position.clock.previous_end
-    in_step = lambda t: moves & ((step == 0) | (t > last_end))
+    params_bar, in_step = position.cotangent.params, _in_step(position)
     for i in interpolated:
         output, cursor = walk.outputs[i], cursors[i]
-        if output.saves_state and not walk.differentiates_times:
+        if is_linear(walk, output):
             dense_bar, cursors[i] = _pull_states(
                 walk, output, in_step, ends, (dense_bar, cursor)
             )
@@ -177,6 +173,27 @@ def pull_dense(
             )
     ct = dataclasses.replace(position.cotangent, params=params_bar)
     return dense_bar, ct, cursors
+
+
+def is_linear(walk: Walk, output: Output) -> bool:
+    """Whether an interpolated output is linear in the interpolation data, and depends on
+    nothing else that is differentiated."""
+    return output.saves_state and not walk.differentiates_times
+
+
+def any_in_step(walk: Walk, position: Position, i: int) -> BoolScalarLike:
+    """Whether an output of `SaveAt(ts=...)`, the `i`-th, was interpolated in a step."""
+    ts = walk.outputs[i].sub.ts
+    assert ts is not None
+    return _any_left(ts, position.cursors[i], _in_step(position))
+
+
+def _in_step(position: Position) -> Callable[[RealScalarLike], BoolScalarLike]:
+    """Whether one of `ts` was written in the step that ends at a `position`: the first that
+    ends at or after it."""
+    moves = True if position.moves is None else position.moves
+    is_first, last_end = position.step == 1, position.clock.previous_end
+    return lambda t: moves & (is_first | (t > last_end))
 
 
 def _pull_ts(
@@ -192,16 +209,21 @@ def _pull_ts(
     assert ts is not None
 
     def more(carry):
-        return _any_left(ts, carry[-1], in_step)
+        some = _any_left(ts, carry[-1], in_step)
+        # What the members of a batch share has a single sum, to which those that wait add
+        # nothing.
+        return some if walk.shared is None else eqxi.unvmap_any(some)
 
     def pull(carry):
         dense_bar, params_bar, cursor = carry
-        cursor = Cursor(cursor.save_index - 1, cursor.ts_index - 1)
+        here = walk.shared is None or _any_left(ts, cursor, in_step)
+        back = jnp.where(here, 1, 0)
+        cursor = Cursor(cursor.save_index - back, cursor.ts_index - back)
 
         def time(times):
             ts = times.ts[output.index]
             assert ts is not None
-            return ts[cursor.ts_index]
+            return jnp.where(here, ts[cursor.ts_index], t1)
 
         def evaluate(dense_info, params):
             times = walk.context(params).times
@@ -210,7 +232,7 @@ def _pull_ts(
             return interpolation.evaluate(time(times))
 
         y = evaluate(dense_info, walk.params)
-        row = output.row(cursor.save_index)
+        row = output.row(cursor.save_index, here)
         y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar)
         if walk.differentiates_times:
             _, pull = jax.vjp(evaluate, dense_info, walk.params)

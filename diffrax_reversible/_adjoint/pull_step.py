@@ -1,11 +1,15 @@
 """Undoing a step and pulling a cotangent back through it."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
@@ -14,15 +18,15 @@ from .._solver.pullback import (
     backward_step_and_pullback,
     Cotangent,
     HasProbe,
-    linearise_step,
     Probe,
+    pull_through_step,
     StepStart,
 )
-from .._tree import tree_select
+from .._tree import tree_select, tree_zeros_of
 from .kept import Kept
 from .outputs import Cursor
 from .position import Position
-from .pull_outputs import pull_dense
+from .pull_outputs import any_in_step, is_linear, pull_dense
 from .walk import Walk
 
 
@@ -59,14 +63,15 @@ def pull_step(
     t0, t1 = position.clock.start, position.clock.end
     step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
-    linear = all(walk.outputs[i].saves_state for i in interpolated)
     start = ft.partial(_start, walk, position, solver_state, kept)
-    if linear and not walk.differentiates_times:
-        dense_bar, ct, cursors = None, position.cotangent, position.cursors
-        if len(interpolated) > 0 or walk.with_dense:
-            # Only its shapes are used, as interpolations are linear.
-            struct = _dense_struct(walk, position, solver_state)
-            dense_bar, ct, cursors = pull_dense(walk, position, interpolated, struct)
+    if walk.differentiates_times:
+        begin = start()
+        start = lambda: begin
+    dense_bar, ct, cursors = None, position.cotangent, position.cursors
+    if len(interpolated) > 0 or walk.with_dense:
+        dense_info = _dense_info(walk, position, interpolated, start)
+        dense_bar, ct, cursors = pull_dense(walk, position, interpolated, dense_info)
+    if not walk.differentiates_times:
         needs = _needs_start(walk, position)
         *begin, ct, off = backward_step_and_pullback(
             *(solver, *step, position.y, solver_state, ct, dense_bar),
@@ -78,9 +83,9 @@ def pull_step(
             return walk.context(params).times.of_step(t0, t1)
 
         begin = start()
-        made, pull = linearise_step(solver, *step, begin, step_times)
-        dense_bar, ct, cursors = pull_dense(walk, position, interpolated, made.dense_info)
-        ct, off = pull(ct, dense_bar), made.errors(end)
+        pulled = pull_through_step(solver, *step, begin, ct, dense_bar, step_times)
+        ct, made = pulled
+        off = jtu.tree_map(jnp.subtract, eqx.filter(end, eqx.is_inexact_array), made)
     y0, state0 = walk.settle(2 * index, tuple(begin))
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
     hidden = None if rest is None else rest.moving(2 * index, off)
@@ -135,10 +140,25 @@ def _with_probe(
     return ct, probe
 
 
-def _dense_struct(walk: Walk, position: Position, solver_state: SolverState) -> DenseInfo:
+def _dense_info(
+    walk: Walk,
+    position: Position,
+    interpolated: list[int],
+    start: Callable[[], tuple[Y, SolverState]],
+) -> DenseInfo:
+    """The interpolation data of the step that ends at a `position`, from its `start`. Only
+    their shapes, if no more is needed: interpolated states are linear in them."""
     terms, args = walk.combine(walk.params)
-    step = position.clock.start, position.clock.end, position.y, args, solver_state
-    _, _, dense_info, _, _ = eqx.filter_eval_shape(
-        advance_densely, walk.problem.solver, terms, *step
-    )
-    return dense_info
+    ends = position.clock.start, position.clock.end
+
+    def make():
+        y, solver_state = start()
+        step = walk.problem.solver, terms, *ends, y, args, solver_state
+        return advance_densely(*step)[2]
+
+    struct = jax.eval_shape(make)
+    used = [i for i in interpolated if not is_linear(walk, walk.outputs[i])]
+    if len(used) == 0:
+        return struct
+    some = jnp.stack([any_in_step(walk, position, i) for i in used]).any()
+    return lax.cond(eqxi.unvmap_any(some), make, lambda: tree_zeros_of(struct))

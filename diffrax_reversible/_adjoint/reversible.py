@@ -185,20 +185,19 @@ class ReversibleAdjoint(AbstractAdjoint):
     parameters, every evaluation sums their cotangents over the batch, and no member holds
     its own. Then all members go on from their known states at once, and if one misses its
     own, all undo their last steps again. If only shared parameters are differentiated, they
-    do so if the mean of their misses is too large, or if one exceeds `drift_tol`. If a
-    `SaveAt(ts=..., fn=...)` interpolates, or if times are differentiated, each member holds
-    a cotangent of its own.
+    do so if the mean of their misses is too large, or if one exceeds `drift_tol`.
 
     **Work**
 
     With the solvers of this package, the backward pass takes one evaluation of the vector
-    field and one pull-back through it for each evaluation of the forward pass. If a
-    `SaveAt(fn=...)` interpolates, or if times are differentiated, half as much again; for
-    `ALF6` also in steps with interpolated outputs. Each known state costs one evaluation or
-    one step, but none with `ALF4` and its like. A replay takes the evaluations of a solve:
-    on `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps.
-    There 8 checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4
-    twice, and 1 checkpoint 6 times. A backward pass that is done once more, see above,
+    field and one pull-back through it for each evaluation of the forward pass. If times are
+    differentiated, half as much again; for `ALF6` also in steps with interpolated outputs.
+    Twice as much in steps in which a `SaveAt(fn=...)` interpolates, or anything does while
+    times are differentiated. Each known state costs one evaluation or one step, but none
+    with `ALF4` and its like. A replay takes the evaluations of a solve: on
+    `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
+    checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
+    1 checkpoint 6 times. A backward pass that is done once more, see above,
     takes at least twice as many evaluations, or three times with `McCallumFoster`.
 
     **Transformations**

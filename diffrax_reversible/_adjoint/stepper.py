@@ -8,6 +8,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation, RESULTS
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
@@ -85,6 +86,7 @@ class Stepper:
         The inner loop exits as soon as any element of a batch has to restart, cross a jump
         or hold a state, so that ordinary steps do not pay for these.
         """
+        state = _hide_constants(state)
         restartable = any(due is not False for due in self._interruptions(state, kept))
 
         def goes_on(state):
@@ -177,3 +179,19 @@ class Stepper:
         made_jump = jnp.where(made_jump, False, state.made_jump)
         state = dataclasses.replace(state, solver_state=solver_state, made_jump=made_jump)
         return state, kept
+
+
+def _hide_constants(state: State) -> State:
+    """`state`, with integers of the controller that the compiler takes for unknown.
+
+    `ConstantStepSize` divides by the number of steps. The compiler would multiply by the
+    inverse of a known number, which rounds differently, and a replay would take other steps
+    than the solve.
+    """
+
+    def hide(x):
+        is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+        return lax.optimization_barrier(x) if is_integer else x
+
+    hidden = jtu.tree_map(hide, state.controller_state)
+    return dataclasses.replace(state, controller_state=hidden)

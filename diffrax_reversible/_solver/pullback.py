@@ -23,6 +23,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._members import value_and_pullback
 from .._tree import tree_add, tree_zeros_like
 from .base import AbstractReversibleSolver
 from .capabilities import advance_densely
@@ -247,7 +248,8 @@ def backward_step_and_pullback(
     """See `HasPullbackFromStart`, for every solver. By default the step is made again from
     its start and differentiated."""
     step = combine, params, t0, t1
-    here = *step, y1, solver_state, cotangent, dense_cotangent
+    bars = cotangent, dense_cotangent
+    here = *step, y1, solver_state, *bars
     if isinstance(solver, HasPullbackFromStart):
         return solver.pullback_from_start(*here, start)
     end = eqx.filter((y1, solver_state), eqx.is_inexact_array)
@@ -258,10 +260,10 @@ def backward_step_and_pullback(
             begin = solver.backward_step(terms, t0, t1, y1, args, solver_state)
             reached = end
         else:
-            begin, reached = start.states(), start.end
-        reads = dense_cotangent is not None
-        made, pull = linearise_step(solver, *step, begin, reads=reads)
-        return *begin, pull(cotangent, dense_cotangent), made.errors(reached)
+            begin = start.states()
+            reached = eqx.filter(start.end, eqx.is_inexact_array)
+        pulled, made = pull_through_step(solver, *step, begin, *bars)
+        return *begin, pulled, jtu.tree_map(jnp.subtract, reached, made)
 
     if not isinstance(solver, HasPullback):
         return make()
@@ -274,38 +276,29 @@ def backward_step_and_pullback(
     return lax.cond(eqxi.unvmap_any(start.needs), make, undo)
 
 
-class Made(NamedTuple):
-    """The results of a step: the state and the floating-point arrays of the solver state at
-    its end, and its interpolation data."""
-
-    end: tuple[Y, SolverState]
-    dense_info: DenseInfo
-
-    def errors(self, end: tuple[Y, SolverState]) -> tuple[Y, SolverState]:
-        """The errors of another `end` of the step."""
-        end = eqx.filter(end, eqx.is_inexact_array)
-        return jtu.tree_map(jnp.subtract, end, self.end)
-
-
-def linearise_step(
+def pull_through_step(
     solver: AbstractReversibleSolver,
     combine: Combine,
     params: Params,
     t0: RealScalarLike,
     t1: RealScalarLike,
     start: tuple[Y, SolverState],
+    cotangent: Cotangent,
+    dense_cotangent: DenseInfo | None,
     step_times: Callable[[Params], tuple[RealScalarLike, RealScalarLike]] | None = None,
-    reads: bool = True,
-) -> tuple[Made, Callable[[Cotangent, DenseInfo | None], Cotangent]]:
-    """The results of a step, and its pull-back. Takes the memory of all its stages.
+) -> tuple[Cotangent, tuple[Y, SolverState]]:
+    """Make a step from its start, and pull a cotangent back through it. Takes the memory of
+    all its stages.
 
     - `start`: the state and the solver state at `t0`.
+    - `cotangent`, `dense_cotangent`: as for `backward_step_and_pullback`.
     - `step_times`: `t0` and `t1` as a function of `params`, if they depend on them.
-    - `reads`: whether the interpolation data are read; otherwise the evaluations for them
-        are omitted.
+
+    Also returns the state and the floating-point arrays of the solver state at the end.
     """
     y0, state0 = start
     diff_state, nondiff_state = eqx.partition(state0, eqx.is_inexact_array)
+    reads = dense_cotangent is not None
 
     def step(y: Y, diff_state: PyTree, params: Params):
         terms, args = combine(params)
@@ -313,15 +306,11 @@ def linearise_step(
         times = (t0, t1) if step_times is None else step_times(params)
         made = advance_densely(solver, terms, *times, y, args, state, reads)
         y, _, dense_info, state, _ = made
-        return y, eqx.filter(state, eqx.is_inexact_array), dense_info
+        state = eqx.filter(state, eqx.is_inexact_array)
+        return y, state, dense_info if reads else None
 
-    outputs, pull_step = eqx.filter_vjp(step, y0, diff_state, params)
-    y, end_state, dense_info = outputs
-
-    def pull(cotangent: Cotangent, dense_cotangent: DenseInfo | None) -> Cotangent:
-        if dense_cotangent is None:
-            dense_cotangent = tree_zeros_like(dense_info)
-        y, state, params = pull_step((cotangent.y, cotangent.solver_state, dense_cotangent))
-        return Cotangent(y, state, tree_add(cotangent.params, params))
-
-    return Made((y, end_state), dense_info), pull
+    bars = cotangent.y, cotangent.solver_state, dense_cotangent
+    made, pulled = value_and_pullback(step, (y0, diff_state, params), bars)
+    y_bar, state_bar, params_bar = pulled
+    params_bar = tree_add(cotangent.params, params_bar)
+    return Cotangent(y_bar, state_bar, params_bar), made[:2]
