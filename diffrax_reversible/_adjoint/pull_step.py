@@ -65,8 +65,8 @@ def pull_step(
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     start = ft.partial(_start, walk, position, solver_state, kept)
     if walk.differentiates_times:
-        begin = start()
-        start = lambda: begin
+        reconstructed = start()
+        start = lambda: reconstructed
     dense_bar, ct, cursors = None, position.cotangent, position.cursors
     if len(interpolated) > 0 or walk.with_dense:
         dense_info = _dense_info(walk, position, interpolated, start)
