@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -151,14 +150,15 @@ def _dense_info(
     terms, args = walk.combine(walk.params)
     ends = position.clock.start, position.clock.end
 
-    def make():
-        y, solver_state = start()
+    def make_from(y, solver_state):
         step = walk.problem.solver, terms, *ends, y, args, solver_state
         return advance_densely(*step)[2]
 
-    struct = jax.eval_shape(make)
+    struct = eqx.filter_eval_shape(make_from, position.y, position.solver_state)
     used = [i for i in interpolated if not is_linear(walk, walk.outputs[i])]
     if len(used) == 0:
         return struct
     some = jnp.stack([any_in_step(walk, position, i) for i in used]).any()
-    return lax.cond(eqxi.unvmap_any(some), make, lambda: tree_zeros_of(struct))
+    return lax.cond(
+        eqxi.unvmap_any(some), lambda: make_from(*start()), lambda: tree_zeros_of(struct)
+    )
