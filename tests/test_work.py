@@ -81,6 +81,29 @@ def test_evaluations_of_steps_that_are_not_interpolated_in(batched):
     assert forward == members * (20 * 12 + 1 + 3 * interpolated)
 
 
+def test_evaluations_of_functions_of_outputs():
+    """A step in which a function interpolates is undone and made once more, with the two
+    evaluations for dense output; others are not."""
+    field = Counter()
+
+    def evaluations(**fn):
+        def final(y0, scale):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(field),
+                dr.ALF4(),
+                *(0.0, 1.0, 0.125, y0, scale),
+                saveat=dfx.SaveAt(ts=jnp.array([0.3]), **fn),
+                adjoint=dr.ReversibleAdjoint(),
+            )
+            return jnp.sum(sol.ys)
+
+        gradient = jax.jit(jax.grad(final, argnums=(0, 1)))
+        return field.during(gradient, jnp.array([1.0, 2.0]), jnp.array(0.3))[0]
+
+    more = evaluations(fn=lambda t, y, scale: jnp.sin(scale * y)) - evaluations()
+    assert more == 5 + 5 + 2
+
+
 @pytest.mark.parametrize("solver, stages", ((dr.ALF6(), 20), (dr.KahanLi8(), 17)))
 def test_outputs_at_the_ends_of_steps(solver, stages):
     """They take no evaluations, and are the states there."""
