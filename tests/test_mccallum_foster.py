@@ -280,11 +280,15 @@ def test_copy_that_is_lost(controller):
     np.testing.assert_allclose(got, want, rtol=2e-3)
 
 
-def test_gradient_where_the_copy_is_lost():
+@pytest.mark.parametrize(
+    "save", cases((None,), long=(jnp.sqrt,)), ids=("states", "functions")
+)
+def test_gradient_where_the_copy_is_lost(save):
     """Gompertz' growth, `y = exp(exp(-r t) log(y0))`, in a batch: the stages of a step back
     are below zero, and nothing depends on them."""
     times = jnp.array([1.0, 5.0])
     starts = jnp.array([1e-4, 0.3])
+    fn = {} if save is None else dict(fn=lambda t, y, args: save(y))
 
     def loss(rate):
         def final(y0):
@@ -292,7 +296,7 @@ def test_gradient_where_the_copy_is_lost():
                 dfx.ODETerm(lambda t, y, rate: -rate * y * jnp.log(y)),
                 dr.McCallumFoster(dfx.Tsit5()),
                 *(0.0, 5.0, None, y0, rate),
-                saveat=dfx.SaveAt(ts=times),
+                saveat=dfx.SaveAt(ts=times, **fn),
                 stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-6),
                 adjoint=dr.ReversibleAdjoint(),
             ).ys
@@ -300,7 +304,8 @@ def test_gradient_where_the_copy_is_lost():
         return jnp.sum(jax.vmap(final)(starts))
 
     def exact(rate):
-        return jnp.sum(jnp.exp(jnp.outer(jnp.log(starts), jnp.exp(-rate * times))))
+        ys = jnp.exp(jnp.outer(jnp.log(starts), jnp.exp(-rate * times)))
+        return jnp.sum(ys if save is None else save(ys))
 
     rate = jnp.array(0.7)
     got, want = jax.jit(jax.grad(loss))(rate), jax.grad(exact)(rate)
