@@ -81,12 +81,8 @@ def reads(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> list[bool]:
 
 
 def has_custom_vjp(jaxpr) -> bool:
-    """Whether a jaxpr, or one within it, has an operation with a `jax.custom_vjp`."""
-    return any(
-        equation.primitive.name in custom_vjps
-        or any(map(has_custom_vjp, _inner(equation.params)))
-        for equation in jaxpr.eqns
-    )
+    """Whether an operation of a jaxpr that depends on its inputs has a `jax.custom_vjp`."""
+    return _meets(jaxpr, set(jaxpr.invars), custom_vjps, discrete=False)
 
 
 def _inner(params: dict[str, Any]) -> list:

@@ -326,8 +326,9 @@ def _deep(t, y, weights, activation=jnp.tanh):
     return y
 
 
-def _loss(solver, checkpoints, field=_deep):
-    """A loss at the end of a solve of a deep field, given `y0` and the weights."""
+def _loss(solver, checkpoints, field=_deep, saveat=None):
+    """A loss of the outputs of a deep field, at the end by default, given `y0` and the
+    weights."""
     splits = isinstance(solver, dr.BlanesMoan6)
     fields = ((lambda t, p, args: p), field) if splits else field
 
@@ -337,6 +338,7 @@ def _loss(solver, checkpoints, field=_deep):
             *(solver, 0.0, 1.0, 0.1),
             (y0, y0) if splits else y0,
             weights,
+            saveat=saveat or dfx.SaveAt(t1=True),
             adjoint=dr.ReversibleAdjoint(checkpoints),
         )
         return sum(map(jnp.sum, jax.tree.leaves(sol.ys)))
@@ -398,3 +400,20 @@ def test_many_parameters(solver, argnums):
     memory = gradient.lower(y0, weights).compile().memory_analysis()
     # The second sum has two arrays, one of which also serves the current evaluation.
     assert memory.temp_size_in_bytes < 2.5 * 8 * size**2
+
+
+@pytest.mark.long
+def test_functions_of_outputs():
+    """They hold no activations of the field beyond those that the outputs themselves do."""
+    batch, width, layers = 512, 64, 20
+    y0 = jax.ShapeDtypeStruct((batch, width), jnp.float64)
+    weights = [jax.ShapeDtypeStruct((width, width), jnp.float64)] * layers
+
+    def bytes_of(**fn):
+        loss = _loss(dr.ALF4(), 0, saveat=dfx.SaveAt(ts=[0.25, 0.55], **fn))
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(y0, weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    more = bytes_of(fn=lambda t, y, args: jnp.sin(y)) - bytes_of()
+    # Those of one more evaluation would take `layers` states.
+    assert more < layers * 8 * batch * width

@@ -8,7 +8,6 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
@@ -16,6 +15,7 @@ from .._solver.capabilities import advance_densely, interrupt
 from .._solver.pullback import (
     backward_step_and_pullback,
     Cotangent,
+    errors_at_end,
     HasProbe,
     Probe,
     pull_through_step,
@@ -82,9 +82,8 @@ def pull_step(
             return walk.context(params).times.of_step(t0, t1)
 
         begin = start()
-        pulled = pull_through_step(solver, *step, begin, ct, dense_bar, step_times)
-        ct, made = pulled
-        off = jtu.tree_map(jnp.subtract, eqx.filter(end, eqx.is_inexact_array), made)
+        ct, made = pull_through_step(solver, *step, begin, ct, dense_bar, step_times)
+        off = errors_at_end(end, made)
     y0, state0 = walk.settle(2 * index, tuple(begin))
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
     hidden = None if rest is None else rest.moving(2 * index, off)

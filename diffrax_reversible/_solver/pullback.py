@@ -252,28 +252,35 @@ def backward_step_and_pullback(
     here = *step, y1, solver_state, *bars
     if isinstance(solver, HasPullbackFromStart):
         return solver.pullback_from_start(*here, start)
-    end = eqx.filter((y1, solver_state), eqx.is_inexact_array)
 
     def make():
         if start is None:
             terms, args = combine(params)
             begin = solver.backward_step(terms, t0, t1, y1, args, solver_state)
-            reached = end
+            end = y1, solver_state
         else:
-            begin = start.states()
-            reached = eqx.filter(start.end, eqx.is_inexact_array)
+            begin, end = start.states(), start.end
         pulled, made = pull_through_step(solver, *step, begin, *bars)
-        return *begin, pulled, jtu.tree_map(jnp.subtract, reached, made)
+        return *begin, pulled, errors_at_end(end, made)
 
     if not isinstance(solver, HasPullback):
         return make()
 
     def undo():
-        return *solver.backward_step_and_pullback(*here), tree_zeros_like(end)
+        pulled = solver.backward_step_and_pullback(*here)
+        return *pulled, tree_zeros_like((y1, solver_state))
 
     if start is None:
         return undo()
     return lax.cond(eqxi.unvmap_any(start.needs), make, undo)
+
+
+def errors_at_end(
+    end: tuple[Y, SolverState], made: tuple[Y, SolverState]
+) -> tuple[Y, SolverState]:
+    """The errors of the `end` of a step, from that of the step as `pull_through_step` has
+    made it again."""
+    return jtu.tree_map(jnp.subtract, eqx.filter(end, eqx.is_inexact_array), made)
 
 
 def pull_through_step(
