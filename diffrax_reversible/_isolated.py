@@ -1,4 +1,4 @@
-"""Computations that round alike wherever they are compiled."""
+"""Computations that the compiler does not fuse with their surroundings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,3 +28,11 @@ def isolated(fn: Callable, t: RealScalarLike, *args) -> Any:
     # One predicate for the whole batch: otherwise both branches would be evaluated.
     always = lax.optimization_barrier(eqxi.unvmap_any(t == t))
     return lax.cond(always, lambda *a: fn(*a), never, t, *args)
+
+
+def unfused(t: RealScalarLike, x: Any) -> Any:
+    """`x`, without fusing what computes it with what uses it. Derivatives are not fused
+    either. (Where XLA compiles for a CPU, it drops a `lax.optimization_barrier` before it
+    fuses.)
+    """
+    return isolated(lambda t, x: x, t, x)

@@ -27,6 +27,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._isolated import unfused
 from .._tree import (
     larger,
     sum_of_magnitudes,
@@ -158,7 +159,23 @@ class McCallumFoster(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
     ) -> Y:
         term = as_ode_term(self, terms)
-        return term.vf_prod(t0, y, args, term.contr(t0, t1))
+        return self._evaluate(term, t0, y, args, term.contr(t0, t1))
+
+    def _evaluate(
+        self,
+        term: AbstractTerm,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        control: RealScalarLike,
+    ) -> Y:
+        """The derivative of one stage, times the control.
+
+        If XLA fused the evaluations of a step, it would repeat the earlier ones for each
+        entry of a later one. Where a field takes the mean of sines, gradients would take
+        hundreds of times as long.
+        """
+        return unfused(t, term.vf_prod(t, y, args, control))
 
     def _stages(
         self,
@@ -183,7 +200,7 @@ class McCallumFoster(
             for a, k in zip(row, stages, strict=True):
                 stage = stage if a == 0 else tree_axpy(float(a), k, stage)
             t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
-            stages.append(term.vf_prod(t, stage, args, control))
+            stages.append(self._evaluate(term, t, stage, args, control))
         return stages
 
     def _increment(self, stages: list[Y]) -> Y:
