@@ -10,7 +10,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
 
 from .._custom_types import (
     Args,
@@ -29,7 +28,7 @@ from .._solver.pullback import Departure, HasProbe, HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals
-from .growth import Growth
+from .growth import Growth, Shares
 from .outputs import Output
 from .position import longest_reach, Position
 from .problem import Context, Inputs, Problem
@@ -223,12 +222,14 @@ class Walk(eqx.Module):
         assert isinstance(solver, HasProbe)
         return cast(HasProbe, solver.with_other_derivatives(growth.compares))
 
-    def shares(self, position: Position) -> list[Float[Array, ""]]:
-        """See `Growth.shares`, at the start of the solve."""
-        if position.growth is None:
-            return []
-        beside_all = not self.differentiates_start
-        return position.growth.shares(position.cotangent.y, beside_all)
+    def shares(self, position: Position) -> tuple[Shares, Shares]:
+        """See `Growth.shares` and `Growth.shares_of_integrals`, at the start of the solve;
+        without those of what is not differentiated."""
+        if (growth := position.growth) is None:
+            return [], []
+        of_start = growth.shares(position.cotangent.y) if self.differentiates_start else []
+        has_params = len(jtu.tree_leaves(self.params)) > 0
+        return of_start, growth.shares_of_integrals() if has_params else []
 
     def drifts(
         self,
