@@ -397,7 +397,7 @@ def test_network_that_contracts():
             sol = dfx.diffeqsolve(
                 dfx.ODETerm(field),
                 dr.ALF4(),
-                *(jnp.float32(0), jnp.float32(5), None, y0, weights),
+                *(jnp.float32(0), jnp.float32(2), None, y0, weights),
                 stepsize_controller=dfx.PIDController(1e-3, 1e-6),
                 adjoint=dr.ReversibleAdjoint(report=counts.append),
             )

@@ -160,7 +160,7 @@ def _walked(walk: Walk, position: Position, agree: Agree) -> Walked:
         matters = of_start, of_params & growth.matters(ct.params)
     shares = [
         jnp.where(of_part, share, 0)
-        for of_part, part in zip(matters, walk.shares(position), strict=True)
+        for of_part, part in zip(matters, walk.shares(position, last=True), strict=True)
         for share in part
     ]
     params_bar, shared = ct.params, walk.shared

@@ -235,6 +235,17 @@ class Growth(eqx.Module):
 
         return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors))
 
+    def shares_of_largest(self, y_bar: Y) -> Shares:
+        """As `shares_of_integrals`, by the largest entries at the start of the solve and of
+        all so far."""
+        scale = _least_share / _ratio_of_integrals
+
+        def share(y_bar, factor, so_far):
+            grown = jnp.where(factor > _least, jnp.abs(y_bar), 0)
+            return scale * _ratio(largest(grown), so_far)
+
+        return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors, self.largest))
+
     def shares_of_integrals(self) -> Shares:
         """As `shares`, for the parameters."""
         scale = _least_share / _ratio_of_integrals

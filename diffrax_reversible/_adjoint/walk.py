@@ -222,14 +222,18 @@ class Walk(eqx.Module):
         assert isinstance(solver, HasProbe)
         return cast(HasProbe, solver.with_other_derivatives(growth.compares))
 
-    def shares(self, position: Position) -> tuple[Shares, Shares]:
+    def shares(self, position: Position, last: bool) -> tuple[Shares, Shares]:
         """See `Growth.shares` and `Growth.shares_of_integrals`, at the start of the solve;
-        without those of what is not differentiated."""
+        without those of what is not differentiated. The `last` walk counts less growth for
+        parameters that a batch shares, as hardly any of it may affect their sum."""
         if (growth := position.growth) is None:
             return [], []
         of_start = growth.shares(position.cotangent.y) if self.differentiates_start else []
-        has_params = len(jtu.tree_leaves(self.params)) > 0
-        return of_start, growth.shares_of_integrals() if has_params else []
+        if len(jtu.tree_leaves(self.params)) == 0:
+            return of_start, []
+        if last and self.summed is not None:
+            return of_start, growth.shares_of_largest(position.cotangent.y)
+        return of_start, growth.shares_of_integrals()
 
     def drifts(
         self,

@@ -210,7 +210,9 @@ def _again(
         # which proves nothing.
         proves &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
-    start, params = (any_grown(s, walk.drift_tol) for s in walk.shares(position))
+    start, params = (
+        any_grown(s, walk.drift_tol) for s in walk.shares(position, last=False)
+    )
     agree = _agree(walk, growth, walks, here, start | params)
     all_agree, params_agree = (proves & agrees for agrees in agree)
     grown = start & jnp.logical_not(all_agree) | params & jnp.logical_not(params_agree)
