@@ -132,9 +132,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     detected is not corrected. In the gradient of an initial state, entries that have grown
     count from a hundredth of the largest on. Parameters receive an integral over time: for
     these, growth counts if the entries that have grown amount to 0.3 times the others, in
-    the integral of the cotangent's sizes. Parameters that a batch shares are refused only
-    if entries that have grown are left at the start of the solve, of 0.3 times the largest
-    that the cotangent has had.
+    the integral of the cotangent's sizes. After the last backward pass it
+    counts only if such entries are left at the start of the solve, of 0.3 times the largest
+    that the cotangent has had, and if the initial state is not differentiated.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat

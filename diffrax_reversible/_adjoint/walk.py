@@ -225,15 +225,17 @@ class Walk(eqx.Module):
     def shares(self, position: Position, last: bool) -> tuple[Shares, Shares]:
         """See `Growth.shares` and `Growth.shares_of_integrals`, at the start of the solve;
         without those of what is not differentiated. The `last` walk counts less growth for
-        parameters that a batch shares, as hardly any of it may affect their sum."""
+        parameters: much of it cancels, or does not reach them."""
         if (growth := position.growth) is None:
             return [], []
         of_start = growth.shares(position.cotangent.y) if self.differentiates_start else []
         if len(jtu.tree_leaves(self.params)) == 0:
             return of_start, []
-        if last and self.summed is not None:
-            return of_start, growth.shares_of_largest(position.cotangent.y)
-        return of_start, growth.shares_of_integrals()
+        if not last:
+            return of_start, growth.shares_of_integrals()
+        if self.differentiates_start:
+            return of_start, []
+        return of_start, growth.shares_of_largest(position.cotangent.y)
 
     def drifts(
         self,
