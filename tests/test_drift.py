@@ -148,8 +148,7 @@ def test_a_walk_that_stops_halfway(drift_tol, monkeypatch):
     def stops(walk, end):
         position = walk.start(end, jnp.array(False), jnp.array(False))
         meter = walk.problem.progress_meter.init()
-        no = jnp.array(False)
-        return dataclasses.replace(position, meter=meter), (no, no)
+        return dataclasses.replace(position, meter=meter), jnp.array(False)
 
     monkeypatch.setattr(backward, "run_walks", stops)
 

@@ -456,8 +456,8 @@ def test_continued_solve():
 
 @pytest.mark.slow
 def test_what_sums_over_the_steps_do_not_see():
-    """The fast mode does not depend on `k`, whose gradient is the same in both backward
-    passes, although the cotangent of that mode grows in the second one, too."""
+    """The gradient with respect to the field is right whether or not the cotangent of the
+    fast mode, which does not depend on `k`, grows."""
     adjoint = dr.ReversibleAdjoint(1024, 0.0099)
 
     @jax.jit

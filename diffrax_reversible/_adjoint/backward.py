@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import IntScalarLike
+from .._custom_types import BoolScalarLike, IntScalarLike
 from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
@@ -29,7 +29,7 @@ from .shared import Shared
 from .spread import many
 from .times import constant_times
 from .walk import Walk
-from .walks import Agree, run_walks
+from .walks import run_walks
 
 
 class Walked(NamedTuple):
@@ -140,7 +140,7 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
     )
 
 
-def _walked(walk: Walk, position: Position, agree: Agree) -> Walked:
+def _walked(walk: Walk, position: Position, agree: BoolScalarLike) -> Walked:
     """The results, from the position at which the walk ended. Growth does not matter if two
     walks `agree`."""
     ct, drifts = position.cotangent, position.drifts
@@ -153,16 +153,11 @@ def _walked(walk: Walk, position: Position, agree: Agree) -> Walked:
         # walk.
         last = jnp.where(position.done, position.clock.drift, jnp.nan)
         drifts = [*drifts, last.astype(drifts[0].dtype)]
-    matters, restarted = map(jnp.logical_not, agree), jnp.array(0)
+    shares, restarted = walk.shares(position), jnp.array(0)
     if (growth := position.growth) is not None:
+        matters = growth.matters(ct.params) & jnp.logical_not(agree)
+        shares = [jnp.where(matters, share, 0) for share in shares]
         restarted = growth.restarts
-        of_start, of_params = matters
-        matters = of_start, of_params & growth.matters(ct.params)
-    shares = [
-        jnp.where(of_part, share, 0)
-        for of_part, part in zip(matters, walk.shares(position, last=True), strict=True)
-        for share in part
-    ]
     params_bar, shared = ct.params, walk.shared
     if shared is not None:
         params_bar = shared.check(params_bar)

@@ -29,9 +29,6 @@ _contracts = 1.0
 _at_most = 1000.0
 # In a step that contracts, an entry decays at least by this factor.
 _decayed = math.exp(-_contracts)
-# So many times beyond the limit of stability, an entry that has not decayed below the
-# fraction counts as grown by as much.
-_far, _vanished = 2.0, math.exp(-2.0)
 # The limit per step on counting as grown because an entry has not decayed: a step or two
 # that are barely accurate prove nothing.
 _most_lag = 2.0
@@ -53,12 +50,13 @@ _passed_on = 3.0
 _next_to_zero = 0.1
 # The growth of an entry is multiplied by this after a step that shows it to be slow.
 _acquitted = 0.25
-# The accepted share of grown entries in an array of the gradient.
+# The accepted share of grown entries in an array of the gradient. If the initial
+# state is not differentiated, a share of the largest size that the array has had: grown
+# entries change sign from step to step, and hardly affect sums over the steps. The backward
+# pass is done again from the same ratio on, of grown entries to the rest in an integral of
+# the array over time.
 _least_share = 0.01
-# The accepted ratio of grown entries to the rest in the integral of an array over time, by
-# which they affect the gradient of the parameters. It is larger, as grown entries change
-# sign from step to step.
-_ratio_of_integrals = 0.3
+_share_of_all = 0.3
 
 # The second approximation spoils an entry if it is about to add more than this share of its
 # size.
@@ -66,7 +64,7 @@ _spoils = 1e-3
 # Steps with larger `|h λ|` are hardly stable, so that the departure is no power of it.
 _stable = 4.0
 
-# For each array of a cotangent, the share of what has grown.
+# The share of what has grown in each array of a cotangent.
 Shares = list[Float[Array, ""]]
 
 
@@ -142,10 +140,9 @@ class Growth(eqx.Module):
             # This is the better estimate, and the other one detects more.
             choose = lambda first, y: jnp.where(self.cures, first, y)
             y_bar = jtu.tree_map(choose, probe.first, y_bar)
-        limit = math.inf if departure is None else departure.stable
-        alone = self.cures & (departure is not None)
+        stable = jnp.where(self.cures, 0 if departure is None else departure.stable, 0)
         factors = jtu.tree_map(
-            ft.partial(_grow, jnp.asarray(probe.control), limit, alone),
+            ft.partial(_grow, jnp.asarray(probe.control), stable),
             *(self.sizes, self.factors),
             *(probe.vf_bar, probe.pulled, y_bar, probe.outputs),
         )
@@ -159,21 +156,18 @@ class Growth(eqx.Module):
             return jnp.maximum(so_far, largest(size))
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
+        control = jnp.abs(jnp.asarray(probe.control))
 
         def integrate(y_bar, factor, so_far):
             grown, size = factor > _least, jnp.abs(y_bar)
             parts = jnp.where(grown, size, 0), jnp.where(grown, 0, size)
             sums = jnp.stack([jnp.sum(part, dtype=so_far.dtype) for part in parts])
-            return so_far + jnp.abs(jnp.asarray(probe.control)).astype(sums.dtype) * sums
+            return so_far + control.astype(sums.dtype) * sums
 
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
-        return dataclasses.replace(
-            self,
-            sizes=_few_digits(sizes),
-            factors=_few_digits(factors),
-            largest=rights,
-            integrals=integrals,
-        )
+        sizes, factors = _few_digits(sizes), _few_digits(factors)
+        new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
+        return dataclasses.replace(self, **new)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""
@@ -226,36 +220,37 @@ class Growth(eqx.Module):
             return True
         return jnp.logical_not(self.cures) | self.spread.matters(gradient)
 
-    def shares(self, y_bar: Y) -> Shares:
-        """The largest grown entry of every array, as a fraction of its largest entry."""
-
-        def share(y_bar, factor):
-            grown = jnp.where(factor > _least, jnp.abs(y_bar), 0)
-            return _ratio(largest(grown), largest(jnp.abs(y_bar)))
-
-        return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors))
-
-    def shares_of_largest(self, y_bar: Y) -> Shares:
-        """As `shares_of_integrals`, by the largest entries at the start of the solve and of
-        all so far."""
-        scale = _least_share / _ratio_of_integrals
+    def shares(self, y_bar: Y, beside_all: bool) -> Shares:
+        """The largest grown entry of every array, as a fraction of its largest entry, or
+        `beside_all`, of the largest so far, in which case larger shares are accepted."""
 
         def share(y_bar, factor, so_far):
-            grown = jnp.where(factor > _least, jnp.abs(y_bar), 0)
-            return scale * _ratio(largest(grown), so_far)
+            y_bar = jnp.abs(y_bar)
+            grown = largest(jnp.where(factor > _least, y_bar, 0))
+            more = _share_of_all / _least_share
+            beside = so_far * more if beside_all else largest(y_bar)
+            return grown / jnp.where(beside == 0, 1, beside)
 
         return jtu.tree_leaves(jtu.tree_map(share, y_bar, self.factors, self.largest))
 
     def shares_of_integrals(self) -> Shares:
-        """As `shares`, for the parameters."""
-        scale = _least_share / _ratio_of_integrals
-        return [scale * _ratio(*both) for both in jtu.tree_leaves(self.integrals)]
+        """As `shares`, of what the parameters have received. By the start of the solve,
+        what has grown may have been passed on to all entries, or have decayed.
+
+        Much of it may cancel, or not reach the parameters, so that this is no reason to
+        refuse a gradient.
+        """
+
+        def share(integrals):
+            grown, rest = integrals
+            return grown / jnp.where(rest == 0, 1, rest) * (_least_share / _share_of_all)
+
+        return [share(integrals) for integrals in jtu.tree_leaves(self.integrals)]
 
 
 def _grow(
     control: Array,
-    stable: float,
-    alone: BoolScalarLike,
+    stable: Array,
     size: BFloat16[Array, "..."],
     factor: BFloat16[Array, "..."],
     vf_bar: Array,
@@ -265,23 +260,24 @@ def _grow(
 ) -> Array:
     """The next of the `Growth.factors` of an array, from its `Probe`.
 
-    - `stable`: the limit of stability of `|h λ|`, infinite if it is not known.
-    - `alone`: whether the second approximation does not spoil the cotangent.
+    - `stable`: the limit of stability of `|h λ|`, if the second approximation does not
+        spoil the cotangent; otherwise zero.
     """
     y_bar = jnp.abs(y_bar)
     size = size.astype(y_bar.dtype) + outputs
     rate, strength = control.astype(pulled.dtype) * pulled, jnp.abs(vf_bar)
     product = jnp.real(rate * jnp.conj(vf_bar))
+    alone = stable > 0
     least = jnp.where(alone, _unstable * stable, _contracts).astype(strength.dtype)
-    by_mode = jnp.abs(rate) < _at_most * strength
-    contracts = (product < -least * strength**2) & by_mode
+    contracts = product < -least * strength**2
+    contracts &= jnp.abs(rate) < _at_most * strength
     parasitic = (product < 0) & (jnp.abs(pulled) > _parasitic * y_bar)
     contracts |= parasitic & jnp.logical_not(alone)
     # An entry that grows from zero, as other entries are passed on to it, does not count.
     # Passed on in larger units, it grows more, but by no more than the quotient, which an
     # unstable step exceeds. With outputs in the step, the two cannot be distinguished.
     known = size == units(size)
-    times = by = y_bar / units(size)
+    by = y_bar / units(size)
     unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
     # Among thousands of entries some are next to zero, where the quotient may have any
     # size, just before other entries are passed on to them: a single step of these proves
@@ -301,11 +297,6 @@ def _grow(
     lag = jnp.clip(by / _decayed, 1, _most_lag)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
     by = jnp.where(lags, lag, by)
-    # This far beyond the limit of stability, an entry should vanish.
-    far = (product < -_far * stable * strength**2) & by_mode & (outputs == 0)
-    far &= jnp.logical_not(next_to_zero)
-    undecayed = jnp.clip(times / _vanished, 1, 1 / _vanished)
-    by = jnp.where(far, jnp.maximum(by, undecayed), by)
     by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
     return jnp.maximum(factor * by, 1)
 
@@ -314,10 +305,6 @@ def any_grown(shares: Shares, drift_tol: float) -> Bool[Array, ""]:
     """Whether one of the `Growth.shares` is not accepted."""
     grown = [share > max(_least_share, drift_tol) for share in shares]
     return jnp.stack([jnp.array(False), *grown]).any()
-
-
-def _ratio(part: Float[Array, ""], beside: Float[Array, ""]) -> Float[Array, ""]:
-    return part / jnp.where(beside == 0, 1, beside)
 
 
 def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:

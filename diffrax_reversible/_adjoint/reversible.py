@@ -129,12 +129,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. Growth that is not
-    detected is not corrected. In the gradient of an initial state, entries that have grown
-    count from a hundredth of the largest on. Parameters receive an integral over time: for
-    these, growth counts if the entries that have grown amount to 0.3 times the others, in
-    the integral of the cotangent's sizes. After the last backward pass it
-    counts only if such entries are left at the start of the solve, of 0.3 times the largest
-    that the cotangent has had, and if the initial state is not differentiated.
+    detected is not corrected. Entries that have grown are corrected if, at the start of the
+    solve, they exceed a hundredth of the largest, or if they amount to 0.3 times the others
+    in an integral over time, as parameters receive.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
@@ -142,16 +139,15 @@ class ReversibleAdjoint(AbstractAdjoint):
     all tolerances from 1e-3 to 1e-10. With the solvers that restart, a gradient that seems
     to grow in the second backward pass, too, is an error that says how to bound the steps.
     It is accepted if both passes agree to a tenth, as a spoilt gradient would differ
-    between them; growth that counts for the parameters only, if they agree on these. Two
-    kinds of gradients need not agree. That of an initial state may have vanished, where the
-    flow has contracted a lot: each array may differ by `eps^0.6` (7e-5 in float32) times
-    the largest entry that its cotangent has had at any time. And in a batch whose members
-    share parameters, only the sum of theirs counts: members that differ may contribute 3 %
-    to it. (If the number of devices divides that of the members, to the sum on each device.
-    Of more than 1,024 parameters, the two sums have to agree to a tenth.) `McCallumFoster`
-    restarts in most steps where the flow contracts, so that both passes may be the same.
-    With it, there is a pass in between, by derivatives of the embedded method, and the last
-    two passes are compared.
+    between them. Two kinds of gradients need not agree. That of an initial state may have
+    vanished, where the flow has contracted a lot: each array may differ by `eps^0.6` (7e-5
+    in float32) times the largest entry that its cotangent has had at any time. And in a
+    batch whose members share parameters, only the sum of theirs counts: members that differ
+    may contribute 3 % to it. (If the number of devices divides that of the members, to the
+    sum on each device. Of more than 1,024 parameters, the two sums have to agree to a
+    tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that
+    both passes may be the same. With it, there is a pass in between, by derivatives of the
+    embedded method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a

@@ -222,20 +222,18 @@ class Walk(eqx.Module):
         assert isinstance(solver, HasProbe)
         return cast(HasProbe, solver.with_other_derivatives(growth.compares))
 
-    def shares(self, position: Position, last: bool) -> tuple[Shares, Shares]:
-        """See `Growth.shares` and `Growth.shares_of_integrals`, at the start of the solve;
-        without those of what is not differentiated. The `last` walk counts less growth for
-        parameters: much of it cancels, or does not reach them."""
-        if (growth := position.growth) is None:
-            return [], []
-        of_start = growth.shares(position.cotangent.y) if self.differentiates_start else []
-        if len(jtu.tree_leaves(self.params)) == 0:
-            return of_start, []
-        if not last:
-            return of_start, growth.shares_of_integrals()
-        if self.differentiates_start:
-            return of_start, []
-        return of_start, growth.shares_of_largest(position.cotangent.y)
+    def shares(self, position: Position) -> Shares:
+        """See `Growth.shares`, at the start of the solve."""
+        if position.growth is None:
+            return []
+        beside_all = not self.differentiates_start
+        return position.growth.shares(position.cotangent.y, beside_all)
+
+    def shares_of_integrals(self, position: Position) -> Shares:
+        """See `Growth.shares_of_integrals`, if parameters are differentiated."""
+        if position.growth is None or len(jtu.tree_leaves(self.params)) == 0:
+            return []
+        return position.growth.shares_of_integrals()
 
     def drifts(
         self,

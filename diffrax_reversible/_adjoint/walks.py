@@ -37,11 +37,7 @@ _vanished = 0.6
 _hardly = 0.03
 
 
-# Whether two walks have come to the same gradient, and to that of the parameters at least.
-Agree = tuple[BoolScalarLike, BoolScalarLike]
-
-
-def run_walks(walk: Walk, end: Position) -> tuple[Position, Agree]:
+def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     """The whole walk, from the `end` to the start.
 
     Restarts and known states are handled outside the loop over steps. If the gradient grows
@@ -52,8 +48,7 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, Agree]:
     different steps. If a solver has steps with other derivatives, there is a walk with
     those in between, with which the last one is compared.
     """
-    no = jnp.array(False)
-    position = walk.start(end, no, no)
+    position = walk.start(end, jnp.array(False), jnp.array(False))
     meter = walk.problem.progress_meter.init()
     position = dataclasses.replace(position, meter=meter)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
@@ -63,7 +58,7 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, Agree]:
 
     if not walk.stops:
         # Without an outer loop, fewer states are in memory.
-        return _finish(walk, segment(position, kept)[0])[0], (no, no)
+        return _finish(walk, segment(position, kept)[0])[0], jnp.array(False)
 
     def go(carry):
         position, kept, walks = carry
@@ -122,7 +117,7 @@ def _pull_init(walk: Walk, position: Position) -> Position:
 
 def _agree(
     walk: Walk, growth: Growth, walks: "_Walks", here: list[Sketch], grown: BoolScalarLike
-) -> Agree:
+) -> BoolScalarLike:
     """Whether this walk has come to the same gradient as the last one.
 
     - `grown`: whether the gradient of this element of a batch has grown.
@@ -147,8 +142,7 @@ def _agree(
             differs = grown & jnp.logical_not(agrees)
             agrees |= _hardly_differs(walk.summed, last, now, differs)
         same.append(agrees)
-    all_of = lambda parts: jnp.stack([jnp.array(True), *parts]).all()
-    return all_of(same), all_of(same[len(sizes) :])
+    return jnp.stack([jnp.array(True), *same]).all()
 
 
 def _hardly_differs(
@@ -169,17 +163,17 @@ class _Walks(NamedTuple):
 
     - `left`: the number of walks to go, if the gradient grows where it should not.
     - `last`: a sketch of the gradient by the last one.
+    - `agree`: whether two walks have come to the same gradient.
     """
 
     left: IntScalarLike
     last: list[Sketch]
-    agree: Agree
+    agree: BoolScalarLike
 
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
         here = jax.eval_shape(lambda: _finish(walk, position)[1])
-        no = jnp.array(False)
-        return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), (no, no))
+        return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), jnp.array(False))
 
 
 def _most(walk: Walk) -> int:
@@ -210,12 +204,10 @@ def _again(
         # which proves nothing.
         proves &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
-    start, params = (
-        any_grown(s, walk.drift_tol) for s in walk.shares(position, last=False)
-    )
-    agree = _agree(walk, growth, walks, here, start | params)
-    all_agree, params_agree = (proves & agrees for agrees in agree)
-    grown = start & jnp.logical_not(all_agree) | params & jnp.logical_not(params_agree)
+    grown = any_grown(walk.shares(position), walk.drift_tol)
+    grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
+    agree = proves & _agree(walk, growth, walks, here, grown)
+    grown &= jnp.logical_not(agree)
     grown = jnp.where(first, grown, growth.cures)
     again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
@@ -233,6 +225,5 @@ def _again(
         again, lambda: without_params(begin()), lambda: without_params(position)
     )
     left = jnp.where(again, walks.left - 1, 0)
-    agree = all_agree & jnp.logical_not(again), params_agree & jnp.logical_not(again)
-    walks = _Walks(left, here, agree)
+    walks = _Walks(left, here, jnp.logical_not(again) & agree)
     return with_params(position, params), walks
