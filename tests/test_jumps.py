@@ -188,6 +188,24 @@ def test_batch():
     gradients(loss, Y0, W, checkpoints=8)
 
 
+def test_field_that_begins_at_the_start():
+    """While a member crosses a jump, others undo their first step. The field is not
+    evaluated before their start, where it may not exist."""
+    pid = dfx.PIDController(1e-3, 1e-3, dtmax=0.1)
+    jumps = dfx.ClipStepSizeController(pid, jump_ts=jnp.array([-0.5]))
+    ends = jnp.linspace(-0.95, 0.05, 11)
+
+    def own(t, y, w):
+        return -w * y * jnp.sqrt(t + 1) + jnp.where(t < -0.5, 0.0, 1.0)
+
+    def loss(adjoint, y0, w):
+        more = dict(saveat=dfx.SaveAt(t1=True), stepsize_controller=jumps, dt0=0.1)
+        of_end = lambda t1: solve(adjoint, dr.ALF4(), y0, w, own, t1=t1, **more).ys
+        return sum_of_squares(jax.vmap(of_end)(ends))
+
+    assert np.isfinite(gradients(loss, Y0, W)[1])
+
+
 @pytest.mark.parametrize("fresh", cases((), slow=(True, False)))
 def test_from_a_jump(fresh):
     """A solve that begins at a jump crosses it, unless `v` is evaluated beyond it."""

@@ -133,6 +133,53 @@ def test_fn(case):
     assert_same(saveat, case, weighted)
 
 
+STEPS, SOME_TS = dict(steps=3), jnp.array([0.1, 0.5, 0.9])
+
+
+@pytest.mark.parametrize(
+    "saveat, ends, size",
+    cases(
+        ((STEPS, [2.0], 1), (STEPS, [1.5, 2.0], 1100)),
+        # Some members have outputs where others have none.
+        long=((SOME_TS, [1.0, 1.3, 1.7], 1100),),
+        # Members that end where they begin save everything at once.
+        more=((SOME_TS, [0.0, 1.5, 1.7], 1), (STEPS, [1.5, 2.0], 1)),
+    ),
+)
+def test_fn_that_is_not_finite_elsewhere(saveat, ends, size):
+    """Functions of outputs may be infinite or NaN at states that are not saved, at the ends
+    of steps and of members."""
+    fn = lambda t, y, w: jnp.mean(w) * jnp.log(y)
+
+    def loss(w, y0, t1, adjoint):
+        at = saveat if saveat is STEPS else dict(ts=t1 * saveat)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, w: -jnp.mean(w) * jnp.ones_like(y)),
+            dr.ALF4(),
+            *(0.0, t1, 0.25, y0, w),
+            saveat=dfx.SaveAt(fn=fn, **at),
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        # Rows that are not written are infinite.
+        return jnp.sum(sol.ys[:2])
+
+    def grad(adjoint):
+        one = lambda w, y0, t1: loss(w, y0, t1, adjoint)
+        if len(ends) == 1:
+            grad = jax.grad(lambda w, y0: one(w, y0, ends[0]), (0, 1))
+        else:
+            many = jax.vmap(one, (None, None, 0))
+            grad = jax.grad(lambda w, y0: jnp.sum(many(w, y0, jnp.array(ends))), (0, 1))
+        # The last step ends where the logarithm does not exist.
+        return jax.jit(grad)(jnp.ones(size), jnp.array(1.62))
+
+    default = dfx.RecursiveCheckpointAdjoint(checkpoints=16)
+    for g, want in zip(grad(dr.ReversibleAdjoint()), grad(default), strict=True):
+        assert np.isfinite(want).all()
+        np.testing.assert_allclose(g, want, rtol=1e-9)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", SOME)
 def test_subs(case):

@@ -22,9 +22,10 @@ from .._custom_types import (
 from .._diffrax import State
 from .._members import value_and_pullback
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_zeros_of
+from .._tree import tree_add, tree_select, tree_zeros_like, tree_zeros_of
 from .outputs import Cursor, Output, Row
 from .position import Position
+from .shared import params_where
 from .times import Times
 from .walk import Walk
 
@@ -36,12 +37,24 @@ _at_once, _most_entries = 8, 4096
 
 
 def pull_output(
-    walk: Walk, output: Output, row: Row, time: _Time, y: Y, params_cotangent: Params
+    walk: Walk,
+    output: Output,
+    row: Row,
+    time: _Time,
+    y: Y,
+    params_cotangent: Params,
+    written: BoolScalarLike,
 ) -> tuple[Y, Params]:
-    """Pull the cotangent of one output back to the state it was computed from."""
+    """Pull the cotangent of one output, zero unless it was `written`, back to the state it
+    was computed from. At states that were not saved, functions may not be finite."""
     t_bar, saved_bar = row
     if output.saves_state and t_bar is None:
         return saved_bar, params_cotangent
+    shared = walk.shared
+    if written is not True and shared is not None:
+        # The members of a batch add to one sum.
+        of_others = lambda y: jnp.where(written, y, shared.mean(y, written))
+        y = jtu.tree_map(of_others, y)
 
     def save(y, params):
         context = walk.context(params)
@@ -50,15 +63,24 @@ def pull_output(
         return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
     _, (y_bar, params_bar) = value_and_pullback(save, (y, walk.params), row)
-    return y_bar, tree_add(params_cotangent, params_bar)
+    params_bar = tree_add(params_cotangent, params_bar)
+    if written is not True:
+        y_bar = tree_select(written, y_bar, tree_zeros_like(y_bar))
+        params_bar = params_where(shared, written, params_bar, params_cotangent)
+    return y_bar, params_bar
 
 
 def pull_into_state(
-    walk: Walk, position: Position, output: Output, row: Row, time: _Time
+    walk: Walk,
+    position: Position,
+    output: Output,
+    row: Row,
+    time: _Time,
+    written: BoolScalarLike = True,
 ) -> Position:
     """As `pull_output`, for an output of the state at the `position`."""
-    ct = position.cotangent
-    y_bar, params_bar = pull_output(walk, output, row, time, position.y, ct.params)
+    y, ct = position.y, position.cotangent
+    y_bar, params_bar = pull_output(walk, output, row, time, y, ct.params, written)
     ct = Cotangent(tree_add(ct.y, y_bar), ct.solver_state, params_bar)
     growth = position.growth
     if growth is not None:
@@ -80,7 +102,8 @@ def pull_last(walk: Walk, position: Position) -> Position:
 
             def pull_ts(position, output=output, first=first, count=count):
                 row = output.sum_of_rows(first, count, no_steps)
-                return pull_into_state(walk, position, output, row, lambda times: times.t0)
+                time = lambda times: times.t0
+                return pull_into_state(walk, position, output, row, time, no_steps)
 
             position = lax.cond(
                 eqxi.unvmap_any(no_steps), pull_ts, lambda position: position, position
@@ -92,7 +115,7 @@ def pull_last(walk: Walk, position: Position) -> Position:
                 written = end.num_accepted_steps % sub.steps != 0
             row = output.row(save_index, written)
             time = lambda times: times.of(end.tprev)
-            position = pull_into_state(walk, position, output, row, time)
+            position = pull_into_state(walk, position, output, row, time, written)
     return position
 
 
@@ -116,8 +139,8 @@ def pull_step_outputs(walk: Walk, position: Position, t1: RealScalarLike) -> Pos
         if position.moves is not None:
             written &= position.moves
         position, save_index = _take(position, i, jnp.where(written, 1, 0))
-        row = output.row(save_index, written)
-        position = pull_into_state(walk, position, output, row, lambda times: times.of(t1))
+        row, time = output.row(save_index, written), lambda times: times.of(t1)
+        position = pull_into_state(walk, position, output, row, time, written)
     return position
 
 
@@ -233,7 +256,7 @@ def _pull_ts(
 
         y = evaluate(dense_info, walk.params)
         row = output.row(cursor.save_index, here)
-        y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar)
+        y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
         if walk.differentiates_times:
             _, pull = jax.vjp(evaluate, dense_info, walk.params)
             new_bar, more_bar = pull(y_bar)

@@ -103,14 +103,17 @@ def _undo_jump(
     """Undo the crossing of a jump just before `t`, if it was `crossed`."""
     solver = walk.problem.solver
     terms, args = walk.combine(walk.params)
-    before, _ = cross_jump(solver, terms, t, before_jump(t), y, args, solver_state)
+    # Other members of a batch stay where they are: before the start of the solve, the vector
+    # field may not be finite.
+    just_before = lambda t: jnp.where(crossed, before_jump(t), t)
+    before, _ = cross_jump(solver, terms, t, just_before(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
 
     def cross(y, diff_state, params):
         context = walk.context(params)
         after = context.times.of(t)
         state = eqx.combine(diff_state, nondiff_state)
-        times = before_jump(after), after
+        times = just_before(after), after
         state, _ = cross_jump(solver, context.terms, *times, y, context.args, state)
         return eqx.filter(state, eqx.is_inexact_array)
 
