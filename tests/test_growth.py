@@ -252,9 +252,23 @@ def test_departure(solver):
     assert abs(step(0.49 * stable)[0]) < 1 < abs(step(0.51 * stable)[0])
 
 
+GROWS_LITTLE = pytest.mark.xfail(
+    strict=True, reason="off by 4.5 %, as it grows by a factor of 13 in a single step"
+)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("tol", cases((1e-10,), slow=(1e-4,)))
-@pytest.mark.parametrize("solver", cases((dr.ALF4(),), slow=(dr.ALF6(), dr.ALF8())))
+@pytest.mark.parametrize(
+    "solver, tol",
+    [
+        *cases(
+            # Here `ALF6` grows in the first step of the solve alone, by a factor of 185.
+            ((dr.ALF4(), 1e-10), (dr.ALF6(), 1e-10)),
+            slow=[(solver, 1e-4) for solver in SOLVERS[:3]],
+        ),
+        pytest.param(dr.ALF8(), 1e-10, marks=(pytest.mark.slow, GROWS_LITTLE)),
+    ],
+)
 def test_never_garbage(solver, tol):
     want = implicit_heat()
     got = gradient(heat, GRID**2, 1.0, solver, tol)

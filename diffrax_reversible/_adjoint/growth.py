@@ -32,6 +32,8 @@ _decayed = math.exp(-_contracts)
 # The limit per step on counting as grown because an entry has not decayed: a step or two
 # that are barely accurate prove nothing.
 _most_lag = 2.0
+# In an unstable step, growth beyond this is no matter of accuracy.
+_leap = 100.0
 # If the backward pass restarts, so that the second approximation does not spoil the
 # cotangent, only steps with more than this fraction of the stability limit count.
 _unstable = 0.75
@@ -296,7 +298,8 @@ def _grow(
     lags &= jnp.logical_not(alone)
     lag = jnp.clip(by / _decayed, 1, _most_lag)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, _remembered), 1)
-    by = jnp.where(lags, lag, by)
+    leaps = unstable & (by > _leap)
+    by = jnp.where(lags & jnp.logical_not(leaps), lag, by)
     by = jnp.where(slow, _acquitted, jnp.where(known, by, 1))
     return jnp.maximum(factor * by, 1)
 

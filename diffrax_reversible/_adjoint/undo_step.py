@@ -103,8 +103,8 @@ def _undo_jump(
     """Undo the crossing of a jump just before `t`, if it was `crossed`."""
     solver = walk.problem.solver
     terms, args = walk.combine(walk.params)
-    # Other members of a batch stay where they are: before the start of the solve, the vector
-    # field may not be finite.
+    # Other members of a batch stay where they are: before the start of the solve, their
+    # vector field may not be finite.
     just_before = lambda t: jnp.where(crossed, before_jump(t), t)
     before, _ = cross_jump(solver, terms, t, just_before(t), y, args, solver_state)
     diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
