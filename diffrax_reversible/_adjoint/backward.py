@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import BoolScalarLike, IntScalarLike
+from .._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Params
 from .._diffrax import State
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_replace
@@ -19,11 +19,8 @@ from .finish import pull_finish, PulledFinish
 from .forward import Residuals
 from .outputs import Cursor, materialise
 from .position import Position
-from .problem import Inputs, Problem, save_states
-from .pull_outputs import (
-    pull_dense_times,
-    pull_last,
-)
+from .problem import Context, Inputs, Problem, save_states
+from .pull_outputs import pull_dense_times, pull_last
 from .replay import Replayer
 from .shared import Shared
 from .spread import many
@@ -75,39 +72,22 @@ def walk_back(
         the steps are undone again before a larger error is reported.
     - `watch`: a function called at every known state.
     """
-    params, nondiff = eqx.partition(inputs.context, perturbed.context)
-    times = perturbed.context.times
-    if len(times.prescribed) > 0:
-        others = nondiff.times.prescribed
-        others = constant_times(params.times.prescribed, others, problem.t0)
-        nondiff = tree_replace(lambda c: c.times.prescribed, nondiff, others)
-    with_times = any(jtu.tree_leaves(times))
+    params, nondiff = _split_context(inputs, perturbed, problem)
+    with_times = any(jtu.tree_leaves(perturbed.context.times))
     summed = Shared.of(sharing, inputs, perturbed)
     # A few parameters take little memory, and `Spread` needs what each member has added.
     shared = summed if many(params) else None
     pulled = pull_finish(
         inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
     )
-    dense_rows = None
-    if len(jtu.tree_leaves(cotangent.dense_infos)) > 0:
-        dense_rows = materialise(cotangent.dense_infos, residuals.dense_structs)
+    states = inputs.y0, inputs.solver_state
     walk = Walk(
-        inputs,
-        problem,
-        residuals,
-        Replayer(inputs, problem),
-        pulled.outputs,
-        dense_rows,
-        pulled.end_dense,
-        params,
-        nondiff,
-        with_times,
+        *(inputs, problem, residuals, Replayer(inputs, problem)),
+        *(pulled.outputs, _dense_rows(residuals, cotangent), pulled.end_dense),
+        *(params, nondiff, with_times),
         any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
-        tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
-        replay_tolerance(drift_tol, (inputs.y0, inputs.solver_state)),
-        watch,
-        shared,
-        summed,
+        *(tolerance(drift_tol, states), replay_tolerance(drift_tol, states)),
+        *(watch, shared, summed),
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)
@@ -115,6 +95,25 @@ def walk_back(
     position, agree = run_walks(walk, position)
     problem.progress_meter.close(position.meter)
     return _walked(walk, position, agree)
+
+
+def _split_context(
+    inputs: Inputs, perturbed: Inputs, problem: Problem
+) -> tuple[Params, Context]:
+    """The differentiated leaves of `inputs.context`, and the rest."""
+    params, nondiff = eqx.partition(inputs.context, perturbed.context)
+    others = nondiff.times.prescribed
+    if len(others) == 0:
+        return params, nondiff
+    others = constant_times(params.times.prescribed, others, problem.t0)
+    return params, tree_replace(lambda c: c.times.prescribed, nondiff, others)
+
+
+def _dense_rows(residuals: Residuals, cotangent: State) -> DenseInfo | None:
+    """The cotangents of the interpolation data of all steps, if dense output has one."""
+    if len(jtu.tree_leaves(cotangent.dense_infos)) == 0:
+        return None
+    return materialise(cotangent.dense_infos, residuals.dense_structs)
 
 
 def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) -> Position:

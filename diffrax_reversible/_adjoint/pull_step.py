@@ -25,7 +25,7 @@ from .._tree import tree_select, tree_zeros_of
 from .kept import Kept
 from .outputs import Cursor
 from .position import Position
-from .pull_outputs import any_in_step, is_linear, pull_dense
+from .pull_interpolated import any_in_step, is_linear, pull_dense
 from .walk import Walk
 
 

@@ -99,33 +99,28 @@ class Stepper:
             # A batch also steps elements that have finished, which must not interrupt the
             # rest.
             on = goes_on(before) & goes_on(after)
-            due = self._any_due(after, kept, on) if restartable else jnp.array(False)
-            if kept.holds:
-                due = due | eqxi.unvmap_any(holds & on)
-            return after, kept, due
+            due = any_due(after, kept, on)
+            return after, kept, due | eqxi.unvmap_any(holds & on) if kept.holds else due
+
+        def any_due(state, kept, on):
+            return self._any_due(state, kept, on) if restartable else jnp.array(False)
 
         def interrupt(carry):
             state, kept, _ = carry
             return *self._interrupt(state, kept, goes_on(state)), jnp.array(False)
 
         def steps_until_interruption(carry):
+            buffers = lambda c: [*self.buffers(c[0]), *c[1].buffers()]
+            on = lambda c: goes_on(c[0]) & ~c[2]
             return eqxi.while_loop(
-                lambda c: goes_on(c[0]) & ~c[2],
-                step,
-                carry,
-                max_steps=None,
-                buffers=lambda c: [*self.buffers(c[0]), *c[1].buffers()],
-                kind="lax",
+                on, step, carry, max_steps=None, buffers=buffers, kind="lax"
             )
 
         def segment(carry):
             carry = lax.while_loop(lambda c: eqxi.unvmap_any(c[2]), interrupt, carry)
             return steps_until_interruption(carry)
 
-        due = jnp.array(False)
-        if restartable:
-            due = self._any_due(state, kept, goes_on(state))
-        carry: Any = state, kept, due
+        carry: Any = state, kept, any_due(state, kept, goes_on(state))
         if restartable or kept.holds:
             carry = lax.while_loop(
                 lambda carry: eqxi.unvmap_any(goes_on(carry[0])), segment, carry

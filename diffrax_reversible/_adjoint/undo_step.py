@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import before_jump, cross_jump, recall
-from .._solver.pullback import Cotangent
+from .._solver.pullback import Cotangent, Probe
 from .._tree import tree_add, tree_select, tree_zeros_like
+from .growth import Growth
 from .kept import Kept
 from .position import Position
 from .pull_outputs import pull_step_outputs
@@ -31,18 +32,11 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
     recorded = record.recorded_before(step)
     solver_state = recall(walk.problem.solver, position.solver_state, recorded)
     pulled = pull_step(walk, position, solver_state, kept)
-    ct, growth = pulled.cotangent, position.growth
+    ct, no = pulled.cotangent, jnp.array(False)
     y0, state0 = pulled.y, pulled.solver_state
-    departure, no = walk.departure, jnp.array(False)
-    pending = no
-    if growth is not None:
-        assert pulled.probe is not None
-        growth = growth.update(pulled.probe, walk.departure)
-        if departure is not None:
-            # At the start of the solve, it would change nothing.
-            pending = growth.spoils(pulled.probe, departure) & (step > 0)
-            pending &= jnp.logical_not(restarted | crossed)
-            growth = growth.count(pending)
+    # At the start of the solve, to restart would change nothing.
+    begins = (step == 0) | restarted | crossed
+    growth, pending = _grow(walk, position.growth, pulled.probe, begins)
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),
@@ -71,6 +65,22 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
         hidden=hidden,
         from_start=from_start,
     )
+
+
+def _grow(
+    walk: Walk, growth: Growth | None, probe: Probe | None, begins: BoolScalarLike
+) -> tuple[Growth | None, BoolScalarLike]:
+    """The growth after a step was pulled back, and whether the backward pass restarts
+    before it, unless the solve `begins` anew there."""
+    pending = jnp.array(False)
+    if growth is None:
+        return None, pending
+    assert probe is not None
+    growth, departure = growth.update(probe, walk.departure), walk.departure
+    if departure is not None:
+        pending = growth.spoils(probe, departure) & jnp.logical_not(begins)
+        growth = growth.count(pending)
+    return growth, pending
 
 
 def _begin(walk: Walk, position: Position, record: Record) -> Position:

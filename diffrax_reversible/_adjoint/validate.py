@@ -53,7 +53,8 @@ hidden_in_controller = (
 
 forward_mode = (
     f"{call} is for reverse mode, and `jax.jvp` or `jax.jacfwd` asked for forward "
-    "mode. Use `adjoint=diffrax.ForwardMode()`; for the Jacobian of a root find through "
+    "mode. Use reverse mode, as `jax.jacrev`, or `options=dict(jac='bwd')` in Optimistix; "
+    "or `adjoint=diffrax.ForwardMode()`; for the Jacobian of a root find through "
     "which reverse mode goes, `diffrax.DirectAdjoint()`; for second derivatives, forward "
     "mode over reverse mode, as in `jax.jvp(jax.grad(...), ...)`."
 )
