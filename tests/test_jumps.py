@@ -188,7 +188,9 @@ def test_batch():
     gradients(loss, Y0, W, checkpoints=8)
 
 
-def test_field_that_begins_at_the_start():
+# Members that share many parameters wait at their start.
+@pytest.mark.parametrize("size", cases((1,), more=(1100,)))
+def test_field_that_begins_at_the_start(size):
     """While a member crosses a jump, others undo their first step. The field is not
     evaluated before their start, where it may not exist."""
     pid = dfx.PIDController(1e-3, 1e-3, dtmax=0.1)
@@ -196,14 +198,14 @@ def test_field_that_begins_at_the_start():
     ends = jnp.linspace(-0.95, 0.05, 11)
 
     def own(t, y, w):
-        return -w * y * jnp.sqrt(t + 1) + jnp.where(t < -0.5, 0.0, 1.0)
+        return -jnp.mean(w) * y * jnp.sqrt(t + 1) + jnp.where(t < -0.5, 0.0, 1.0)
 
     def loss(adjoint, y0, w):
         more = dict(saveat=dfx.SaveAt(t1=True), stepsize_controller=jumps, dt0=0.1)
         of_end = lambda t1: solve(adjoint, dr.ALF4(), y0, w, own, t1=t1, **more).ys
         return sum_of_squares(jax.vmap(of_end)(ends))
 
-    assert np.isfinite(gradients(loss, Y0, W)[1])
+    assert np.isfinite(gradients(loss, Y0, jnp.full(size, W))[1]).all()
 
 
 @pytest.mark.parametrize("fresh", cases((), slow=(True, False)))

@@ -304,7 +304,7 @@ REFUSALS = (
         "forward mode: `jacfwd`",
         lambda: jax.jacfwd(total)(Y0),
         RuntimeError,
-        ("`jax.jacfwd`", "ForwardMode"),
+        ("`jax.jacfwd`", "ForwardMode", "`jax.jacrev`", "`options=dict(jac='bwd')`"),
     ),
     (
         "reverse over forward mode",

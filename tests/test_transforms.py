@@ -135,6 +135,16 @@ def test_other_adjoints(solver, controller):
     assert relative_error(forward(y0, W, dfx.ForwardMode()), expected) < 1e-10
 
 
+def test_least_squares():
+    """A fit by Optimistix, whose Jacobian is by reverse mode if it is asked to."""
+    residuals = lambda w, data: solve(BATCH[0], w).ys - data
+    data, guess = solve(BATCH[0], W).ys, W + 0.1
+    levenberg = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
+    backwards = dict(jac="bwd")
+    fit = optx.least_squares(residuals, levenberg, guess, data, options=backwards)
+    np.testing.assert_allclose(fit.value, W, rtol=1e-8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
 def test_backsolve(solver):

@@ -60,7 +60,7 @@ def grow(
     y_bar = jnp.abs(y_bar)
     size = size.astype(y_bar.dtype) + outputs
     rate, strength = control.astype(pulled.dtype) * pulled, jnp.abs(vf_bar)
-    coupled = jnp.logical_not(stable > 0)
+    alone = stable > 0
     contracts = _contracts_in(rate, vf_bar, pulled, y_bar, stable)
     # An entry that grows from zero, as other entries are passed on to it, does not count.
     # Passed on in larger units, it grows more, but by no more than the quotient, which an
@@ -81,8 +81,8 @@ def grow(
     by = jnp.minimum(by, most)
     # Where the cotangent of `v` prevails, an entry should decay as that does. One that
     # stays as it is, perhaps for hundreds of steps, is spoilt, although it never grows.
-    lags = contracts & coupled & (jnp.abs(pulled) > y_bar) & (outputs == 0)
-    lags &= jnp.logical_not(unstable & (by > _leap))
+    lags = contracts & (jnp.abs(pulled) > y_bar) & (outputs == 0)
+    lags &= jnp.logical_not(alone | (unstable & (by > _leap)))
     lag = jnp.clip(by / _decayed, 1, _most_lag)
     by = jnp.where(contracts | (by < 1), jnp.maximum(by, remembered), 1)
     by = jnp.where(lags, lag, by)

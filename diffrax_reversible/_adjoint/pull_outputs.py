@@ -41,7 +41,8 @@ def pull_output(
         return saved_bar, params_cotangent
     shared = walk.shared
     if written is not True and shared is not None:
-        # The members of a batch add to one sum.
+        # The members of a batch add to one sum. So `fn` has to be finite at the states of
+        # all of them, and is likely to be between states at which it was evaluated.
         of_others = lambda y: jnp.where(written, y, shared.mean(y, written))
         y = jtu.tree_map(of_others, y)
 

@@ -100,7 +100,9 @@ class Stepper:
             # rest.
             on = goes_on(before) & goes_on(after)
             due = any_due(after, kept, on)
-            return after, kept, due | eqxi.unvmap_any(holds & on) if kept.holds else due
+            if kept.holds:
+                due = due | eqxi.unvmap_any(holds & on)
+            return after, kept, due
 
         def any_due(state, kept, on):
             return self._any_due(state, kept, on) if restartable else jnp.array(False)
