@@ -133,7 +133,7 @@ def test_batch():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("problem", ("chaotic", "contracting"))
+@pytest.mark.parametrize("problem", ("chaotic", "long", "contracting"))
 def test_evaluations_of_a_batch(problem):
     """Elements that restart, and are replayed, at their own steps wait for one another: a
     batch takes some evaluations more than its longest element, and not those of all."""
@@ -147,7 +147,7 @@ def test_evaluations_of_a_batch(problem):
         struct, x = jax.ShapeDtypeStruct(y[0].shape, y.dtype), jax.lax.stop_gradient(y[0])
         # One call for the whole batch.
         one = jax.pure_callback(count, struct, x, vmap_method="broadcast_all")
-        if problem == "chaotic":
+        if problem != "contracting":
             return rate * one * lorenz(t, y, None)
         return one * relaxation(t, y, rate)
 
@@ -155,10 +155,17 @@ def test_evaluations_of_a_batch(problem):
         most, t1, tol, rates = 3, jnp.float32(3.0), 1e-4, jnp.ones(16, jnp.float32)
         y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
         y0 = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32)
+    elif problem == "long":
+        # More steps than are on record.
+        most, t1, dt0, rates = 1.8, 2.0, 2 / 512, jnp.ones(64)
+        y0 = jnp.array([[1.0, 1.0, 25.0]]) + jax.random.normal(jax.random.key(0), (64, 3))
     else:
         most, t1, tol, rates = 2, 10.0, 1e-3, jnp.linspace(0.0, 40.0, 41)
         y0 = jnp.ones((41, 2))
-    final = final_of(counted, t1, stepsize_controller=pid(tol))
+    if problem == "long":
+        final = final_of(counted, t1, dt0, max_steps=512)
+    else:
+        final = final_of(counted, t1, stepsize_controller=pid(tol))
 
     def evaluations(fn, *inputs):
         counts.clear()

@@ -21,9 +21,9 @@ from .shared import params_where
 from .walk import Walk
 
 
-# The number of steps that some elements of a batch may undo while the rest need a replay,
-# which takes all elements as long as the longest.
-_most_waited = 8
+# The number of steps that some elements of a batch undo while the rest need a replay, even if
+# that is shorter. A replay takes all elements as long as the longest.
+_least_waited = 8
 
 
 def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
@@ -39,7 +39,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
     replays = here & jnp.logical_not(held)
     if walk.replays and walk.shared is None:
-        waits = _waits(position, replays)
+        waits = _waits(position, kept, replays)
         waited = jnp.where(waits, jnp.maximum(position.waited, 0), -1)
         position = dataclasses.replace(position, waited=waited)
         here, replays = here & jnp.logical_not(waits), replays & jnp.logical_not(waits)
@@ -71,10 +71,13 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     return position, kept
 
 
-def _waits(position: Position, replays: BoolScalarLike) -> BoolScalarLike:
-    """Whether an element that needs a replay waits for more of its batch to need one."""
+def _waits(position: Position, kept: Kept, replays: BoolScalarLike) -> BoolScalarLike:
+    """Whether an element that needs a replay waits for more of its batch to need one: no
+    longer than the longest of these replays takes."""
     others = jnp.logical_not(replays | position.done)
-    enough = eqxi.unvmap_any(position.waited >= _most_waited)
+    length = position.step - kept.checkpoints.step_before(position.step)
+    longest = eqxi.unvmap_max(jnp.where(replays, length, 0))
+    enough = eqxi.unvmap_any(position.waited >= jnp.maximum(longest, _least_waited))
     return replays & eqxi.unvmap_any(others) & jnp.logical_not(enough)
 
 
