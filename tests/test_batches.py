@@ -200,6 +200,30 @@ def test_no_states_are_held(controller):
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "controller",
+    cases((dfx.ConstantStepSize(),), long=(dfx.PIDController(rtol=1e-4, atol=1e-6),)),
+)
+def test_no_members(controller):
+    """An empty batch, such as the last one of a data set, has an empty gradient, and one of
+    zero with respect to what members share."""
+
+    def loss(y0s, rate):
+        solve = lambda y0: dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * y),
+            dr.ALF4(),
+            *(0.0, 1.0, 0.1, y0, rate),
+            stepsize_controller=controller,
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return sum_of_squares(jax.vmap(solve)(y0s).ys)
+
+    inputs = jnp.zeros((0, 3)), jnp.array(1.0)
+    of_starts, of_rate = jax.jit(jax.grad(loss, argnums=(0, 1)))(*inputs)
+    assert of_starts.shape == (0, 3)
+    assert of_rate == 0
+
+
 # More parameters than are summed member by member.
 WIDTH = 64
 NETWORK = {

@@ -35,7 +35,7 @@ class _Axis:
 class _Level(NamedTuple):
     """One `jax.vmap`.
 
-    - `name`: the name of its axis.
+    - `name`, `size`: the name and the size of its axis.
     - `told`: whether the function is told of it; otherwise JAX sums over it.
     - `groups`: the number of groups of members. Each group has a sum of its own, so that
         devices among which the batch is divided need not exchange it.
@@ -44,6 +44,7 @@ class _Level(NamedTuple):
     """
 
     name: _Axis
+    size: int
     told: bool
     groups: int
     mapped: tuple[bool, ...]
@@ -148,6 +149,10 @@ def _jvp(primals, tangents, *, fn, jaxpr, levels):
     primals = [
         x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype) for x, aval in pairs
     ]
+    if any(level.size == 0 for level in levels):
+        # A batch of no members: what it returns has no entries, or is the same for all.
+        values = _call_p.bind(*primals, fn=fn, jaxpr=jaxpr, levels=levels)
+        return values, [ad.Zero(x.aval.to_tangent_aval()) for x in values]
     shared = [not any(level.mapped[i] for level in levels) for i in range(len(primals))]
     sharing = tuple(level.name for level in levels if level.told), shared
     call = lambda *xs: fn(sharing, *xs)
@@ -166,7 +171,7 @@ def _batch(axis_data, xs, dims, *, fn, jaxpr, levels):
     devices = jax.device_count()
     told = axis_data.size % devices == 0 and axis_data.spmd_name is None
     mapped = tuple(dim is not None for dim in dims)
-    level = _Level(_Axis(), told, devices if told else 1, mapped)
+    level = _Level(_Axis(), axis_data.size, told, devices if told else 1, mapped)
     jaxpr = jax.make_jaxpr(level.map_and_note(jex.jaxpr_as_fun(jaxpr)))(*xs)
     returned = tuple(i in level.name.returned for i in range(len(jaxpr.out_avals)))
     level = level._replace(returned=returned)

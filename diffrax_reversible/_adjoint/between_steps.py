@@ -21,8 +21,8 @@ from .shared import params_where
 from .walk import Walk
 
 
-# The number of steps that some elements of a batch undo while the rest need a replay, even if
-# that is shorter. A replay takes all elements as long as the longest.
+# While some elements of a batch need a replay, the rest undo at least so many steps, even if
+# that is shorter.
 _least_waited = 8
 
 
@@ -72,8 +72,8 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
 
 
 def _waits(position: Position, kept: Kept, replays: BoolScalarLike) -> BoolScalarLike:
-    """Whether an element that needs a replay waits for more of its batch to need one: no
-    longer than the longest of these replays takes."""
+    """Whether an element that needs a replay waits for more of its batch to need one, as
+    each takes all elements as long as the longest: for as many steps as that has."""
     others = jnp.logical_not(replays | position.done)
     length = position.step - kept.checkpoints.step_before(position.step)
     longest = eqxi.unvmap_max(jnp.where(replays, length, 0))
