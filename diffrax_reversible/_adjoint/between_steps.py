@@ -21,8 +21,7 @@ from .shared import params_where
 from .walk import Walk
 
 
-# While some elements of a batch need a replay, the rest undo at least so many steps, even if
-# that is shorter.
+# While some elements of a batch need a replay, the rest undo at least so many steps.
 _least_waited = 8
 
 
