@@ -152,20 +152,20 @@ def test_evaluations_of_a_batch(problem):
         return one * relaxation(t, y, rate)
 
     if problem == "chaotic":
-        most, t1, tol, rates = 3, jnp.float32(3.0), 1e-4, jnp.ones(16, jnp.float32)
+        most, t1, rates = 3, jnp.float32(3.0), jnp.ones(16, jnp.float32)
+        kwargs = dict(stepsize_controller=pid(1e-4))
         y0 = jax.random.normal(jax.random.key(0), (16, 3), jnp.float32)
         y0 = y0 + jnp.array([[1.0, 1.0, 25.0]], jnp.float32)
     elif problem == "long":
         # More steps than are on record.
-        most, t1, dt0, rates = 1.8, 2.0, 2 / 512, jnp.ones(64)
+        most, t1, rates = 1.8, 2.0, jnp.ones(64)
+        kwargs = dict(dt0=2 / 512, max_steps=512)
         y0 = jnp.array([[1.0, 1.0, 25.0]]) + jax.random.normal(jax.random.key(0), (64, 3))
     else:
-        most, t1, tol, rates = 2, 10.0, 1e-3, jnp.linspace(0.0, 40.0, 41)
+        most, t1, rates = 2, 10.0, jnp.linspace(0.0, 40.0, 41)
+        kwargs = dict(stepsize_controller=pid(1e-3))
         y0 = jnp.ones((41, 2))
-    if problem == "long":
-        final = final_of(counted, t1, dt0, max_steps=512)
-    else:
-        final = final_of(counted, t1, stepsize_controller=pid(tol))
+    final = final_of(counted, t1, **kwargs)
 
     def evaluations(fn, *inputs):
         counts.clear()

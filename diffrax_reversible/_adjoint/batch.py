@@ -150,7 +150,8 @@ def _jvp(primals, tangents, *, fn, jaxpr, levels):
         x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype) for x, aval in pairs
     ]
     if any(level.size == 0 for level in levels):
-        # A batch of no members: what it returns has no entries, or is the same for all.
+        # Outputs have no entries, also those that members share once `jax.vmap` returns
+        # them, except by `out_axes=None`.
         values = _call_p.bind(*primals, fn=fn, jaxpr=jaxpr, levels=levels)
         return values, [ad.Zero(x.aval.to_tangent_aval()) for x in values]
     shared = [not any(level.mapped[i] for level in levels) for i in range(len(primals))]

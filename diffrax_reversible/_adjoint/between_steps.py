@@ -37,13 +37,13 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     # A known position continues from an earlier state.
     held = jnp.logical_not(position.known) & kept.checkpoints.held(step)
     replays = here & jnp.logical_not(held)
+    limit = step + jnp.where(held, 1, 0)
+    known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays and walk.shared is None:
-        waits = _waits(position, kept, replays)
+        waits = _waits(position, step - known.step, replays)
         waited = jnp.where(waits, jnp.maximum(position.waited, 0), -1)
         position = dataclasses.replace(position, waited=waited)
         here, replays = here & jnp.logical_not(waits), replays & jnp.logical_not(waits)
-    limit = step + jnp.where(held, 1, 0)
-    known = kept.checkpoints.before(limit, walk.replayer.start)
     if walk.replays:
         before = known.step
         known, kept = lax.cond(
@@ -70,11 +70,13 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     return position, kept
 
 
-def _waits(position: Position, kept: Kept, replays: BoolScalarLike) -> BoolScalarLike:
-    """Whether an element that needs a replay waits for more of its batch to need one, as
-    each takes all elements as long as the longest: for as many steps as that has."""
+def _waits(
+    position: Position, length: IntScalarLike, replays: BoolScalarLike
+) -> BoolScalarLike:
+    """Whether an element that needs a replay, over a `length` of steps, waits for more of
+    its batch to need one. A replay takes all elements as long as the longest, so that they
+    wait for as many steps as that has."""
     others = jnp.logical_not(replays | position.done)
-    length = position.step - kept.checkpoints.step_before(position.step)
     longest = eqxi.unvmap_max(jnp.where(replays, length, 0))
     enough = eqxi.unvmap_any(position.waited >= jnp.maximum(longest, _least_waited))
     return replays & eqxi.unvmap_any(others) & jnp.logical_not(enough)
