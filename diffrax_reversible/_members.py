@@ -37,6 +37,15 @@ def without(x: Array, names: tuple[Hashable, ...]) -> Array:
     return _without_p.bind(x, names=names)
 
 
+def one_of(x: Array, here: Array, names: tuple[Hashable, ...]) -> Array:
+    """`x` of one of the members that are `here`, or zeros if there is none."""
+    for name in names:
+        first = _first_p.bind(here, x, name=name)
+        x = total(jnp.where(first, x, 0), (name,))
+        here = total(first.astype(jnp.int32), (name,)) > 0
+    return x
+
+
 def value_and_pullback(
     fn: Callable[..., PyTree[Array]], inputs: tuple[PyTree[Array], ...], bar: PyTree[Array]
 ) -> tuple[PyTree[Array], tuple[PyTree[Array], ...]]:
@@ -98,6 +107,30 @@ def _linear(name: str) -> jex.Primitive:
 # transposes of each other.
 _share_p, _total_p = _linear("share"), _linear("total")
 _without_p = _linear("without_axes")
+
+
+# Whether a member is the first that is `here` along a named axis, which the result has if
+# either operand does.
+_first_p = jex.Primitive("first_member")
+_first_p.def_impl(lambda here, x, *, name: here)
+_first_p.def_abstract_eval(lambda here, x, *, name: here)
+mlir.register_lowering(
+    _first_p, mlir.lower_fun(lambda here, x, *, name: here, multiple_results=False)
+)
+
+
+def _batch_first(axis_data, operands, dims, *, name):
+    here, x = operands
+    if axis_data.name is not name:
+        return _first_p.bind(here, x, name=name), dims[0]
+    if dims[0] is None:
+        here = jnp.broadcast_to(here, (axis_data.size, *here.shape))
+    else:
+        here = jnp.moveaxis(here, dims[0], 0)
+    return here & (jnp.cumsum(here, axis=0) == 1), 0
+
+
+batching.fancy_primitive_batchers[_first_p] = _batch_first
 
 
 def _batch_share(axis_data, xs, dims, *, names):

@@ -1,5 +1,6 @@
 """Every form of saving has the values and the gradients of the default adjoint."""
 
+import functools as ft
 import itertools as it
 
 import diffrax as dfx
@@ -178,6 +179,33 @@ def test_fn_that_is_not_finite_elsewhere(saveat, ends, size):
     for g, want in zip(grad(dr.ReversibleAdjoint()), grad(default), strict=True):
         assert np.isfinite(want).all()
         np.testing.assert_allclose(g, want, rtol=1e-9)
+
+
+def test_fn_that_is_not_finite_between_members():
+    """While a member has no output, a function may be NaN between the states of others."""
+    y0s, ends, fn = [2.0, -3.0, 5.0], [1.0, 1.0, 1.7], lambda t, y, w: w * jnp.log(y**2 - 1)
+
+    def loss(w, adjoint):
+        def one(y0, t1):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(lambda t, y, w: 0.1 * jnp.mean(w) * y),
+                dr.ALF4(),
+                *(0.0, t1, 0.25, y0, w),
+                saveat=dfx.SaveAt(ts=t1 * SOME_TS, fn=fn),
+                adjoint=adjoint,
+                max_steps=16,
+            )
+            return jnp.sum(sol.ys)
+
+        return jnp.sum(jax.vmap(one)(jnp.array(y0s), jnp.array(ends)))
+
+    default = dfx.RecursiveCheckpointAdjoint(checkpoints=16)
+    got, want = (
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(jnp.ones(1100))
+        for adjoint in (dr.ReversibleAdjoint(), default)
+    )
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
 @pytest.mark.long

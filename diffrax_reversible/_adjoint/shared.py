@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, Params
-from .._members import share, total, without
+from .._members import one_of, share, total, without
 from .._tree import tree_select
 from .batch import Sharing
 from .problem import Context, Inputs
@@ -63,6 +63,10 @@ class Shared:
     def all(self, pred: BoolScalarLike) -> Bool[Array, ""]:
         """Whether `pred` holds for all members."""
         return jnp.logical_not(self.any(jnp.logical_not(pred)))
+
+    def one_of(self, x: Array, here: BoolScalarLike) -> Array:
+        """`x` of one of the members that are `here`, or zeros if there is none."""
+        return one_of(x, jnp.asarray(here), self.names)
 
     def mean(self, x: Float[Array, ""], here: BoolScalarLike) -> Float[Array, ""]:
         """The mean of `x` over the members that are `here`; NaN if any of these is."""
