@@ -103,10 +103,10 @@ def test_continuous_extension(order, between):
     extension = tableau.continuous_extension
     assert extension.order == between
     assert extension.evaluates_midpoint == (order == 6)
-    matrix, z, _ = runge_kutta(tableau.sub_steps)
+    matrix, _, _ = runge_kutta(tableau.sub_steps)
     s = len(matrix)
-    # The stages of the derivatives at the start, the end and the mid-point.
-    rows = [np.zeros(s), z]
+    # The stages of the derivatives at the start and the mid-point.
+    rows = [np.zeros(s)]
     if order == 6:
         rows.append(extension.weights[1])
     extended = np.zeros((s + len(rows), s + len(rows)))
@@ -114,7 +114,7 @@ def test_continuous_extension(order, between):
     for i, row in enumerate(rows):
         extended[s + i, :s] = row
     if order == 6:
-        extended[s + 2, s : s + 2] = extension.slope_weights[1, :2]
+        extended[s + 1, s] = extension.slope_weights[1, 0]
     all_weights = np.concatenate([extension.weights, extension.slope_weights], axis=1)
     for theta, weights in zip(extension.fractions, all_weights, strict=True):
         for tree in trees_up_to(between - 1):

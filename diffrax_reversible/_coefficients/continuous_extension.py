@@ -26,18 +26,24 @@ _residual = 1e-2
 _per_order = 1e-3
 _parasitic = 3.0
 
+# By the order of the method.
+_fractions = {2: (), 4: (1 / 3, 2 / 3), 6: (0.25, 0.5, 0.75)}
+_many_fractions = (0.2, 0.4, 0.6, 0.8)
+
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousExtension:
     """Weights of the stage derivatives in the solution at given `fractions` of a step.
 
-    Together with the solution and its derivatives at both ends of the step, these values
-    determine a polynomial, see `HermiteInterpolation`. The derivatives have to be
-    evaluated, as `v` deviates from them. The values hardly depend on that deviation.
+    Together with the solution at both ends of the step and its derivative at the start,
+    these values determine a polynomial, see `HermiteInterpolation`. The derivative has to
+    be evaluated, as `v` deviates from it. The values hardly depend on that deviation. With
+    the derivative at the end as well, at the price of another evaluation, errors are no
+    smaller; with that in place of the one at the start, they are up to half as large again.
 
     - `weights`: the weights of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
-    - `slope_weights`: the weights of the derivatives at both ends and, if
-        `evaluates_midpoint`, at the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
+    - `slope_weights`: the weights of the derivative at the start and, if
+        `evaluates_midpoint`, at the mid-point, shape `(fractions, 1)` or `(fractions, 2)`.
     - `order`: the order of the solution between the ends of steps.
     """
 
@@ -48,7 +54,14 @@ class ContinuousExtension:
 
     @property
     def evaluates_midpoint(self) -> bool:
-        return self.slope_weights.shape[1] == 3
+        return self.slope_weights.shape[1] == 2
+
+    @property
+    def degree(self) -> int:
+        """The degree of the polynomial: without values within the step, of the cubic that
+        takes its derivatives at both ends from `v`."""
+        slopes = self.slope_weights.shape[1]
+        return 1 + len(self.fractions) + slopes if self.fractions else 3
 
     @staticmethod
     def of(
@@ -63,19 +76,17 @@ class ContinuousExtension:
         - `step_weights`: their weights in the solution at the end of the step.
         """
         count = len(matrix)
-        fractions = {2: (), 4: (0.5,)}.get(order, (0.25, 0.5, 0.75))
-        stages = _Stages(matrix, step_weights, order)
-        stages = stages.with_stage(np.zeros(count))
-        stages = stages.with_stage(np.append(step_weights, 0.0))
+        fractions = _fractions.get(order, _many_fractions)
+        stages = _Stages(matrix, step_weights, order).with_stage(np.zeros(count))
         # A higher order than a polynomial of that degree allows is of no use.
-        for exact in range(min(order - 1, len(fractions) + 3), 1, -1):
-            for evaluates in (False, True):
+        for exact in range(min(order - 1, len(fractions) + 2), 1, -1):
+            for evaluates in (False, True) if 0.5 in fractions else (False,):
                 for exact_on_linear in (exact + 1, exact):
                     weights = stages.fit_all(fractions, exact, exact_on_linear, evaluates)
                     if weights is not None:
                         parts = weights[:, :count], weights[:, count:]
                         return ContinuousExtension(fractions, *parts, exact + 1)
-        none = np.zeros((0, count)), np.zeros((0, 2))
+        none = np.zeros((0, count)), np.zeros((0, 1))
         return ContinuousExtension((), *none, 2)
 
 

@@ -215,7 +215,7 @@ class AbstractALF(
             return tree_scale(control, self._field(term, t, y, args))
 
         y0, inner = dense_info["y0"], dense_info["inner"]
-        slopes = dict(k0=slope(t0, y0), k1=slope(t1, dense_info["y1"]))
+        slopes = dict(k0=slope(t0, y0))
         extension = self.tableau.continuous_extension
         if extension.evaluates_midpoint:
             middle = self._midpoint
