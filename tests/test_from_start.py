@@ -166,7 +166,7 @@ def test_field_that_cancels():
 
 @pytest.mark.slow
 def test_evaluations(miss):
-    """A step of five sub-steps takes 10 more evaluations from its start, and at most 5 to
+    """A step of five sub-steps takes 5 more evaluations from its start, and at most 5 to
     replay it and 5 to undo it in vain."""
     counter, count = Counter(), 7
 
@@ -182,4 +182,4 @@ def test_evaluations(miss):
 
     once = evaluations()
     miss()
-    assert once + count * 10 <= evaluations() <= once + count * (10 + 5 + 5)
+    assert once + count * 5 <= evaluations() <= once + count * (5 + 5 + 5)

@@ -62,7 +62,8 @@ def pull_step(
     t0, t1 = position.clock.start, position.clock.end
     step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
-    start = ft.partial(_start, walk, position, solver_state, kept)
+    known = ft.partial(_known_start, walk, position, kept)
+    start = ft.partial(_start, walk, position, solver_state, known)
     if walk.differentiates_times:
         reconstructed = start()
         start = lambda: reconstructed
@@ -72,9 +73,11 @@ def pull_step(
         dense_bar, ct, cursors = pull_dense(walk, position, interpolated, dense_info)
     if not walk.differentiates_times:
         needs = _needs_start(walk, position)
+        # Without entries at rest, only elements whose start is known need it.
+        made = (known, None) if rest is None else (start, end)
         *begin, ct, off = backward_step_and_pullback(
             *(solver, *step, position.y, solver_state, ct, dense_bar),
-            None if needs is None else StepStart(needs, start, end),
+            None if needs is None else StepStart(needs, *made),
         )
     else:
 
@@ -100,7 +103,10 @@ def _needs_start(walk: Walk, position: Position) -> BoolScalarLike | None:
 
 
 def _start(
-    walk: Walk, position: Position, solver_state: SolverState, kept: Kept
+    walk: Walk,
+    position: Position,
+    solver_state: SolverState,
+    known: Callable[[], tuple[Y, SolverState]],
 ) -> tuple[Y, SolverState]:
     """The start of a step: reconstructed, with entries at rest as they are known, or known
     as a whole."""
@@ -111,15 +117,18 @@ def _start(
     undone = walk.settle(2 * step, undone)
     if from_start is None:
         return undone
-    record = kept.record
+    either = lambda: tree_select(from_start, known(), undone)
+    return lax.cond(eqxi.unvmap_any(from_start), either, lambda: undone)
 
-    def known():
-        held = kept.checkpoints.before(position.step, walk.replayer.start)
-        begins = held.t, held.y, args, held.solver_state
-        state, _, _ = interrupt(solver, terms, *begins, *record.before(step))
-        return tree_select(from_start, (held.y, state), undone)
 
-    return lax.cond(eqxi.unvmap_any(from_start), known, lambda: undone)
+def _known_start(walk: Walk, position: Position, kept: Kept) -> tuple[Y, SolverState]:
+    """The start of a step, if it is a known state."""
+    terms, args = walk.combine(walk.params)
+    held = kept.checkpoints.before(position.step, walk.replayer.start)
+    begins = held.t, held.y, args, held.solver_state
+    happened = kept.record.before(position.step - 1)
+    state, _, _ = interrupt(walk.problem.solver, terms, *begins, *happened)
+    return held.y, state
 
 
 def _with_probe(

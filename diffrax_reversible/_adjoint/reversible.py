@@ -96,11 +96,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     magnitude within it, or where terms of the vector field cancel to the last digit. `ALF4`
     and its like, `McCallumFoster`, splittings, couplings and `diffrax.LeapfrogMidpoint`
     then do not undo it, but differentiate it from its start, as the default adjoint does.
-    For the `n` evaluations of a step this takes at most `2 n` more or, if a state for each
-    of its sub-steps would take more than 256 kB, `n (n + 1) / 2`. An entry of a vector
-    field is a sum, and rounds as its terms do. So no segment is repeated for misses below
-    four machine epsilons of the largest entry of the array, and no step for misses below
-    16.
+    For the `n` evaluations of a step this takes `n` more or, if a state for each of its
+    sub-steps would take more than 256 kB, `n (n - 1) / 2`. An entry of a vector field is a
+    sum, and rounds as its terms do. So no segment is repeated for misses below four machine
+    epsilons of the largest entry of the array, and no step for misses below 16.
 
     So a flow that contracts too fast for the precision costs evaluations, and is no error.
     The gradient is an error, or NaN with `diffeqsolve(..., throw=False)`, if a replay

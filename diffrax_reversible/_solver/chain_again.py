@@ -20,26 +20,32 @@ _most_bytes = 1 << 18
 
 
 class Start(NamedTuple):
-    """The `parts` before a chain, if some element of a batch `needs` them."""
+    """The `parts` before a chain, of those elements of a batch that need them.
+
+    - `needs`: whether this element does. The parts of others are not used.
+    - `tells_errors`: whether the errors of the parts after the chain are wanted.
+    """
 
     needs: BoolScalarLike
     parts: Callable[[], Parts]
+    tells_errors: bool
 
 
 class Again(NamedTuple):
-    """A chain that is made again from its start, if `some` element of a batch needs that.
+    """A chain that is made again from its start, if an element of a batch `needs` that.
 
     Only the parts are chosen by a conditional: all that passes through one is copied, and
     its branches are compiled apart.
 
     - `start`: the parts before the chain.
-    - `off`: the errors of the parts after the chain; zeros if it is not made again.
+    - `off`: the errors of the parts after the chain; zeros if it is not made again, or if
+        these are not wanted.
     - `stages`: the data of every round: the parts before it, or its index.
     - `before`: the parts before an update, from the updates before it in its round, the
         data of the round, and the parts if the chain is not made again.
     """
 
-    some: BoolScalarLike
+    needs: BoolScalarLike
     start: Parts
     off: tuple[PyTree, ...]
     stages: PyTree
@@ -64,6 +70,8 @@ def make_again(chain: Chain, terms: Terms, args: Args, start: Start, parts: Part
 
     def make():
         first = start.parts()
+        if not stores and not start.tells_errors:
+            return tree_zeros_like(as_trees(parts)), first
         after, stages = scan_rounds(chain, make_round, first)
         off = jtu.tree_map(jnp.subtract, as_trees(parts), as_trees(after))
         return off, stages if stores else first
@@ -80,9 +88,9 @@ def make_again(chain: Chain, terms: Terms, args: Args, start: Start, parts: Part
 
         def stored(updates, stage, parts):
             before, _ = all_of(updates, stage)
-            return tree_select(some, before, parts)
+            return tree_select(start.needs, before, parts)
 
-        return Again(some, jtu.tree_map(lambda x: x[0], known), off, known, stored)
+        return Again(start.needs, jtu.tree_map(lambda x: x[0], known), off, known, stored)
 
     def up_to(updates, i):
         if count == 1:
@@ -91,6 +99,8 @@ def make_again(chain: Chain, terms: Terms, args: Args, start: Start, parts: Part
         return all_of(updates, lax.fori_loop(0, i, again, known))[0]
 
     def computed(updates, i, parts):
-        return lax.cond(some, lambda: up_to(updates, i), lambda: parts)
+        before = lambda: tree_select(start.needs, up_to(updates, i), parts)
+        return lax.cond(some, before, lambda: parts)
 
-    return Again(some, known, off, jnp.arange(count) if count > 1 else None, computed)
+    stages = jnp.arange(count) if count > 1 else None
+    return Again(start.needs, known, off, stages, computed)

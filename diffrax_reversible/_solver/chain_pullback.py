@@ -71,7 +71,7 @@ def undo_and_pull(
         `(u, aux)` from the side outputs, or `None`.
     - `start`: if it is needed, the updates are made again from there. For `n` rounds this
         takes the memory of the parts before each of them, and as many evaluations again;
-        or `(n + 1) / 2` times as many, if that memory is large.
+        or half of `n - 1` times as many, if that memory is large, and once more for errors.
     """
     terms, args = combine(params)
 
@@ -91,7 +91,7 @@ def undo_and_pull(
     if again is None:
         off = tree_zeros_like(as_trees(parts))
         return Pulled(before, bars_before, params_bar, passed, off)
-    before = tree_cond(again.some, again.start, before)
+    before = tree_cond(again.needs, again.start, before)
     return Pulled(before, bars_before, params_bar, passed, again.off)
 
 

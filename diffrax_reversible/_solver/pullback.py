@@ -46,7 +46,7 @@ class Probe(eqx.Module):
         the step.
     - `first`, `second`: the cotangents, exactly at the start of the step, of the state, as
         in `y_bar`, which may be estimated, and of the second approximation that the solver
-        carries, in the units of `y_bar`. Only if the solver has a `departure`.
+        carries, in the units of `y_bar`.
     """
 
     vf_bar: VF
@@ -54,8 +54,8 @@ class Probe(eqx.Module):
     control: RealScalarLike
     y_bar: Y
     outputs: Y
-    first: Y | None = None
-    second: Y | None = None
+    first: Y
+    second: Y
 
 
 class Cotangent(eqx.Module):
@@ -117,18 +117,20 @@ class StepStart(NamedTuple):
     """The start of a step, if some element of a batch `needs` it, as undoing the step is
     not accurate enough.
 
-    - `states`: a function that returns the state and the solver state there.
+    - `needs`: whether this element does.
+    - `states`: a function that returns the state and the solver state there. Those of
+        elements that do not need them are not used.
     - `end`: the state and the solver state at the end of the step, without what the solver
-        recalls, which is of the start.
+        recalls, which is of the start. `None` if their errors are not wanted.
     """
 
     needs: BoolScalarLike
     states: Callable[[], tuple[Y, Any]]
-    end: tuple[Y, Any]
+    end: tuple[Y, Any] | None
 
     def of_chain(self, split: Callable[[Y, Any], Parts]) -> Start:
         """The start of a chain, whose parts are `split(y0, state0)`."""
-        return Start(self.needs, lambda: split(*self.states()))
+        return Start(self.needs, lambda: split(*self.states()), self.end is not None)
 
 
 class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
@@ -165,7 +167,7 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
         """See `HasPullback`; from the `start`, if that is needed.
 
         Also returns the errors of the state and the solver state at `t1`, if the step was
-        made again from its start, and zeros otherwise.
+        made again from its start and these are wanted, and zeros otherwise.
         """
 
 
@@ -222,7 +224,7 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     ) -> Probe | None:
         """A probe to detect gradients that grow where the solution contracts.
 
-        `None` if the solver cannot detect them; no error is then raised for them.
+        `None` if the solver has no `departure`; no error is then raised for them.
 
         **Arguments:**
 
@@ -260,6 +262,7 @@ def backward_step_and_pullback(
             end = y1, solver_state
         else:
             begin, end = start.states(), start.end
+            assert end is not None
         pulled, made = pull_through_step(solver, *step, begin, *bars)
         return *begin, pulled, errors_at_end(end, made)
 
