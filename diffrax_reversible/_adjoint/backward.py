@@ -33,7 +33,8 @@ class Walked(NamedTuple):
     """The results of a backward pass.
 
     - `gradient`: the cotangent of the inputs.
-    - `drifts`: the largest errors of the reconstruction at known states.
+    - `drift`: the largest error of the reconstruction at known states, or in time.
+    - `drift_tol`: the accepted one.
     - `shares`: the fractions of the gradient that grew where the solution contracts.
     - `undone`, `replayed`: the numbers of steps undone and replayed.
     - `restarted`: the number of restarts of the backward pass.
@@ -41,7 +42,8 @@ class Walked(NamedTuple):
     """
 
     gradient: Inputs
-    drifts: list[Float[Array, ""]]
+    drift: Float[Array, ""]
+    drift_tol: float
     shares: list[Float[Array, ""]]
     undone: IntScalarLike
     replayed: IntScalarLike
@@ -142,16 +144,13 @@ def _at_the_end(residuals: Residuals, cotangent: State, pulled: PulledFinish) ->
 def _walked(walk: Walk, position: Position, agree: BoolScalarLike) -> Walked:
     """The results, from the position at which the walk ended. Growth does not matter if two
     walks `agree`."""
-    ct, drifts = position.cotangent, position.drifts
-    assert drifts is not None
+    ct = position.cotangent
     if position.params_cotangent is not None:
         params_bar = tree_add(position.params_cotangent, ct.params)
         ct = dataclasses.replace(ct, params=params_bar)
-    if len(drifts) > 0:
-        # The tolerance of the state bounds errors in time too; NaN refuses an unfinished
-        # walk.
-        last = jnp.where(position.done, position.clock.drift, jnp.nan)
-        drifts = [*drifts, last.astype(drifts[0].dtype)]
+    # The tolerance of the state bounds errors in time too; NaN refuses an unfinished walk.
+    in_time = jnp.where(position.done, position.clock.drift, jnp.nan)
+    drift = jnp.maximum(position.drift, in_time.astype(jnp.float32))
     shares, restarted = walk.shares(position), jnp.array(0)
     if (growth := position.growth) is not None:
         matters = growth.matters(ct.params) & jnp.logical_not(agree)
@@ -162,4 +161,4 @@ def _walked(walk: Walk, position: Position, agree: BoolScalarLike) -> Walked:
         params_bar = shared.check(params_bar)
     gradient = Inputs(ct.y, ct.solver_state, params_bar)
     counts = position.undone, position.replayed, restarted
-    return Walked(gradient, drifts, shares, *counts, shared)
+    return Walked(gradient, drift, walk.drift_tol, shares, *counts, shared)

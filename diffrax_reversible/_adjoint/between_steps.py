@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from .._custom_types import BoolScalarLike, IntScalarLike, Params
 from .._solver.capabilities import interrupt
 from .._tree import tree_add, tree_cond, tree_zeros_like
+from .drift import largest_drift
 from .judge import Arrival, beside_rounding, judge
 from .kept import Kept
 from .known import Known
@@ -60,7 +61,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     rest = without_params(position)
     arrived, missed = _come_to(walk, rest, known, here)
     arrived = _plan(walk, arrived, kept, step, replays)
-    position = tree_cond(here, arrived, rest)
+    position = _either(here, arrived, rest)
     if walk.repeats:
         params = _add(walk, *params, here, missed)
     position = pull_restart(walk, with_params(position, params))
@@ -68,6 +69,13 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
         from_start = _from_start(position, kept, here)
         position = dataclasses.replace(position, from_start=from_start)
     return position, kept
+
+
+def _either(here: BoolScalarLike, arrived: Position, rest: Position) -> Position:
+    """The position, whose `origin` has been chosen by `arrived`."""
+    without = ft.partial(dataclasses.replace, origin=None)
+    position = tree_cond(here, without(arrived), without(rest))
+    return dataclasses.replace(position, origin=arrived.origin)
 
 
 def _waits(
@@ -161,15 +169,17 @@ def _come_to(
     assert position.origin is not None
     single = position.origin.step - position.step <= 1
     misses = walk.drifts(position, (known.y, state), beside_rounding(walk, single))
-    walked, beside = [m.by_entry for m in misses], [m.beside for m in misses]
-    if walk.repeats:
-        # A single step cannot be divided, and the solve itself rounds as much.
-        walked = [jnp.where(single, b, w) for b, w in zip(beside, walked, strict=True)]
     # Rounding errors in the solver state grow up to a restart, and differ when a step is
     # recomputed.
     of_y = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
-    for misses in (walked, beside):
-        misses[of_y:] = [jnp.where(position.known, 0, w) for w in misses[of_y:]]
+    parts = largest_drift(misses[:of_y]), largest_drift(misses[of_y:])
+    worst, beside = (
+        jnp.maximum(of_y, jnp.where(position.known, 0, of_state))
+        for of_y, of_state in zip(*parts, strict=True)
+    )
+    if walk.repeats:
+        # A single step cannot be divided, and the solve itself rounds as much.
+        worst = jnp.where(single, beside, worst)
     clock = position.clock
     controller_state = clock.controller_state
     if walk.residuals.record.outermost is not None:
@@ -183,7 +193,7 @@ def _come_to(
         restarted=jnp.array(False),
         pending=position.restarted,
     )
-    return _go_back(walk, position, Arrival(arrived, walked, beside, here))
+    return _go_back(walk, position, Arrival(arrived, worst, beside, here))
 
 
 def _go_back(
@@ -192,9 +202,9 @@ def _go_back(
     """The position to continue from: the known state of the `arrival` or, if the walk
     missed that by too much, the origin of the segment, to undo the steps again with known
     states in between. Also returns whether it missed."""
-    origin, drifts = position.origin, position.drifts
-    assert origin is not None and drifts is not None
-    arrived, walked, _, here = arrival
+    origin = position.origin
+    assert origin is not None
+    arrived, worst, _, here = arrival
     missed, parted, reach = jnp.array(False), position.parted, position.reach
     if walk.repeats:
         # A conditional keeps XLA from repeating all this for every array that is chosen.
@@ -208,29 +218,27 @@ def _go_back(
         all_miss = here & eqxi.unvmap_any(missed)
         reach = jnp.where(all_miss & jnp.logical_not(missed), position.reach, reach)
         missed = all_miss
-    if len(walked) > 0:
-        worst = arrival.worst
-        miss = jnp.where(worst == 0, 0, worst / walk.drift_tol)
-        walk.tell(here, arrived, position.restarted, miss, missed)
-    new = arrived.as_origin(walk.repeats)
+    miss = jnp.where(worst == 0, 0, worst / walk.drift_tol)
+    walk.tell(here, arrived, position.restarted, miss, missed)
+    begins = here & jnp.logical_not(missed)
+    new = tree_cond(begins, arrived.as_origin(walk.repeats), origin)
     if walk.drift_tol < walk.replay_tol:
         share = walk.drift_tol / walk.replay_tol
-        walked = [jnp.where(position.known, share * w, w) for w in walked]
+        worst = jnp.where(position.known, share * worst, worst)
     undone = position.undone + origin.step - position.step
-    if walk.repeats:
-        arrived = new = tree_cond(missed, origin, new)
+    # The position has arrived at the new origin, or goes back to the old one.
     arrived = dataclasses.replace(
-        arrived,
+        new if walk.repeats else arrived,
         origin=new,
+        stop=position.stop,
         reach=reach,
         parted=parted,
+        waited=position.waited,
+        from_start=position.from_start,
         undone=undone,
         replayed=position.replayed,
         meter=position.meter,
         hidden=tree_zeros_like(position.hidden),
-        drifts=[
-            jnp.maximum(d, jnp.where(missed, 0, w))
-            for d, w in zip(drifts, walked, strict=True)
-        ],
+        drift=jnp.maximum(position.drift, jnp.where(missed, 0, worst)),
     )
     return arrived, missed

@@ -86,6 +86,13 @@ def drifts(
     return [of_leaf(*leaf) for leaf in leaves]
 
 
+def largest_drift(drifts: list[Drift]) -> Drift:
+    """The largest error in any array; NaN if there is one."""
+    none = Drift(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    parts = zip(none, *drifts, strict=True)
+    return Drift(*(jnp.max(jnp.stack([x.astype(jnp.float32) for x in p])) for p in parts))
+
+
 def tolerance(drift_tol: float | None, state: PyTree) -> float:
     """The `drift_tol` for a state, whose default depends on its coarsest array."""
     if drift_tol is not None:
@@ -115,26 +122,21 @@ def _inexact_leaves(tree: PyTree) -> list[Array]:
 def refuse_wrong(
     gradient: Inputs,
     shared: Shared | None,
-    drifts: list[Float[Array, ""]],
+    drift: Float[Array, ""],
     shares: list[Float[Array, ""]],
     torn: Bool[Array, ""],
-    drift_tol: float | None,
+    drift_tol: float,
     throw: bool,
 ) -> Inputs:
     """Replace a gradient by an error, or by NaN, if the walk missed a known state, if steps
     are `torn`, or if the gradient grew where the solution contracts."""
-    if len(drifts) == 0:
-        return gradient
-    tol = tolerance(drift_tol, drifts)
-    within: Bool[Array, ""] = jnp.stack([d <= tol for d in drifts]).all()
-    grown = any_grown(shares, tol)
+    within, grown = drift <= drift_tol, any_grown(shares, drift_tol)
     wrong = torn | jnp.invert(within) | grown
     if not throw:
         return _poison(wrong, gradient, shared)
-    worst = jnp.max(jnp.stack([d.astype(jnp.float32) for d in drifts]))
-    decade = jnp.floor(jnp.log10(worst)) - _decades[0]
+    decade = jnp.floor(jnp.log10(drift)) - _decades[0]
     index = jnp.where(
-        jnp.isfinite(worst), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
+        jnp.isfinite(drift), jnp.clip(decade, 0, len(_decades) - 1), len(_decades)
     ).astype(jnp.int32)
     messages = [*_messages, _grown, torn_steps]
     # A batch raises the largest index, which has to belong to an element that is wrong.

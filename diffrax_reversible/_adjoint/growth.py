@@ -104,14 +104,12 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def update(self, probe: Probe, departure: Departure | None) -> "Growth":
+    def update(self, probe: Probe, departure: Departure) -> "Growth":
         """The growth after the pull-back of a step."""
-        y_bar = probe.y_bar
-        if probe.first is not None:
-            # This is the better estimate, and the other one detects more.
-            choose = lambda first, y: jnp.where(self.cures, first, y)
-            y_bar = jtu.tree_map(choose, probe.first, y_bar)
-        stable = jnp.where(self.cures, 0 if departure is None else departure.stable, 0)
+        # `first` is the better estimate, and the other one detects more.
+        choose = lambda first, y: jnp.where(self.cures, first, y)
+        y_bar = jtu.tree_map(choose, probe.first, probe.y_bar)
+        stable = jnp.where(self.cures, departure.stable, 0)
         factors = jtu.tree_map(
             ft.partial(grow, jnp.asarray(probe.control), stable),
             *(self.sizes, self.factors),

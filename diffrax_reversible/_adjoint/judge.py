@@ -27,24 +27,16 @@ class Arrival(NamedTuple):
     """The arrival of the walk at a known state.
 
     - `at`: the position there, with the known state.
-    - `walked`, `beside`: the errors of each array of the reconstruction, relative to the
-        scale of each entry, and to that beside the largest of its array. See `Drift`.
+    - `worst`, `beside`: the largest errors of the reconstruction, relative to the scale of
+        each entry, and to that beside the largest of its array. See `Drift`. NaN if the
+        walk has overflowed.
     - `here`: whether this element of a batch has arrived.
     """
 
     at: Position
-    walked: list[Float[Array, ""]]
-    beside: list[Float[Array, ""]]
+    worst: Float[Array, ""]
+    beside: Float[Array, ""]
     here: BoolScalarLike
-
-    @property
-    def worst(self) -> Float[Array, ""]:
-        """The largest of the `walked` errors; NaN if the walk has overflowed."""
-        return _largest(self.walked)
-
-
-def _largest(errors: list[Float[Array, ""]]) -> Float[Array, ""]:
-    return jnp.max(jnp.stack([e.astype(jnp.float32) for e in errors]))
 
 
 def judge(
@@ -52,17 +44,17 @@ def judge(
 ) -> tuple[BoolScalarLike, RealScalarLike, IntScalarLike]:
     """Whether the walk missed a known state, the largest error of a replay so far, and the
     next number of steps between known states, which adapts as step sizes do."""
-    origin, drifts, reach = position.origin, position.drifts, position.reach
-    assert origin is not None and drifts is not None
+    origin, reach = position.origin, position.reach
+    assert origin is not None
     here, off, worst = arrival.here, arrival.beside, arrival.worst
     within = worst <= walk.drift_tol
     if walk.residuals.record.outermost is not None:
         # Recorded times are exact, unless the solve was replayed.
-        off = [*off, position.clock.off(arrival.at.clock.start)]
-    off = _largest(off)
+        in_time = position.clock.off(arrival.at.clock.start)
+        off = jnp.maximum(off, in_time.astype(off.dtype))
     parted = jnp.maximum(position.parted, jnp.where(here & position.known, off, 0))
-    so_far = jnp.array([d <= walk.drift_tol for d in drifts]).all()
-    so_far = so_far & (position.clock.drift <= walk.drift_tol)
+    so_far = position.drift <= walk.drift_tol
+    so_far &= position.clock.drift <= walk.drift_tol
     length = origin.step - position.step
     # With `drift_tol=0` nothing but a miss of zero is allowed.
     beyond = jnp.where(off == 0, 0, off / _allowed(walk, parted, length))

@@ -5,7 +5,7 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from .._custom_types import (
     BoolScalarLike,
@@ -41,7 +41,7 @@ class Position(eqx.Module):
     - `reach`: the largest number of steps between known states; zero if not even a single
         step is to be undone.
     - `parted`: the largest difference between a replay and the solve.
-    - `drifts`: the largest errors at known states; those of replays are scaled by the ratio
+    - `drift`: the largest error at known states; those of replays are scaled by the ratio
         of the tolerances.
     - `undone`, `replayed`: the numbers of steps undone and replayed so far.
     - `hidden`: the errors of entries that have come to rest since the last known state;
@@ -70,7 +70,7 @@ class Position(eqx.Module):
     origin: "Position | None" = None
     reach: IntScalarLike = longest_reach
     parted: RealScalarLike = 0.0
-    drifts: list[Float[Array, ""]] | None = None
+    drift: RealScalarLike = 0.0
     undone: IntScalarLike = 0
     replayed: IntScalarLike = 0
     hidden: PyTree | None = None
@@ -86,13 +86,18 @@ class Position(eqx.Module):
         here = dataclasses.replace(
             self,
             cotangent=ct,
+            stop=None,
             origin=None,
-            drifts=None,
+            reach=None,
+            parted=None,
+            drift=None,
             undone=None,
             replayed=None,
             hidden=None,
+            from_start=None,
             params_cotangent=None,
             meter=None,
+            waited=None,
         )
         if whole:
             return here

@@ -119,8 +119,8 @@ def _solve_bwd(
         torn = residuals.result.error_if(torn, ~is_okay(residuals.result))
     if settings.report is not None:
         _report(settings.report, walked)
-    doubts = walked.drifts, walked.shares, torn
-    gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, tol, throw)
+    doubts = walked.drift, walked.shares, torn, walked.drift_tol
+    gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, throw)
     return differentiate_once(_as_weak_as(inputs, gradient))
 
 

@@ -72,15 +72,13 @@ def _grow(
 ) -> tuple[Growth | None, BoolScalarLike]:
     """The growth after a step was pulled back, and whether the backward pass restarts
     before it, unless the solve `begins` anew there."""
-    pending = jnp.array(False)
     if growth is None:
-        return None, pending
-    assert probe is not None
-    growth, departure = growth.update(probe, walk.departure), walk.departure
-    if departure is not None:
-        pending = growth.spoils(probe, departure) & jnp.logical_not(begins)
-        growth = growth.count(pending)
-    return growth, pending
+        return None, jnp.array(False)
+    departure = walk.departure
+    assert probe is not None and departure is not None
+    growth = growth.update(probe, departure)
+    pending = growth.spoils(probe, departure) & jnp.logical_not(begins)
+    return growth.count(pending), pending
 
 
 def _begin(walk: Walk, position: Position, record: Record) -> Position:

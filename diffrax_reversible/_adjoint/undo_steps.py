@@ -16,7 +16,10 @@ from .walk import Walk
 
 
 # Fields of a position that do not change while steps are undone.
-_stays = ("origin", "reach", "drifts", "undone", "replayed", "params_cotangent")
+_stays = (
+    *("origin", "reach", "parted", "drift"),
+    *("undone", "replayed", "params_cotangent"),
+)
 
 # The number of steps that some elements of a batch may undo while the rest have come to a
 # known state.

@@ -123,9 +123,9 @@ class Walk(eqx.Module):
 
         - `cures`, `compares`: see `Growth`.
         """
-        if self.tells_growth(position):
+        if self.departure is not None:
             spread = None
-            if self.departure is not None and not self.differentiates_start:
+            if not self.differentiates_start:
                 spread = Spread.start(position.cotangent.params)
             growth = Growth.start(position.cotangent.y, cures, compares, spread)
             position = dataclasses.replace(position, growth=growth)
@@ -133,6 +133,7 @@ class Walk(eqx.Module):
             position,
             reach=jnp.array(longest_reach),
             parted=jnp.array(0, jnp.float32),
+            drift=jnp.array(0, jnp.float32),
             undone=jnp.array(0),
             replayed=jnp.array(0),
             waited=jnp.array(-1),
@@ -147,9 +148,7 @@ class Walk(eqx.Module):
         if self.repeats:
             params_bar = tree_zeros_like(position.cotangent.params)
             position = dataclasses.replace(position, params_cotangent=params_bar)
-        drifts = jax.eval_shape(self.drifts, position, self.start_states)
-        no_drift = [jnp.zeros((), d.by_entry.dtype) for d in drifts]
-        return dataclasses.replace(position, drifts=no_drift)
+        return position
 
     def show_progress(self, position: Position, t: RealScalarLike) -> Position:
         """Step the progress meter to `t`."""
@@ -187,19 +186,10 @@ class Walk(eqx.Module):
         t = position.clock.start
         jax.debug.callback(on_host, here, position.step, t, restarted, miss, repeated)
 
-    def tells_growth(self, position: Position) -> bool:
-        """Whether the solver has a probe, to detect growth."""
-        solver = self.problem.solver
-        if not isinstance(solver, HasProbe):
-            return False
-        step = position.clock.start, position.clock.end, position.y, position.cotangent
-        probe = eqx.filter_eval_shape(solver.probe, self.combine, self.params, *step, None)
-        return probe is not None
-
     @property
     def departure(self) -> Departure | None:
-        """The departure of the second approximation, if the backward pass can restart in
-        place of the solve, see `Growth`."""
+        """The departure of the second approximation, if the solver can detect growth and
+        the backward pass can restart in place of the solve, see `Growth`."""
         solver = self.problem.solver
         if isinstance(solver, HasProbe) and isinstance(solver, CanRestart):
             return solver.departure

@@ -172,7 +172,11 @@ class _Walks(NamedTuple):
 
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
-        here = jax.eval_shape(lambda: _finish(walk, position)[1])
+        ct, here = position.cotangent, []
+        if walk.departure is not None:
+            # As in `_finish`.
+            states = ct.y if walk.differentiates_start else []
+            here = jax.eval_shape(lambda: [*sketch(states), *sketch(ct.params)])
         return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), jnp.array(False))
 
 
@@ -207,7 +211,6 @@ def _again(
     grown = any_grown(walk.shares(position), walk.drift_tol)
     grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
     agree = proves & _agree(walk, growth, walks, here, grown)
-    grown &= jnp.logical_not(agree)
     grown = jnp.where(first, grown, growth.cures)
     again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
     # Some of what was held and recorded is lost.
