@@ -3,6 +3,7 @@
 import functools as ft
 import math
 
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 # The numbers for each array. With so many, the estimate of a distance is off by more than a
 # factor of two in one case of a hundred, and in five for matrices of rank one.
 _count = 16
+# Arrays of at most so many entries take all numbers at once.
+_small = 4096
 
 Sketch = Float[Array, " numbers"]
 
@@ -42,9 +45,10 @@ def _of_array(x: Array) -> Sketch:
             lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
             for axis, stride in enumerate(_strides(x.shape))
         )
-        return lax.map(
-            lambda i: jnp.sum(x * _signs(_count * index + i, x)), indices(_count)
-        )
+        # XLA compiles no loop for small arrays, and holds no signs.
+        of_all = jax.vmap if x.size <= _small else lambda fn: ft.partial(lax.map, fn)
+        number = lambda i: jnp.sum(x * _signs(_count * index + i, x))
+        return of_all(number)(indices(_count))
     left, right = (
         _signs(_count * (2 * indices(n)[:, None] + axis) + indices(_count)[None], x)
         for axis, n in enumerate(rows.shape)
