@@ -2,15 +2,14 @@
 
 import dataclasses
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 
 from .._solver.capabilities import CanRestart
 from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_select
 from .position import Position
+from .pull_change import pull_change
 from .walk import Walk
 
 
@@ -30,17 +29,9 @@ def pull_restart(walk: Walk, position: Position) -> Position:
 def _pull(walk: Walk, position: Position, ct: Cotangent) -> Cotangent:
     solver, t = walk.problem.solver, position.clock.start
     assert isinstance(solver, CanRestart)
-    is_diff = eqx.is_inexact_array
-    diff_state, nondiff_state = eqx.partition(position.solver_state, is_diff)
 
-    def restart(y, diff_state, params):
-        context = walk.context(params)
-        state = eqx.combine(diff_state, nondiff_state)
-        state = solver.restart(context.terms, context.times.of(t), y, context.args, state)
-        return eqx.filter(state, is_diff)
+    def restart(context, y, state):
+        return solver.restart(context.terms, context.times.of(t), y, context.args, state)
 
-    _, pull = eqx.filter_vjp(restart, position.y, diff_state, walk.params)
-    pending = ct.where(position.pending)
-    y_bar, state_bar, params_bar = pull(pending.solver_state)
-    state_bar = tree_select(position.pending, state_bar, ct.solver_state)
-    return Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    states = position.y, position.solver_state
+    return pull_change(walk, restart, *states, ct, position.pending)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
@@ -10,10 +9,11 @@ import jax.numpy as jnp
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import before_jump, cross_jump, recall
 from .._solver.pullback import Cotangent, Probe
-from .._tree import tree_add, tree_select, tree_zeros_like
+from .._tree import tree_add, tree_select
 from .growth import Growth
 from .kept import Kept
 from .position import Position
+from .pull_change import pull_change
 from .pull_outputs import pull_step_outputs
 from .pull_step import pull_step
 from .steps import Record
@@ -115,21 +115,11 @@ def _undo_jump(
     # vector field may not be finite.
     just_before = lambda t: jnp.where(crossed, before_jump(t), t)
     before, _ = cross_jump(solver, terms, t, just_before(t), y, args, solver_state)
-    diff_state, nondiff_state = eqx.partition(before, eqx.is_inexact_array)
 
-    def cross(y, diff_state, params):
-        context = walk.context(params)
+    def cross(context, y, state):
         after = context.times.of(t)
-        state = eqx.combine(diff_state, nondiff_state)
         times = just_before(after), after
-        state, _ = cross_jump(solver, context.terms, *times, y, context.args, state)
-        return eqx.filter(state, eqx.is_inexact_array)
+        return cross_jump(solver, context.terms, *times, y, context.args, state)[0]
 
-    _, pull = eqx.filter_vjp(cross, y, diff_state, walk.params)
-    no_jump = tree_zeros_like(ct.solver_state)
-    crossed_bar = tree_select(crossed, ct.solver_state, no_jump)
-    y_bar, state_bar, params_bar = pull(crossed_bar)
-    before = tree_select(crossed, before, solver_state)
-    state_bar = tree_select(crossed, state_bar, ct.solver_state)
-    new = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
-    return before, new
+    ct = pull_change(walk, cross, y, before, ct, crossed)
+    return tree_select(crossed, before, solver_state), ct

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -12,12 +11,12 @@ import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._precision import eps
-from .._solver.pullback import Cotangent
-from .._tree import tree_add, tree_select, tree_zeros_like, tree_zeros_of
+from .._tree import tree_add, tree_select, tree_zeros_of
 from .between_steps import go_on
 from .growth import any_grown, Growth
 from .kept import Kept
 from .position import params_of, Position, with_params, without_params
+from .pull_change import pull_change
 from .pull_outputs import pull_start
 from .shared import Shared
 from .sketch import alike, norm, Sketch, sketch
@@ -100,18 +99,14 @@ def _pull_init(walk: Walk, position: Position) -> Position:
 
     `init` is called again here, so that its activations need not be stored.
     """
-    problem, ct = walk.problem, position.cotangent
+    problem, states = walk.problem, (position.y, position.solver_state)
 
-    def init(y, params):
-        context = walk.context(params)
+    def init(context, y, state):
+        del state
         step = context.times.t0, context.times.of(problem.init_state.tnext)
-        state = problem.solver.init(context.terms, *step, y, context.args)
-        return eqx.filter(state, eqx.is_inexact_array)
+        return problem.solver.init(context.terms, *step, y, context.args)
 
-    _, pull = jax.vjp(init, position.y, walk.params)
-    y_bar, params_bar = pull(ct.solver_state)
-    state_bar = tree_zeros_like(ct.solver_state)
-    ct = Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    ct = pull_change(walk, init, *states, position.cotangent)
     return dataclasses.replace(position, cotangent=ct)
 
 
