@@ -273,7 +273,7 @@ def test_mean_miss(monkeypatch, miss, of_all, with_rates, repeats):
     drifts = Walk.drifts
 
     def larger_drifts(self, position, *args):
-        _, rate = self.inputs.context.args
+        _, rate = self.context(self.params).args
         far = position.origin.step - position.step > 3
         far &= of_all | (rate == 2)
         add = lambda x: x + jnp.where(far, miss, 0).astype(x.dtype)

@@ -23,7 +23,6 @@ from .problem import Context, Inputs, Problem, save_states
 from .pull_outputs import pull_dense_times, pull_last
 from .replay import Replayer
 from .shared import Shared
-from .spread import many
 from .times import constant_times
 from .walk import Walk
 from .walks import run_walks
@@ -74,22 +73,20 @@ def walk_back(
         the steps are undone again before a larger error is reported.
     - `watch`: a function called at every known state.
     """
-    params, nondiff = _split_context(inputs, perturbed, problem)
-    with_times = any(jtu.tree_leaves(perturbed.context.times))
-    summed = Shared.of(sharing, inputs, perturbed)
-    # A few parameters take little memory, and `Spread` needs what each member has added.
-    shared = summed if many(params) else None
-    pulled = pull_finish(
-        inputs, params, nondiff, shared, problem, residuals, cotangent, with_times
-    )
     states = inputs.y0, inputs.solver_state
     walk = Walk(
-        *(inputs, problem, residuals, Replayer(inputs, problem)),
-        *(pulled.outputs, _dense_rows(residuals, cotangent), pulled.end_dense),
-        *(params, nondiff, with_times),
+        *(problem, residuals, Replayer(inputs, problem)),
+        *_split_context(inputs, perturbed, problem),
         any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
         *(tolerance(drift_tol, states), replay_tolerance(drift_tol, states)),
-        *(watch, shared, summed),
+        *(watch, Shared.of(sharing, inputs, perturbed)),
+    )
+    pulled = pull_finish(walk, cotangent)
+    walk = dataclasses.replace(
+        walk,
+        outputs=pulled.outputs,
+        dense_rows=_dense_rows(residuals, cotangent),
+        end_dense=pulled.end_dense,
     )
     position = _at_the_end(residuals, cotangent, pulled)
     position = pull_last(walk, position)

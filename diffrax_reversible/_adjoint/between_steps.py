@@ -64,11 +64,7 @@ def go_on(walk: Walk, position: Position, kept: Kept) -> tuple[Position, Kept]:
     position = _either(here, arrived, rest)
     if walk.repeats:
         params = _add(walk, *params, here, missed)
-    position = pull_restart(walk, with_params(position, params))
-    if walk.pulls_from_start:
-        from_start = _from_start(position, kept, here)
-        position = dataclasses.replace(position, from_start=from_start)
-    return position, kept
+    return pull_restart(walk, with_params(position, params)), kept
 
 
 def _either(here: BoolScalarLike, arrived: Position, rest: Position) -> Position:
@@ -115,7 +111,8 @@ def _plan(
     step: IntScalarLike,
     replayed: BoolScalarLike,
 ) -> Position:
-    """Find the next stop, where the solve was `replayed` up to a `step`, if at all."""
+    """Find the next stop, where the solve was `replayed` up to a `step`, if at all, and
+    whether to pull back through the next step from its start."""
     record, checkpoints = kept.record, kept.checkpoints
     stop = jnp.maximum(checkpoints.step_before(position.step), record.first)
     if walk.repeats:
@@ -124,17 +121,12 @@ def _plan(
         goes_on &= record.reaches(position.step, walk.residuals.count - 1)
         goes_on |= replayed & (position.step == step)
         stop = jnp.where(goes_on, stop, position.step)
-    return dataclasses.replace(position, stop=stop)
-
-
-def _from_start(position: Position, kept: Kept, here: BoolScalarLike) -> BoolScalarLike:
-    """Whether to pull back through the next step from its start, a known state, as the walk
-    missed that state when it undid this step."""
-    assert position.from_start is not None
-    start = position.step - 1
-    single = position.undoes_next & (position.stop == start)
-    alone = single & kept.checkpoints.held(start) & (position.reach == 0)
-    return jnp.where(here, alone, position.from_start)
+    from_start = position.from_start
+    if walk.pulls_from_start:
+        # The walk missed the start of this step, a known state, when it undid the step.
+        from_start = (position.reach == 0) & (stop == position.step - 1)
+        from_start &= jnp.logical_not(position.restarted) & checkpoints.held(stop)
+    return dataclasses.replace(position, stop=stop, from_start=from_start)
 
 
 def _replay(

@@ -12,9 +12,9 @@ from .._diffrax import State
 from .._tree import tree_zeros_like
 from .forward import finish, Residuals
 from .outputs import materialise, Output, Row
-from .problem import Context, Inputs, Problem, save_states, sub_saveats
-from .shared import context_of, Shared
+from .problem import Inputs, save_states, sub_saveats
 from .times import Times
+from .walk import Walk
 
 
 class PulledFinish(eqx.Module):
@@ -32,22 +32,14 @@ class PulledFinish(eqx.Module):
     end_dense: DenseInfo | None
 
 
-def pull_finish(
-    inputs: Inputs,
-    params: Params,
-    nondiff: Context,
-    shared: Shared | None,
-    problem: Problem,
-    residuals: Residuals,
-    cotangent: State,
-    with_times: bool,
-) -> PulledFinish:
+def pull_finish(walk: Walk, cotangent: State) -> PulledFinish:
     """Pull the cotangent of the final state back to the end of the last step.
 
     If an event may have ended the solve, Diffrax then locates it, by a root find that it
     differentiates implicitly, discards the outputs after it, and writes those of
     `SaveAt(t1=True)`. Otherwise `pull_last` pulls these back.
     """
+    problem, residuals, with_times = walk.problem, walk.residuals, walk.differentiates_times
     end, with_event = residuals.end, problem.finds_roots
     # The time of an event depends on more than `Times`.
     with_ts = with_times or with_event
@@ -59,7 +51,8 @@ def pull_finish(
             bars[i] = materialise(bar, (ts, residuals.ys_structs[i]))
 
     def outputs(bars: dict[int, Row]) -> list[Output]:
-        subs, fns = sub_saveats(problem.saveat), inputs.context.save_fns
+        fns = walk.context(walk.params).save_fns
+        subs = sub_saveats(problem.saveat)
         with_ts = lambda ts: ts if with_times else None
         return [
             Output(subs[i], (with_ts(ts), ys), i, fns[i] is None)
@@ -68,12 +61,11 @@ def pull_finish(
 
     dense_info = end.event_dense_info if with_event else None
     if not with_event or len(bars) == 0:
-        zeros = tree_zeros_like((end.y, params, dense_info))
+        zeros = tree_zeros_like((end.y, walk.params, dense_info))
         return PulledFinish(outputs(bars), *zeros)
     zero_ys = residuals.zero_ys()
     written = {i: (save_states(end)[i].ts, zero_ys[i]) for i in bars}
-    differentiable = _Finish(inputs, nondiff, shared, problem, residuals)
-    _, pull = jax.vjp(differentiable, end.y, written, dense_info, params)
+    _, pull = jax.vjp(_Finish(walk), end.y, written, dense_info, walk.params)
     y_bar, rows, dense_bar, params_bar = pull(bars)
     y_bar = _poison_rejected(residuals, dense_bar, y_bar)
     return PulledFinish(outputs(rows), y_bar, params_bar, dense_bar)
@@ -82,23 +74,19 @@ def pull_finish(
 class _Finish(NamedTuple):
     """Diffrax's work after the last step, as a differentiable function."""
 
-    inputs: Inputs
-    nondiff: Context
-    shared: Shared | None
-    problem: Problem
-    residuals: Residuals
+    walk: Walk
 
     def __call__(
         self, y: Y, written: dict[int, Row], dense_info: DenseInfo, params: Params
     ) -> dict[int, Row]:
         """The final outputs that have a cotangent, from those `written` before."""
-        context = context_of(params, self.nondiff, self.shared)
+        walk, context = self.walk, self.walk.context(params)
         state = self._end(y, written, dense_info, context.times)
-        ys = self.residuals.zero_ys()
+        ys = walk.residuals.zero_ys()
         for i, (_, some_ys) in written.items():
             ys[i] = eqx.combine(some_ys, ys[i])
-        start = Inputs(y, self.inputs.solver_state, context)
-        final = finish(start, self.problem.at(context.times), state, ys)
+        start = Inputs(y, walk.start_states[1], context)
+        final = finish(start, walk.problem.at(context.times), state, ys)
         return {
             i: (saved.ts, eqx.filter(saved.ys, eqx.is_inexact_array))
             for i, saved in enumerate(save_states(final))
@@ -113,7 +101,7 @@ class _Finish(NamedTuple):
         times: Times,
     ) -> State:
         """The state after the last step, with its differentiated leaves replaced."""
-        end = self.residuals.end
+        end = self.walk.residuals.end
         state = eqx.tree_at(lambda s: (s.y, s.tprev), end, (y, times.of(end.tprev)))
         assert end.event_tprev is not None and end.event_tnext is not None
         state = eqx.tree_at(

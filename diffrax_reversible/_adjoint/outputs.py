@@ -49,17 +49,6 @@ class Output(eqx.Module):
 
         return jtu.tree_map(get, self.rows)
 
-    def sum_of_rows(self, start: IntScalarLike, count: int, written: BoolScalarLike) -> Row:
-        """The sum of the cotangents of `count` outputs, zero unless they were `written`."""
-
-        def get(rows):
-            i = jnp.arange(len(rows))
-            among = written & (i >= start) & (i < start + count)
-            among = among[(...,) + (None,) * (rows.ndim - 1)]
-            return jnp.sum(jnp.where(among, rows, 0), axis=0)
-
-        return jtu.tree_map(get, self.rows)
-
 
 def materialise(cotangent: PyTree, like: PyTree) -> PyTree[Array]:
     """Zeros for the leaves of `like` that have no cotangent."""

@@ -1,6 +1,7 @@
 """The pull-back of the outputs of a solve, along the walk."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
@@ -92,7 +93,8 @@ def pull_last(walk: Walk, position: Position) -> Position:
             first, count = save_index, len(sub.ts)
 
             def pull_ts(position, output=output, first=first, count=count):
-                row = output.sum_of_rows(first, count, no_steps)
+                rows = output.rows_from(first, jnp.full(count, no_steps))
+                row = jtu.tree_map(ft.partial(jnp.sum, axis=0), rows)
                 time = lambda times: times.t0
                 return pull_into_state(walk, position, output, row, time, no_steps)
 

@@ -17,7 +17,7 @@ from .._custom_types import BoolScalarLike, Params
 from .._members import one_of, share, total, without
 from .._tree import tree_select
 from .batch import Sharing
-from .problem import Context, Inputs
+from .problem import Inputs
 
 
 class Shared:
@@ -107,8 +107,3 @@ def params_where(
     some = shared.any(pred)
     choose = lambda flag, n, o: jnp.where(some if flag else pred, n, o)
     return jtu.tree_map(choose, shared.flags, new, old)
-
-
-def context_of(params: Params, nondiff: Context, shared: Shared | None) -> Context:
-    """The context with these `params`, for differentiation with respect to them."""
-    return eqx.combine(params if shared is None else shared.share(params), nondiff)

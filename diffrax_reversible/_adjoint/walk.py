@@ -31,50 +31,59 @@ from .forward import Residuals
 from .growth import Growth, Shares
 from .outputs import Output
 from .position import longest_reach, Position
-from .problem import Context, Inputs, Problem
+from .problem import Context, Problem
 from .replay import Replayer
-from .shared import context_of, Shared
-from .spread import Spread
+from .shared import Shared
+from .spread import many, Spread
 
 
 class Walk(eqx.Module):
     """The constants of the walk."""
 
-    inputs: Inputs
     problem: Problem
     residuals: Residuals
     replayer: Replayer
-    outputs: list[Output]
-    dense_rows: DenseInfo | None
-    # The cotangent of the interpolation data of the last step, if an event lies in it.
-    end_dense: DenseInfo | None
     # The differentiated leaves of `Inputs.context`, and the rest.
     params: Params
     nondiff: Context
-    differentiates_times: bool = eqx.field(static=True)
     differentiates_start: bool = eqx.field(static=True)
     # The accepted errors at known states, of the walk and of replays.
     drift_tol: float = eqx.field(static=True)
     replay_tol: float = eqx.field(static=True)
     # Called at every known state.
     watch: Callable[[dict[str, Any]], None] | None = eqx.field(static=True)
-    # What the members of a batch share of the `params`, if its cotangent is summed over the
-    # batch. All members then go on from known states at once, and if one has missed its
-    # own, all undo their last steps again.
-    shared: Shared | None = eqx.field(static=True)
-    # The same, also if each member holds a cotangent of its own, which JAX sums in the end.
+    # What the members of a batch share of the `params`, whose cotangent is summed over the
+    # batch in the end.
     summed: Shared | None = eqx.field(static=True)
+    outputs: list[Output] = eqx.field(default_factory=list)
+    dense_rows: DenseInfo | None = None
+    # The cotangent of the interpolation data of the last step, if an event lies in it.
+    end_dense: DenseInfo | None = None
+
+    @property
+    def shared(self) -> Shared | None:
+        """As `summed`, if the cotangent is summed as it arises. All members then go on from
+        known states at once, and if one has missed its own, all undo their last steps
+        again. A few parameters take little memory, and `Spread` needs what each member has
+        added."""
+        return self.summed if many(self.params) else None
+
+    @property
+    def differentiates_times(self) -> bool:
+        return len(jtu.tree_leaves(self.params.times)) > 0
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)
         return context.terms, context.args
 
     def context(self, params: Params) -> Context:
-        return context_of(params, self.nondiff, self.shared)
+        """The context with these `params`, for differentiation with respect to them."""
+        params = params if self.shared is None else self.shared.share(params)
+        return eqx.combine(params, self.nondiff)
 
     @property
     def start_states(self) -> tuple[Y, SolverState]:
-        return self.inputs.y0, self.inputs.solver_state
+        return self.replayer.start.y, self.replayer.start.solver_state
 
     def settle(
         self, when: IntScalarLike, states: tuple[Y, SolverState]
