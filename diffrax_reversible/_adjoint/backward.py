@@ -75,7 +75,7 @@ def walk_back(
     """
     states = inputs.y0, inputs.solver_state
     walk = Walk(
-        *(problem, residuals, Replayer(inputs, problem)),
+        *(problem, residuals, Replayer(inputs, problem, residuals)),
         *_split_context(inputs, perturbed, problem),
         any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
         *(tolerance(drift_tol, states), replay_tolerance(drift_tol, states)),

@@ -137,9 +137,7 @@ def _replay(
     replays: BoolScalarLike,
     reach: IntScalarLike,
 ) -> tuple[Known, Kept]:
-    last = walk.residuals.count - 1, walk.residuals.record.last_end
-    most = walk.residuals.end.num_steps
-    new, replayed = walk.replayer.run(known, kept, step, last, most, replays, reach)
+    new, replayed = walk.replayer.run(known, kept, step, replays, reach)
     # Elements that do not replay have written and held nothing.
     record = replayed.record.where(replays, kept.record)
     checkpoints = replayed.checkpoints

@@ -52,8 +52,6 @@ class Residuals(eqx.Module):
     dense_structs: PyTree[jax.ShapeDtypeStruct]
     kept: Kept
     result: RESULTS
-    # Whether there may have been restarts.
-    restartable: bool = eqx.field(static=True)
 
     @property
     def count(self) -> IntScalarLike:
@@ -63,6 +61,11 @@ class Residuals(eqx.Module):
     @property
     def record(self) -> Record:
         return self.kept.record
+
+    @property
+    def restartable(self) -> bool:
+        """Whether there may have been restarts."""
+        return self.record.restartable
 
     def zero_ys(self) -> list[PyTree[Array]]:
         """Zeros in the shapes of the outputs of each `SubSaveAt`."""
@@ -160,7 +163,6 @@ def solve_and_record(
         jax.eval_shape(lambda: end.dense_infos),
         kept,
         final_state.result,
-        restartable,
     )
     return final_state, aux_stats, residuals
 

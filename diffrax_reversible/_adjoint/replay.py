@@ -13,6 +13,7 @@ from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._tree import tree_select
 from .clock import Ends
+from .forward import Residuals
 from .kept import Kept
 from .known import Known
 from .problem import Inputs, Problem
@@ -176,7 +177,7 @@ class Replayer:
     - `start`: the known state at the start of the solve.
     """
 
-    def __init__(self, inputs: Inputs, problem: Problem):
+    def __init__(self, inputs: Inputs, problem: Problem, residuals: Residuals):
         problem = problem.without_outputs(_Replaying(problem.stepsize_controller))
         inputs = eqx.tree_at(
             lambda i: (i.context.save_fns, i.context.event_fns), inputs, ((), ())
@@ -193,30 +194,27 @@ class Replayer:
         ((self._stepper, self._init_state),) = loops
         init = self._init_state
         self.start = Known.of(init, init.tprev, problem.varying)
+        # The last step of the solve, and its end.
+        self._last = residuals.count - 1, residuals.record.last_end
+        # Bounds the attempted steps of a replay.
+        self._most = residuals.end.num_steps
 
     def run(
         self,
         known: Known,
         kept: Kept,
         target: IntScalarLike,
-        last: tuple[IntScalarLike, RealScalarLike],
-        most: IntScalarLike,
         replays: BoolScalarLike,
         spacing: IntScalarLike,
     ) -> tuple[Known, Kept]:
-        """Replay up to the step `target`, if this element of a batch `replays`.
-
-        - `last`: the last step of the solve, and its end.
-        - `most`: the number of attempted steps of the solve, which bounds those of a
-            replay.
-        - `spacing`: the number of steps between states to hold, if there is room.
-        """
+        """Replay up to the step `target`, if this element of a batch `replays`. There are
+        `spacing` steps between states to hold, if there is room."""
 
         def on_the_way(state):
             steps, attempts = state.num_accepted_steps, state.num_steps
-            return replays & (steps < target) & (attempts < most)
+            return replays & (steps < target) & (attempts < self._most)
 
-        replay = _Replay.of(kept, known, target, last, spacing)
+        replay = _Replay.of(kept, known, target, self._last, spacing)
         state = replay.start(known.resume(self._init_state))
         # A constant, as Equinox cannot compare one traced outside before JAX 0.7.
         state = dataclasses.replace(state, result=RESULTS.successful)
