@@ -99,7 +99,7 @@ def _bumps(
     changes = (beside * (1 - beside))[:, None] * changes
     changes += (1 - 2 * beside)[:, None] * np.power.outer(beside - 0.5, powers)
     coefficients = np.linalg.inv(np.concatenate([values, changes]))
-    basis = [x * (1 - x) * (x - 0.5) ** k for k in powers]
+    basis = [x * (1 - x) * (x - 0.5) ** k for k in range(len(powers))]
     zero = jnp.zeros_like(x)
     return [
         sum((float(c) * b for c, b in zip(cs, basis, strict=True)), zero)
