@@ -99,6 +99,13 @@ def test_between_the_steps(solver):
     assert np.all(measured > order - 1.4), measured
 
 
+def test_derivatives_that_determine_no_polynomial():
+    data = dict(t0=0.0, t1=1.0, y0=Y0, y1=Y0, k0=Y0, inner=[Y0])
+    with pytest.raises(ValueError, match="needs the solution at the mid-point"):
+        dr.HermiteInterpolation(**data, k1=Y0, k_mid=Y0, fractions=(0.3,))
+    dr.HermiteInterpolation(**data, k_mid=Y0, fractions=(0.3,))
+
+
 @some_solvers
 def test_ends_of_steps_are_exact(solver):
     """An output at the end of a step is the state there, to the bit."""

@@ -182,8 +182,10 @@ def test_fn_that_is_not_finite_elsewhere(saveat, ends, size):
 
 
 def test_fn_that_is_not_finite_between_members():
-    """While a member has no output, a function may be NaN between the states of others."""
-    y0s, ends, fn = [2.0, -3.0, 5.0], [1.0, 1.0, 1.7], lambda t, y, w: w * jnp.log(y**2 - 1)
+    """While a member has no output, a function may be NaN between the states of others, and
+    at the negative of their times."""
+    y0s, ends = [2.0, -3.0, 5.0, 4.0], [1.0, 1.0, 1.7, 0.0]
+    fn = lambda t, y, w: w * jnp.log(y**2 - 1) * jnp.sqrt(t + 0.5)
 
     def loss(w, adjoint):
         def one(y0, t1):

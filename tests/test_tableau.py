@@ -103,18 +103,21 @@ def test_continuous_extension(order, between):
     extension = tableau.continuous_extension
     assert extension.order == between
     assert extension.evaluates_midpoint == (order == 6)
-    matrix, _, _ = runge_kutta(tableau.sub_steps)
+    matrix, z, _ = runge_kutta(tableau.sub_steps)
     s = len(matrix)
-    # The stages of the derivatives at the start and the mid-point.
+    # The stages of the derivatives at the start, the end and the mid-point.
     rows = [np.zeros(s)]
+    if order > 4:
+        rows.append(z)
     if order == 6:
         rows.append(extension.weights[1])
+    assert len(extension.slopes) == len(rows)
     extended = np.zeros((s + len(rows), s + len(rows)))
     extended[:s, :s] = matrix
     for i, row in enumerate(rows):
         extended[s + i, :s] = row
     if order == 6:
-        extended[s + 1, s] = extension.slope_weights[1, 0]
+        extended[s + 2, s : s + 2] = extension.slope_weights[1, :2]
     all_weights = np.concatenate([extension.weights, extension.slope_weights], axis=1)
     for theta, weights in zip(extension.fractions, all_weights, strict=True):
         for tree in trees_up_to(between - 1):

@@ -33,7 +33,7 @@ class Walked(NamedTuple):
 
     - `gradient`: the cotangent of the inputs.
     - `drift`: the largest error of the reconstruction at known states, or in time.
-    - `drift_tol`: the accepted one.
+    - `drift_tol`: the accepted error.
     - `shares`: the fractions of the gradient that grew where the solution contracts.
     - `undone`, `replayed`: the numbers of steps undone and replayed.
     - `restarted`: the number of restarts of the backward pass.

@@ -161,8 +161,8 @@ def _come_to(
     misses = walk.drifts(position, (known.y, state), beside_rounding(walk, single))
     # Rounding errors in the solver state grow up to a restart, and differ when a step is
     # recomputed.
-    of_y = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
-    parts = largest_drift(misses[:of_y]), largest_drift(misses[of_y:])
+    count = len(jtu.tree_leaves(eqx.filter(known.y, eqx.is_inexact_array)))
+    parts = largest_drift(misses[:count]), largest_drift(misses[count:])
     worst, beside = (
         jnp.maximum(of_y, jnp.where(position.known, 0, of_state))
         for of_y, of_state in zip(*parts, strict=True)

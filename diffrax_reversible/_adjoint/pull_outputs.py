@@ -40,17 +40,16 @@ def pull_output(
     t_bar, saved_bar = row
     if output.saves_state and t_bar is None:
         return saved_bar, params_cotangent
-    shared, at = walk.shared, lambda t: t
+    shared = walk.shared
     if written is not True and shared is not None:
         # The members of a batch add to one sum. So `fn` has to be finite for all of them,
-        # as it is at the time and the state of those that have evaluated it.
-        of_one = lambda x: jnp.where(written, x, shared.one_of(x, written))
-        t = of_one(time(walk.context(walk.params).times))
-        y, at = jtu.tree_map(of_one, y), lambda own: jnp.where(written, own, t)
+        # and is likely to be at the state of one that has evaluated it.
+        of_one = lambda y: jnp.where(written, y, shared.one_of(y, written))
+        y = jtu.tree_map(of_one, y)
 
     def save(y, params):
         context = walk.context(params)
-        t, fn = at(time(context.times)), context.save_fns[output.index]
+        t, fn = time(context.times), context.save_fns[output.index]
         saved = y if fn is None else fn(t, y, context.args)
         return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 

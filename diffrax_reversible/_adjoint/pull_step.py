@@ -74,10 +74,10 @@ def pull_step(
     if not walk.differentiates_times:
         needs = _needs_start(walk, position)
         # Without entries at rest, only elements whose start is known need it.
-        made = (known, None) if rest is None else (start, end)
+        begins = (known, None) if rest is None else (start, end)
         *begin, ct, off = backward_step_and_pullback(
             *(solver, *step, position.y, solver_state, ct, dense_bar),
-            None if needs is None else StepStart(needs, *made),
+            None if needs is None else StepStart(needs, *begins),
         )
     else:
 

@@ -169,7 +169,7 @@ class _Walks(NamedTuple):
     def start(walk: Walk, position: Position) -> "_Walks":
         ct, here = position.cotangent, []
         if walk.departure is not None:
-            # As in `_finish`.
+            # The shapes of what `_finish` returns, which would trace `init`.
             states = ct.y if walk.differentiates_start else []
             here = jax.eval_shape(lambda: [*sketch(states), *sketch(ct.params)])
         return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), jnp.array(False))

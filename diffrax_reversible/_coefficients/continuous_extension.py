@@ -27,48 +27,52 @@ _per_order = 1e-3
 _parasitic = 3.0
 
 # By the order of the method.
-_fractions = {2: (), 4: (1 / 3, 2 / 3), 6: (0.25, 0.5, 0.75)}
-_many_fractions = (0.2, 0.4, 0.6, 0.8)
+_fractions = {2: (), 4: (1 / 3, 2 / 3)}
+_many_fractions = (0.25, 0.5, 0.75)
 
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousExtension:
     """Weights of the stage derivatives in the solution at given `fractions` of a step.
 
-    Together with the solution at both ends of the step and its derivative at the start,
-    these values determine a polynomial, see `HermiteInterpolation`. The derivative has to
-    be evaluated, as `v` deviates from it. The values hardly depend on that deviation. With
-    the derivative at the end as well, at the price of another evaluation, errors are no
-    smaller; with that in place of the one at the start, they are up to half as large again.
+    Together with the solution at both ends of the step, and derivatives, these values
+    determine a polynomial, see `HermiteInterpolation`. The derivatives have to be
+    evaluated, as `v` deviates from them. The values hardly depend on that deviation.
+
+    At order 4 the derivative at the start of the step is the only one: another evaluation
+    would be one of seven, and errors between steps would not be smaller. The derivative of
+    the polynomial then jumps at the ends of steps. At higher orders, where evaluations for
+    it are few among many, it is continuous.
 
     - `weights`: the weights of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
-    - `slope_weights`: the weights of the derivative at the start and, if
-        `evaluates_midpoint`, at the mid-point, shape `(fractions, 1)` or `(fractions, 2)`.
+    - `slopes`: the derivatives, among `k0`, `k1` and `k_mid`: at the start, the end and the
+        mid-point.
+    - `slope_weights`: their weights, shape `(fractions, slopes)`.
     - `order`: the order of the solution between the ends of steps.
     """
 
     fractions: tuple[float, ...]
     weights: np.ndarray
+    slopes: tuple[str, ...]
     slope_weights: np.ndarray
     order: int
 
     @property
     def evaluates_midpoint(self) -> bool:
-        return self.slope_weights.shape[1] == 2
+        return "k_mid" in self.slopes
 
     @property
     def degree(self) -> int:
-        """The degree of the polynomial: without values within the step, of the cubic that
-        takes its derivatives at both ends from `v`."""
-        slopes = self.slope_weights.shape[1]
-        return 1 + len(self.fractions) + slopes if self.fractions else 3
+        """The degree of the polynomial."""
+        return 1 + len(self.fractions) + len(self.slopes)
 
     @staticmethod
     def of(
         matrix: np.ndarray, step_weights: np.ndarray, order: int
     ) -> "ContinuousExtension":
         """The extension of the largest order. Among several, the first choice is the one
-        with the fewest evaluations, and then one exact to one more order on `y' = λ y`.
+        with the fewest evaluations, and then one exact to one more order on `y' = λ y`. If
+        there is none, the cubic that takes its derivatives at both ends from `v`.
 
         **Arguments:**
 
@@ -78,15 +82,21 @@ class ContinuousExtension:
         count = len(matrix)
         fractions = _fractions.get(order, _many_fractions)
         stages = _Stages(matrix, step_weights, order).with_stage(np.zeros(count))
+        slopes = "k0", "k1"
+        if order == 4:
+            slopes = slopes[:1]
+        else:
+            stages = stages.with_stage(np.append(step_weights, 0.0))
         # A higher order than a polynomial of that degree allows is of no use.
-        for exact in range(min(order - 1, len(fractions) + 2), 1, -1):
+        for exact in range(min(order - 1, 1 + len(fractions) + len(slopes)), 1, -1):
             for evaluates in (False, True) if 0.5 in fractions else (False,):
                 for exact_on_linear in (exact + 1, exact):
                     weights = stages.fit_all(fractions, exact, exact_on_linear, evaluates)
                     if weights is not None:
-                        parts = weights[:, :count], weights[:, count:]
+                        slopes = (*slopes, "k_mid") if evaluates else slopes
+                        parts = weights[:, :count], slopes, weights[:, count:]
                         return ContinuousExtension(fractions, *parts, exact + 1)
-        none = np.zeros((0, count)), np.zeros((0, 1))
+        none = np.zeros((0, count)), ("k0", "k1"), np.zeros((0, 2))
         return ContinuousExtension((), *none, 2)
 
 

@@ -94,7 +94,9 @@ class AbstractALFPullback(
         state_bar = with_v(cotangent.solver_state, v_bar)
         cotangent = Cotangent(z_bar, state_bar, pulled.params_bar, probe)
         if dense is not None:
-            cotangent = self._pull_start(combine, params, control, t0, y0, cotangent, dense)
+            cotangent = self._pull_end(
+                combine, params, control, t0, y0, cotangent, dense["y0"], dense["k0"]
+            )
         k_off, v_off = pulled.off
         z_off = tree_axpy(last_drift, v_off, k_off)
         solver_state = ALFState(v0, solver_state.deviation, low, jnp.array(False))
@@ -110,40 +112,44 @@ class AbstractALFPullback(
         dense_cotangent: DenseInfo,
         start: StepStart | None,
     ) -> tuple[DenseInfo, Cotangent, dict[str, VF]]:
-        """Pull the `dense_info` of a step back through the evaluation at its mid-point, and
-        to its end. Returns what is left of its cotangent, the cotangent at the end, and
-        that of the sums of evaluations, by functional."""
+        """Pull the `dense_info` of a step back through the evaluations at its mid-point and
+        its end. Returns what is left of its cotangent, the cotangent at the end, and that
+        of the sums of evaluations, by functional."""
+        _, t1, y1, _ = step
         dense = dict(dense_cotangent)
         if "k_mid" in dense:
             dense, cotangent = self._pull_midpoint(
                 combine, params, step, cotangent, dense, start
             )
-        slope_bar = dense.get("k1", tree_zeros_like(dense["k0"]))
-        slope_bar = tree_scale(control, slope_bar)
-        cotangent = add_to_state(cotangent, dense["y1"], slope_bar)
+        cotangent = self._pull_end(
+            combine, params, control, t1, y1, cotangent, dense["y1"], dense.get("k1")
+        )
         functionals = self._inner_functionals()
         # `u_0` is not an evaluation of this step.
         assert all(w[0] == 0 for w in functionals.values())
         inner = zip(functionals, dense["inner"], strict=True)
         return dense, cotangent, {name: tree_scale(control, bar) for name, bar in inner}
 
-    def _pull_start(
+    def _pull_end(
         self,
         combine: Combine,
         params: Params,
         control: RealScalarLike,
-        t0: RealScalarLike,
-        y0: Y,
+        t: RealScalarLike,
+        y: Y,
         cotangent: Cotangent,
-        dense_cotangent: DenseInfo,
+        y_bar: Y,
+        slope_bar: VF | None,
     ) -> Cotangent:
-        """Pull the cotangents of the interpolation data at the start of the step back to
-        the state there: of the solution, and of its derivative times the length of the
-        step."""
-        y_bar, slope_bar = dense_cotangent["y0"], tree_scale(control, dense_cotangent["k0"])
+        """Pull the cotangents of the interpolation data at one end of the step back to the
+        state there: of the solution and, if it has one, of its derivative times the length
+        of the step."""
+        if slope_bar is None:
+            return add_to_state(cotangent, y_bar, tree_zeros_like(y_bar))
+        slope_bar = tree_scale(control, slope_bar)
         if not self._evaluates_slopes:
             return add_to_state(cotangent, y_bar, slope_bar)
-        more_y_bar, params_bar = self._pull_field(combine, params, t0, y0, slope_bar)
+        more_y_bar, params_bar = self._pull_field(combine, params, t, y, slope_bar)
         y_bar = tree_add(y_bar, more_y_bar)
         return Cotangent(
             tree_add(cotangent.y, y_bar),
@@ -162,19 +168,21 @@ class AbstractALFPullback(
         start: StepStart | None,
     ) -> tuple[DenseInfo, Cotangent]:
         """Pull the cotangent of the derivative at the mid-point back, if it is not zero."""
-        t0, t1, _, _ = step
+        t0, t1, y1, _ = step
         ct = dict(dense_cotangent)
         slope_bar = ct.pop("k_mid")
-        middle = self._midpoint
-        weights = self.tableau.continuous_extension.slope_weights[middle]
+        middle, extension = self._midpoint, self.tableau.continuous_extension
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
 
         def mid_point():
             terms, args = combine(params)
             y0, inner = self._sum_to_midpoint(terms, args, control, step, start)
-            slope = self._field(as_ode_term(self, terms), t0, y0, args)
-            slopes = dict(k0=tree_scale(control, slope))
-            return tree_add(y0, with_slopes(inner, weights, slopes))
+            term, ends = as_ode_term(self, terms), dict(k0=(t0, y0), k1=(t1, y1))
+            slopes = {
+                name: tree_scale(control, self._field(term, t, y, args))
+                for name, (t, y) in ends.items()
+            }
+            return tree_add(y0, with_slopes(inner, extension, middle, slopes))
 
         slope_bar = tree_scale(control, slope_bar)
         y_bar, params_bar = self._pull_field(
@@ -183,7 +191,9 @@ class AbstractALFPullback(
         inner = list(ct["inner"])
         inner[middle] = tree_add(inner[middle], y_bar)
         ct |= dict(y0=tree_add(ct["y0"], y_bar), inner=inner)
-        ct["k0"] = tree_axpy(float(weights[0]), y_bar, ct["k0"])
+        weights = extension.slope_weights[middle]
+        for name, weight in zip(("k0", "k1"), weights, strict=False):
+            ct[name] = tree_axpy(float(weight), y_bar, ct[name])
         params_bar = tree_add(cotangent.params, params_bar)
         return ct, Cotangent(cotangent.y, cotangent.solver_state, params_bar)
 

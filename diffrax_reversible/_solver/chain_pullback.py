@@ -70,8 +70,9 @@ def undo_and_pull(
     - `sides_bar`: a function of a row. For every update it returns the cotangent of
         `(u, aux)` from the side outputs, or `None`.
     - `start`: if it is needed, the updates are made again from there. For `n` rounds this
-        takes the memory of the parts before each of them, and as many evaluations again;
-        or half of `n - 1` times as many, if that memory is large, and once more for errors.
+        takes the memory of the parts before each of them, and as many evaluations again. If
+        that memory is large, it takes `(n - 1) / 2` times as many, and as many again if
+        errors are wanted.
     """
     terms, args = combine(params)
 

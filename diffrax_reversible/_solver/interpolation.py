@@ -7,6 +7,7 @@ import numpy as np
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree
 
+from .._coefficients.continuous_extension import ContinuousExtension
 from .._coefficients.tableau import ALFTableau
 from .._custom_types import RealScalarLike, VF, Y
 from .._tree import tree_axpy
@@ -26,12 +27,16 @@ class HermiteInterpolation(AbstractLocalInterpolation):
     - `t0`, `t1`: the ends of the step.
     - `y0`, `y1`: the solution at `t0` and `t1`.
     - `k0`: its derivative at `t0`, times `t1 - t0`.
-    - `k1`, `k_mid`: the same at `t1` and at the mid-point, or `None`.
+    - `k1`, `k_mid`: the same at `t1` and at the mid-point, or `None`. With both, one of the
+        fractions has to be a half.
     - `inner`: the solution at the `fractions`, minus `y0`.
     - `fractions`: numbers greater than zero and less than one.
 
     `y0`, `y1`, `k0`, `k1`, `k_mid` and the elements of `inner` are PyTrees of arrays with
     the structure and shapes of the state.
+
+    **Raises:** `ValueError` if both `k1` and `k_mid` are given without the solution at the
+    mid-point, as they then determine no polynomial.
 
     Reference: Hairer, Nørsett & Wanner (1993), *Solving Ordinary Differential Equations I*,
     section II.6, doi:10.1007/978-3-540-78862-1.
@@ -55,6 +60,14 @@ class HermiteInterpolation(AbstractLocalInterpolation):
     k_mid: Y | None = None
     fractions: tuple[float, ...] = eqx.field(default=(), static=True)
 
+    def __check_init__(self):
+        if self.k1 is not None and self.k_mid is not None and 0.5 not in self.fractions:
+            raise ValueError(
+                "`HermiteInterpolation(k1=..., k_mid=...)` needs the solution at the "
+                f"mid-point, got `fractions={self.fractions}`. Pass it as one of `inner`, "
+                "with 0.5 among the `fractions`, or leave out one of the derivatives."
+            )
+
     def evaluate(
         self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
     ) -> PyTree[Array]:
@@ -76,7 +89,7 @@ class HermiteInterpolation(AbstractLocalInterpolation):
             y0, y1 = (jnp.where(bound, 0, y) for y in (y0, y1))
             x_, change = x.astype(dtype), y1 - y0
             y = (1 - x_) * y0 + x_ * y1
-            # Add what the line misses.
+            # Add what the line misses, whose slope is `change`.
             shares = *self.fractions, *(1.0 for _ in slopes)
             for bump, share, there in zip(bumps, shares, data, strict=True):
                 y = y + bump.astype(dtype) * (there - share * change)
@@ -115,18 +128,18 @@ class MakeInterpolation(eqx.Module):
     def __call__(self, *, t0, t1, y0, y1, inner, **slopes) -> HermiteInterpolation:
         extension = self.tableau.continuous_extension
         inner = [
-            with_slopes(values, weights, slopes)
-            for weights, values in zip(extension.slope_weights, inner, strict=True)
+            with_slopes(values, extension, i, slopes) for i, values in enumerate(inner)
         ]
         return HermiteInterpolation(
             t0, t1, y0, y1, inner=inner, fractions=extension.fractions, **slopes
         )
 
 
-def with_slopes(values: Y, weights: np.ndarray, slopes: dict[str, VF]) -> Y:
-    """Add the terms of the derivatives at the start and the mid-point to a value within the
-    step."""
-    for name, weight in zip(("k0", "k_mid"), weights, strict=False):
+def with_slopes(
+    values: Y, extension: ContinuousExtension, i: int, slopes: dict[str, VF]
+) -> Y:
+    """Add the terms of the derivatives to the `i`-th value within the step."""
+    for name, weight in zip(extension.slopes, extension.slope_weights[i], strict=True):
         if weight != 0:
             values = tree_axpy(float(weight), slopes[name], values)
     return values
