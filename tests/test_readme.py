@@ -87,7 +87,8 @@ def test_solver_table():
         assert int(embedded) == tableau.embedded_order
         assert int(evaluations) == tableau.stages
         extension = tableau.continuous_extension
-        assert dense == f"degree {extension.degree}, order {extension.order}"
+        degree = 3 + len(extension.fractions) + extension.evaluates_midpoint
+        assert dense == f"degree {degree}, order {extension.order}"
 
 
 def test_hamiltonian_table():

@@ -26,53 +26,36 @@ _residual = 1e-2
 _per_order = 1e-3
 _parasitic = 3.0
 
-# By the order of the method.
-_fractions = {2: (), 4: (1 / 3, 2 / 3)}
-_many_fractions = (0.25, 0.5, 0.75)
-
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousExtension:
     """Weights of the stage derivatives in the solution at given `fractions` of a step.
 
-    Together with the solution at both ends of the step, and derivatives, these values
+    Together with the solution and its derivatives at both ends of the step, these values
     determine a polynomial, see `HermiteInterpolation`. The derivatives have to be
     evaluated, as `v` deviates from them. The values hardly depend on that deviation.
 
-    At order 4 the derivative at the start of the step is the only one: another evaluation
-    would be one of seven, and errors between steps would not be smaller. The derivative of
-    the polynomial then jumps at the ends of steps. At higher orders, where evaluations for
-    it are few among many, it is continuous.
-
     - `weights`: the weights of `u_0, ..., u_s`, shape `(fractions, s + 1)`.
-    - `slopes`: the derivatives, among `k0`, `k1` and `k_mid`: at the start, the end and the
-        mid-point.
-    - `slope_weights`: their weights, shape `(fractions, slopes)`.
+    - `slope_weights`: the weights of the derivatives at both ends and, if
+        `evaluates_midpoint`, at the mid-point, shape `(fractions, 2)` or `(fractions, 3)`.
     - `order`: the order of the solution between the ends of steps.
     """
 
     fractions: tuple[float, ...]
     weights: np.ndarray
-    slopes: tuple[str, ...]
     slope_weights: np.ndarray
     order: int
 
     @property
     def evaluates_midpoint(self) -> bool:
-        return "k_mid" in self.slopes
-
-    @property
-    def degree(self) -> int:
-        """The degree of the polynomial."""
-        return 1 + len(self.fractions) + len(self.slopes)
+        return self.slope_weights.shape[1] == 3
 
     @staticmethod
     def of(
         matrix: np.ndarray, step_weights: np.ndarray, order: int
     ) -> "ContinuousExtension":
         """The extension of the largest order. Among several, the first choice is the one
-        with the fewest evaluations, and then one exact to one more order on `y' = λ y`. If
-        there is none, the cubic that takes its derivatives at both ends from `v`.
+        with the fewest evaluations, and then one exact to one more order on `y' = λ y`.
 
         **Arguments:**
 
@@ -80,23 +63,19 @@ class ContinuousExtension:
         - `step_weights`: their weights in the solution at the end of the step.
         """
         count = len(matrix)
-        fractions = _fractions.get(order, _many_fractions)
-        stages = _Stages(matrix, step_weights, order).with_stage(np.zeros(count))
-        slopes = "k0", "k1"
-        if order == 4:
-            slopes = slopes[:1]
-        else:
-            stages = stages.with_stage(np.append(step_weights, 0.0))
+        fractions = {2: (), 4: (0.5,)}.get(order, (0.25, 0.5, 0.75))
+        stages = _Stages(matrix, step_weights, order)
+        stages = stages.with_stage(np.zeros(count))
+        stages = stages.with_stage(np.append(step_weights, 0.0))
         # A higher order than a polynomial of that degree allows is of no use.
-        for exact in range(min(order - 1, 1 + len(fractions) + len(slopes)), 1, -1):
-            for evaluates in (False, True) if 0.5 in fractions else (False,):
+        for exact in range(min(order - 1, len(fractions) + 3), 1, -1):
+            for evaluates in (False, True):
                 for exact_on_linear in (exact + 1, exact):
                     weights = stages.fit_all(fractions, exact, exact_on_linear, evaluates)
                     if weights is not None:
-                        slopes = (*slopes, "k_mid") if evaluates else slopes
-                        parts = weights[:, :count], slopes, weights[:, count:]
+                        parts = weights[:, :count], weights[:, count:]
                         return ContinuousExtension(fractions, *parts, exact + 1)
-        none = np.zeros((0, count)), ("k0", "k1"), np.zeros((0, 2))
+        none = np.zeros((0, count)), np.zeros((0, 2))
         return ContinuousExtension((), *none, 2)
 
 

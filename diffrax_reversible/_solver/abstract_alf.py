@@ -215,14 +215,12 @@ class AbstractALF(
             return tree_scale(control, self._field(term, t, y, args))
 
         y0, inner = dense_info["y0"], dense_info["inner"]
-        slopes = dict(k0=slope(t0, y0))
+        slopes = dict(k0=slope(t0, y0), k1=slope(t1, dense_info["y1"]))
         extension = self.tableau.continuous_extension
-        if "k1" in extension.slopes:
-            slopes["k1"] = slope(t1, dense_info["y1"])
         if extension.evaluates_midpoint:
             middle = self._midpoint
-            y_mid = with_slopes(inner[middle], extension, middle, slopes)
-            y_mid = tree_add(y0, y_mid)
+            weights = extension.slope_weights[middle]
+            y_mid = tree_add(y0, with_slopes(inner[middle], weights, slopes))
             slopes["k_mid"] = slope(t0 + (t1 - t0) / 2, y_mid)
         return slopes
 

@@ -49,10 +49,9 @@ class ALF4(AbstractALF):
     It suits the tolerances of machine learning, 1e-3 to 1e-6.
 
     Order 4, embedded order 3, five evaluations per step (and one at the start). Hermite
-    interpolation of order 4 takes one more, at the start of each step with an interpolated
-    output; without `ReversibleAdjoint`, in every step if there is any such output. It is
-    continuous, and its derivative jumps at the ends of steps, by its error there, which is
-    of order 3. Memory of `SaveAt(dense=True)`: five states per step.
+    interpolation of order 4 takes two more, at both ends of each step with an interpolated
+    output; without `ReversibleAdjoint`, in every step if there is any such output. Memory
+    of `SaveAt(dense=True)`: five states per step.
 
     Algebraically reversible: undoing a step takes five evaluations, and is exact up to
     rounding. Where the flow contracts, the deviation of `v` from the vector field grows.
@@ -135,8 +134,8 @@ class ALF8(AbstractALF):
     """Composition of asynchronous leapfrog of order 8, for errors below 1e-9.
 
     Order 8, embedded order 7, thirty-four evaluations per step (and one at the start).
-    Hermite interpolation of order 7 takes two more, at both ends, where that of `ALF4`
-    takes one. Memory of `SaveAt(dense=True)`: seven states per step.
+    Hermite interpolation of order 7 takes two more, as with `ALF4`. Memory of
+    `SaveAt(dense=True)`: seven states per step.
 
     Algebraically reversible: undoing a step takes thirty-four evaluations, and is exact up
     to rounding. It restarts as `ALF4` does, and the same bound holds for its error

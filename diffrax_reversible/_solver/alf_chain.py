@@ -76,7 +76,7 @@ class AbstractALFChain(AbstractReversibleSolver[ALFState]):
 
     @property
     def _evaluates_slopes(self) -> bool:
-        """Whether interpolation evaluates the vector field; otherwise it reads `v`."""
+        """Whether interpolation evaluates the vector field at the ends of the step."""
         return len(self.tableau.continuous_extension.fractions) > 0
 
     @property

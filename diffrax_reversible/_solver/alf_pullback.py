@@ -122,7 +122,7 @@ class AbstractALFPullback(
                 combine, params, step, cotangent, dense, start
             )
         cotangent = self._pull_end(
-            combine, params, control, t1, y1, cotangent, dense["y1"], dense.get("k1")
+            combine, params, control, t1, y1, cotangent, dense["y1"], dense["k1"]
         )
         functionals = self._inner_functionals()
         # `u_0` is not an evaluation of this step.
@@ -139,13 +139,10 @@ class AbstractALFPullback(
         y: Y,
         cotangent: Cotangent,
         y_bar: Y,
-        slope_bar: VF | None,
+        slope_bar: VF,
     ) -> Cotangent:
         """Pull the cotangents of the interpolation data at one end of the step back to the
-        state there: of the solution and, if it has one, of its derivative times the length
-        of the step."""
-        if slope_bar is None:
-            return add_to_state(cotangent, y_bar, tree_zeros_like(y_bar))
+        state there: of the solution, and of its derivative times the length of the step."""
         slope_bar = tree_scale(control, slope_bar)
         if not self._evaluates_slopes:
             return add_to_state(cotangent, y_bar, slope_bar)
@@ -171,7 +168,8 @@ class AbstractALFPullback(
         t0, t1, y1, _ = step
         ct = dict(dense_cotangent)
         slope_bar = ct.pop("k_mid")
-        middle, extension = self._midpoint, self.tableau.continuous_extension
+        middle = self._midpoint
+        weights = self.tableau.continuous_extension.slope_weights[middle]
         control = as_ode_term(self, combine(params)[0]).contr(t0, t1)
 
         def mid_point():
@@ -182,7 +180,7 @@ class AbstractALFPullback(
                 name: tree_scale(control, self._field(term, t, y, args))
                 for name, (t, y) in ends.items()
             }
-            return tree_add(y0, with_slopes(inner, extension, middle, slopes))
+            return tree_add(y0, with_slopes(inner, weights, slopes))
 
         slope_bar = tree_scale(control, slope_bar)
         y_bar, params_bar = self._pull_field(
@@ -191,7 +189,6 @@ class AbstractALFPullback(
         inner = list(ct["inner"])
         inner[middle] = tree_add(inner[middle], y_bar)
         ct |= dict(y0=tree_add(ct["y0"], y_bar), inner=inner)
-        weights = extension.slope_weights[middle]
         for name, weight in zip(("k0", "k1"), weights, strict=False):
             ct[name] = tree_axpy(float(weight), y_bar, ct[name])
         params_bar = tree_add(cotangent.params, params_bar)
