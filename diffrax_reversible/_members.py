@@ -121,7 +121,7 @@ mlir.register_lowering(
 
 def _batch_first(axis_data, operands, dims, *, name):
     here, x = operands
-    if axis_data.name is not name:
+    if axis_data.name != name:
         return _first_p.bind(here, x, name=name), dims[0]
     if dims[0] is None:
         here = jnp.broadcast_to(here, (axis_data.size, *here.shape))

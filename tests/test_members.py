@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from diffrax_reversible._adjoint.batch import call_in_batches
-from diffrax_reversible._members import share, total, value_and_pullback, without
+from diffrax_reversible._members import (
+    one_of,
+    share,
+    total,
+    value_and_pullback,
+    without,
+)
 
 
 W, X = jnp.cos(jnp.arange(6.0)).reshape(2, 3), jnp.sin(jnp.arange(24.0)).reshape(2, 4, 3)
@@ -154,3 +160,26 @@ def test_what_is_shared():
     assert told.pop() == (1, [True, False])
     assert_equal(jax.vmap(jax.grad(call), (None, 0))(w, x), x)
     assert told.pop() == (0, [True, True])
+
+
+@pytest.mark.parametrize(
+    "here, chosen", (([4, 6, 9], 4), ([9], 9), ([], None), (range(12), 0))
+)
+def test_one_of(here, chosen):
+    """All members of a batch of batches receive the value of the first that is there."""
+    x, names = jnp.arange(12.0).reshape(3, 4), ("inner", "outer")
+    is_here = jnp.isin(jnp.arange(12), jnp.array(here, int)).reshape(3, 4)
+    fn = jax.vmap(ft.partial(one_of, names=names), axis_name="inner")
+    fn = jax.vmap(fn, axis_name="outer")
+    # What is not chosen does not matter.
+    x = jnp.where(is_here, x, jnp.nan)
+    want = 0 if chosen is None else chosen
+    np.testing.assert_array_equal(jax.jit(fn)(x, is_here), np.full((3, 4), want))
+
+
+def test_one_of_some_axes():
+    """Members may share an axis that is not named, or be there along one axis only."""
+    x, rows = jnp.arange(12.0).reshape(3, 4), jnp.array([False, True, True])
+    named = jax.vmap(ft.partial(one_of, names=("inner",)), (0, None), axis_name="inner")
+    got = jax.vmap(named)(x, rows)
+    np.testing.assert_array_equal(got, [[0] * 4, [4] * 4, [8] * 4])

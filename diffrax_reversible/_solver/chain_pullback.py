@@ -70,9 +70,9 @@ def undo_and_pull(
     - `sides_bar`: a function of a row. For every update it returns the cotangent of
         `(u, aux)` from the side outputs, or `None`.
     - `start`: if it is needed, the updates are made again from there. For `n` rounds this
-        takes the memory of the parts before each of them, and as many evaluations again. If
-        that memory is large, it takes `(n - 1) / 2` times as many, and as many again if
-        errors are wanted.
+        takes the memory of the parts before each of them, and makes `n` rounds again. If
+        that memory is large, it makes `n (n - 1) / 2` rounds, and `n` more if errors are
+        wanted.
     """
     terms, args = combine(params)
 

@@ -121,7 +121,7 @@ class StepStart(NamedTuple):
     - `states`: a function that returns the state and the solver state there. Those of
         elements that do not need them are not used.
     - `end`: the state and the solver state at the end of the step, without what the solver
-        recalls, which is of the start. `None` if their errors are not wanted.
+        recalls, which is of the start. `None` if the errors of the step are not wanted.
     """
 
     needs: BoolScalarLike
