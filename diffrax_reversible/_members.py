@@ -37,13 +37,10 @@ def without(x: Array, names: tuple[Hashable, ...]) -> Array:
     return _without_p.bind(x, names=names)
 
 
-def one_of(x: Array, here: Array, names: tuple[Hashable, ...]) -> Array:
-    """`x` of one of the members that are `here`, or zeros if there is none."""
-    for name in names:
-        first = _first_p.bind(here, x, name=name)
-        x = total(jnp.where(first, x, 0), (name,))
-        here = total(first.astype(jnp.int32), (name,)) > 0
-    return x
+def lend(x: Array, here: Array, names: tuple[Hashable, ...]) -> Array:
+    """`x`, and for members that are not `here` the `x` of one that is, if there is one: the
+    same one for every `x`. What the members share stays as it is."""
+    return _lend_p.bind(here, x, names=names)
 
 
 def value_and_pullback(
@@ -109,28 +106,51 @@ _share_p, _total_p = _linear("share"), _linear("total")
 _without_p = _linear("without_axes")
 
 
-# Whether a member is the first that is `here` along a named axis, which the result has if
-# either operand does.
-_first_p = jex.Primitive("first_member")
-_first_p.def_impl(lambda here, x, *, name: here)
-_first_p.def_abstract_eval(lambda here, x, *, name: here)
+# The axes of the first operand are the first ones of the second.
+_lend_p = jex.Primitive("lend")
+_lend_p.def_impl(lambda here, x, *, names: x)
+_lend_p.def_abstract_eval(lambda here, x, *, names: x)
 mlir.register_lowering(
-    _first_p, mlir.lower_fun(lambda here, x, *, name: here, multiple_results=False)
+    _lend_p, mlir.lower_fun(lambda here, x, *, names: x, multiple_results=False)
 )
 
 
-def _batch_first(axis_data, operands, dims, *, name):
+def _batch_lend(axis_data, operands, dims, *, names):
     here, x = operands
-    if axis_data.name != name:
-        return _first_p.bind(here, x, name=name), dims[0]
-    if dims[0] is None:
-        here = jnp.broadcast_to(here, (axis_data.size, *here.shape))
-    else:
-        here = jnp.moveaxis(here, dims[0], 0)
-    return here & (jnp.cumsum(here, axis=0) == 1), 0
+    named, x_dim = axis_data.name in names, dims[1]
+    if axis_data.size == 0:
+        return x, x_dim
+
+    def first(x, dim):
+        if dim is None:
+            return jnp.broadcast_to(x, (axis_data.size, *x.shape))
+        return jnp.moveaxis(x, dim, 0)
+
+    here = first(here, dims[0])
+    if not named:
+        return _lend_p.bind(here, first(x, x_dim), names=names), 0
+    # Along other axes all members lend to those for which none is `here` along this one.
+    some, axes = jnp.any(here, axis=0), here.ndim - 1
+    if x_dim is None:
+        return _lend_p.bind(some, x, names=names), None
+    x, take = jnp.moveaxis(x, x_dim, 0), lax.dynamic_index_in_dim
+    for _ in range(axes):
+        take = jax.vmap(take, (1, 0, None))
+    lent = take(x, jnp.argmax(here, axis=0), 0)
+    here = jnp.expand_dims(here, range(here.ndim, x.ndim))
+    x = jnp.moveaxis(jnp.where(here, x, jnp.moveaxis(lent, axes, 0)), 0, axes)
+    return _lend_p.bind(some, x, names=names), axes
 
 
-batching.fancy_primitive_batchers[_first_p] = _batch_first
+def _jvp_lend(primals, tangents, *, names):
+    (here, x), (_, dot) = primals, tangents
+    if type(dot) is not ad.Zero and dot.dtype != jax.dtypes.float0:
+        dot = _lend_p.bind(here, dot, names=names)
+    return _lend_p.bind(here, x, names=names), dot
+
+
+batching.fancy_primitive_batchers[_lend_p] = _batch_lend
+ad.primitive_jvps[_lend_p] = _jvp_lend
 
 
 def _batch_share(axis_data, xs, dims, *, names):

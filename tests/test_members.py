@@ -9,7 +9,7 @@ import pytest
 
 from diffrax_reversible._adjoint.batch import call_in_batches
 from diffrax_reversible._members import (
-    one_of,
+    lend,
     share,
     total,
     value_and_pullback,
@@ -162,24 +162,57 @@ def test_what_is_shared():
     assert told.pop() == (0, [True, True])
 
 
+IN_ALL = jnp.arange(12.0).reshape(3, 4)
+
+
 @pytest.mark.parametrize(
-    "here, chosen", (([4, 6, 9], 4), ([9], 9), ([], None), (range(12), 0))
+    "here, lenders",
+    (
+        # In a row with members that are there, the first of these lends.
+        ([5, 7], [[5, 5, 5, 7]] * 3),
+        ([0, 11], [[0] * 4, [0] * 4, [11] * 4]),
+        (range(12), IN_ALL),
+        ([], [[0] * 4] * 3),
+    ),
 )
-def test_one_of(here, chosen):
-    """All members of a batch of batches receive the value of the first that is there."""
-    x, names = jnp.arange(12.0).reshape(3, 4), ("inner", "outer")
-    is_here = jnp.isin(jnp.arange(12), jnp.array(here, int)).reshape(3, 4)
-    fn = jax.vmap(ft.partial(one_of, names=names), axis_name="inner")
-    fn = jax.vmap(fn, axis_name="outer")
-    # What is not chosen does not matter.
-    x = jnp.where(is_here, x, jnp.nan)
-    want = 0 if chosen is None else chosen
-    np.testing.assert_array_equal(jax.jit(fn)(x, is_here), np.full((3, 4), want))
+def test_lend(here, lenders):
+    """Members that are not there receive what belongs to one that is: the same member for
+    what varies along both axes of a batch of batches, and along one of them."""
+    names = "inner", "outer"
+    is_here = jnp.isin(IN_ALL, jnp.array(here, float))
+
+    def member(here, *xs):
+        return tuple(lend(x, here, names) for x in xs)
+
+    fn = jax.vmap(member, (0, 0, None, 0, None), axis_name="inner")
+    fn = jax.vmap(fn, (0, 0, 0, None, None), axis_name="outer")
+    rows, columns = IN_ALL[:, 0], IN_ALL[0]
+    x, row, column, both = jax.jit(fn)(is_here, IN_ALL, rows, columns, IN_ALL)
+    np.testing.assert_array_equal(x, lenders)
+    np.testing.assert_array_equal(row + column, lenders)
+    np.testing.assert_array_equal(both, np.broadcast_to(IN_ALL, (3, 4, 3, 4)))
 
 
-def test_one_of_some_axes():
+def test_lend_some_axes():
     """Members may share an axis that is not named, or be there along one axis only."""
-    x, rows = jnp.arange(12.0).reshape(3, 4), jnp.array([False, True, True])
-    named = jax.vmap(ft.partial(one_of, names=("inner",)), (0, None), axis_name="inner")
-    got = jax.vmap(named)(x, rows)
-    np.testing.assert_array_equal(got, [[0] * 4, [4] * 4, [8] * 4])
+    rows = jnp.array([False, True, True])
+    here = jnp.isin(IN_ALL, jnp.array([2.0, 4.0, 9.0]))
+    inner = ft.partial(lend, names=("inner",))
+    along_one = lambda axes: jax.vmap(jax.vmap(inner, axes, axis_name="inner"))
+    got = along_one((0, None))(IN_ALL, rows)
+    np.testing.assert_array_equal(got[1:], IN_ALL[1:])
+    want = np.where(here, IN_ALL, [[2] * 4, [4] * 4, [9] * 4])
+    np.testing.assert_array_equal(along_one(0)(IN_ALL, here), want)
+
+
+def test_lend_other_types():
+    """Keys and integers are lent too, and tangents with values. Empty batches lend none."""
+    here = jnp.array([False, True, False])
+    fn = jax.vmap(ft.partial(lend, names=("inner",)), axis_name="inner")
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert jnp.all(fn(keys, here) == keys[jnp.array([1, 1, 1])])
+    np.testing.assert_array_equal(fn(jnp.arange(3), here), [1, 1, 1])
+    x, dot = jnp.arange(3.0), jnp.arange(3.0, 6.0)
+    got = jax.jvp(lambda x: fn(x, here), (x,), (dot,))
+    np.testing.assert_array_equal(got, [[1] * 3, [4] * 3])
+    assert fn(x[:0], here[:0]).shape == (0,)

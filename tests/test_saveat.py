@@ -182,32 +182,41 @@ def test_fn_that_is_not_finite_elsewhere(saveat, ends, size):
 
 
 def test_fn_that_is_not_finite_between_members():
-    """While a member has no output, a function may be NaN between the states of others, and
-    at the negative of their times."""
-    y0s, ends = [2.0, -3.0, 5.0, 4.0], [1.0, 1.0, 1.7, 0.0]
-    fn = lambda t, y, w: w * jnp.log(y**2 - 1) * jnp.sqrt(t + 0.5)
+    """While a member has no output, a function may be NaN between the states of others, at
+    the negative of their times, and at their states with arguments of its own."""
+    y0s, ends = [2.0, -3.0, 5.0, 4.0, 6.0], [1.0, 1.0, 1.7, 0.0, -0.4]
+    own = jnp.array([2.5, 3.6, 6.5, 4.5, 6.2])
+    steepness = jnp.array([1.5, 0.5, 2.5, 1.5, 0.5])
 
-    def loss(w, adjoint):
-        def one(y0, t1):
+    def loss(params, adjoint):
+        w, own = params
+
+        def one(y0, t1, own, steepness):
+            def fn(t, y, args):
+                w, own = args
+                room = own**2 - y**2
+                return w * jnp.log(y**2 - 1) * jnp.sqrt(t + 0.5) * room**steepness
+
             sol = dfx.diffeqsolve(
-                dfx.ODETerm(lambda t, y, w: 0.1 * jnp.mean(w) * y),
+                dfx.ODETerm(lambda t, y, args: 0.1 * jnp.mean(args[0]) * y),
                 dr.ALF4(),
-                *(0.0, t1, 0.25, y0, w),
+                *(0.0, t1, jnp.sign(t1) * 0.25, y0, (w, own)),
                 saveat=dfx.SaveAt(ts=t1 * SOME_TS, fn=fn),
                 adjoint=adjoint,
                 max_steps=16,
             )
             return jnp.sum(sol.ys)
 
-        return jnp.sum(jax.vmap(one)(jnp.array(y0s), jnp.array(ends)))
+        return jnp.sum(jax.vmap(one)(jnp.array(y0s), jnp.array(ends), own, steepness))
 
     default = dfx.RecursiveCheckpointAdjoint(checkpoints=16)
     got, want = (
-        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))(jnp.ones(1100))
+        jax.jit(jax.grad(ft.partial(loss, adjoint=adjoint)))((jnp.ones(1100), own))
         for adjoint in (dr.ReversibleAdjoint(), default)
     )
-    assert np.isfinite(want).all()
-    np.testing.assert_allclose(got, want, rtol=1e-9)
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.isfinite(theirs).all()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
 @pytest.mark.long

@@ -40,17 +40,19 @@ def pull_output(
     t_bar, saved_bar = row
     if output.saves_state and t_bar is None:
         return saved_bar, params_cotangent
-    shared = walk.shared
+    shared, lent = walk.shared, None
     if written is not True and shared is not None:
         # The members of a batch add to one sum. So `fn` has to be finite for all of them,
-        # and is likely to be at the state of one that has evaluated it.
-        of_one = lambda y: jnp.where(written, y, shared.one_of(y, written))
-        y = jtu.tree_map(of_one, y)
+        # as it is where one of them has evaluated it.
+        t = time(walk.context(walk.params).times)
+        y, lent = shared.lend((y, t), written)
+        walk = walk.for_outputs(written)
 
     def save(y, params):
         context = walk.context(params)
         t, fn = time(context.times), context.save_fns[output.index]
-        saved = y if fn is None else fn(t, y, context.args)
+        at = t if lent is None else jnp.where(written, t, lent)
+        saved = y if fn is None else fn(at, y, context.args)
         return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
     _, (y_bar, params_bar) = value_and_pullback(save, (y, walk.params), row)

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, Params
-from .._members import one_of, share, total, without
+from .._members import lend, share, total, without
 from .._tree import tree_select
 from .batch import Sharing
 from .problem import Inputs
@@ -64,9 +64,16 @@ class Shared:
         """Whether `pred` holds for all members."""
         return jnp.logical_not(self.any(jnp.logical_not(pred)))
 
-    def one_of(self, x: Array, here: BoolScalarLike) -> Array:
-        """`x` of one of the members that are `here`, or zeros if there is none."""
-        return one_of(x, jnp.asarray(here), self.names)
+    def lend(self, tree: PyTree, here: BoolScalarLike) -> PyTree:
+        """`tree`, and for members that are not `here` the arrays of one that is, if there
+        is one."""
+        arrays, others = eqx.partition(tree, eqx.is_array)
+        lend_one = lambda x: lend(x, jnp.asarray(here), self.names)
+        return eqx.combine(jtu.tree_map(lend_one, arrays), others)
+
+    def unshared(self, params: Params) -> Params:
+        """`params` without those that all members share."""
+        return eqx.filter(params, self.flags, inverse=True)
 
     def mean(self, x: Float[Array, ""], here: BoolScalarLike) -> Float[Array, ""]:
         """The mean of `x` over the members that are `here`; NaN if any of these is."""

@@ -81,6 +81,21 @@ class Walk(eqx.Module):
         params = params if self.shared is None else self.shared.share(params)
         return eqx.combine(params, self.nondiff)
 
+    def for_outputs(self, written: BoolScalarLike) -> "Walk":
+        """The walk for the pull-back of an output: members of a batch for which none was
+        `written` have what its function reads from one for which it was."""
+        shared = self.shared
+        assert shared is not None
+
+        def lend(context, own):
+            lent = shared.lend((own.args, own.save_fns), written)
+            args, save_fns = eqx.combine(lent, (context.args, context.save_fns))
+            return dataclasses.replace(context, args=args, save_fns=save_fns)
+
+        params = lend(self.params, shared.unshared(self.params))
+        nondiff = lend(self.nondiff, self.nondiff)
+        return dataclasses.replace(self, params=params, nondiff=nondiff)
+
     @property
     def start_states(self) -> tuple[Y, SolverState]:
         return self.replayer.start.y, self.replayer.start.solver_state
