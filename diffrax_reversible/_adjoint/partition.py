@@ -15,7 +15,7 @@ from .._diffrax import State
 from .._tree import tree_replace
 from .close import close
 from .closure import close_controller, close_terms
-from .controller_traits import follows_state, makes_jumps, varying_leaves
+from .controller_traits import makes_jumps, varying_leaves
 from .problem import (
     Context,
     Inputs,
@@ -111,7 +111,6 @@ def partition(
         max_steps=given["max_steps"],
         passed_solver_state=passed_solver_state,
         with_jumps=makes_jumps(*controlled),
-        steps_follow_state=follows_state(*controlled),
         varying=varying_leaves(*controlled),
     )
     return inputs, problem

@@ -22,6 +22,7 @@ from .._custom_types import Args, BoolScalarLike, RealScalarLike, SolverState, T
 from .._diffrax import loop, save_y, SaveState, State
 from .._solver.base import AbstractReversibleSolver
 from .._tree import tree_replace
+from .controller_traits import follows_state
 from .times import prescribed_times, Times
 
 
@@ -69,8 +70,6 @@ class Problem(eqx.Module):
     passed_solver_state: bool = eqx.field(static=True)
     # Whether steps can begin at a jump.
     with_jumps: bool = eqx.field(static=True)
-    # Whether the ends of steps have a derivative with respect to the state.
-    steps_follow_state: bool = eqx.field(static=True)
     # Which leaves of the controller state vary.
     varying: tuple[bool, ...] = eqx.field(static=True)
 
@@ -90,6 +89,13 @@ class Problem(eqx.Module):
             )
         )
         return by_event or any(sub.steps != 0 for sub in sub_saveats(self.saveat))
+
+    def steps_follow_state(self, inputs: Inputs) -> bool:
+        """Whether the ends of steps have a derivative with respect to the state."""
+        context = inputs.context
+        init_state = _with_inputs(self.init_state, inputs)
+        controlled = self.stepsize_controller, self.solver, context.terms, context.args
+        return follows_state(*controlled, init_state)
 
     def interpolates(self, state: State) -> BoolScalarLike:
         """Whether the step that begins at `state` may be interpolated before its end. There

@@ -114,14 +114,15 @@ def _pull_ts(
             interpolation = walk.problem.solver.interpolation_cls(**ends, **dense_info)
             return interpolation.evaluate(time(times))
 
-        y = evaluate(dense_info, walk.params)
         row = output.row(cursor.save_index, here)
-        y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
         if walk.differentiates_times:
-            _, pull = jax.vjp(evaluate, dense_info, walk.params)
-            new_bar, more_bar = pull(y_bar)
+            y, pull_back = jax.vjp(evaluate, dense_info, walk.params)
+            y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
+            new_bar, more_bar = pull_back(y_bar)
             params_bar = tree_add(params_bar, more_bar)
         else:
+            y = evaluate(dense_info, walk.params)
+            y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
             new_bar = _transpose(lambda info: evaluate(info, walk.params), dense_bar, y_bar)
         return tree_add(dense_bar, new_bar), params_bar, cursor
 

@@ -68,7 +68,7 @@ def _solve_fwd(
     perturbed, inputs: Inputs, problem: Problem, settings: Settings, sharing: Sharing
 ):
     del sharing
-    _refuse_gradients(perturbed, problem)
+    _refuse_gradients(inputs, perturbed, problem)
     checkpoints = settings.checkpoints
     if checkpoints is None:
         checkpoints = default_checkpoints(inputs, problem)
@@ -78,7 +78,7 @@ def _solve_fwd(
     return (differentiate_once(final_state), aux_stats), residuals
 
 
-def _refuse_gradients(perturbed: Inputs, problem: Problem) -> None:
+def _refuse_gradients(inputs: Inputs, perturbed: Inputs, problem: Problem) -> None:
     """Raise an error for gradients that ignore too much, as steps are held fixed."""
     times, dt0 = perturbed.context.times, perturbed.context.dt0
     others = tree_replace(
@@ -92,7 +92,7 @@ def _refuse_gradients(perturbed: Inputs, problem: Problem) -> None:
     moving = with_t0 and (times.t0 or dt0 or any(times.prescribed))
     if moving or (with_t1 and times.t1):
         raise NotImplementedError(moving_steps)
-    if problem.steps_follow_state and any(jtu.tree_leaves(others)):
+    if any(jtu.tree_leaves(others)) and problem.steps_follow_state(inputs):
         raise NotImplementedError(steps_that_follow_the_state)
 
 
