@@ -15,6 +15,7 @@ import diffrax_reversible as dr
 from .problems import assert_same_gradient, cases, PID, relative_error, sum_of_squares
 
 
+ALF4, MF, GAUSS = dr.ALF4(), dr.McCallumFoster(dfx.Tsit5()), dr.Gauss4()
 Y0 = jnp.array([1.0, 2.0])
 W, B = jnp.array(1.3), jnp.array([0.1, 0.4])
 TS = jnp.linspace(0.0, 2.0, 9)
@@ -191,6 +192,47 @@ def test_multi_term_is_the_sum():
 
     np.testing.assert_allclose(final(split), final(whole), rtol=1e-13)
     np.testing.assert_allclose(final(split), Y0 * np.exp(np.sin(2.0) - 2.0), rtol=1e-3)
+
+
+class Driven(dfx.AbstractTerm):
+    """A term that is integrated along `sin(speed t)`."""
+
+    field: Callable
+    speed: jax.Array
+
+    def vf(self, t, y, args):
+        return self.field(t, y, args)
+
+    def contr(self, t0, t1, **kwargs):
+        return jnp.sin(self.speed * t1) - jnp.sin(self.speed * t0)
+
+    def prod(self, vf, control):
+        return jax.tree.map(lambda x: control * x, vf)
+
+
+@pytest.mark.parametrize("solver", cases((ALF4, dr.BlanesMoan4()), slow=(MF, GAUSS)))
+def test_differentiated_control(solver):
+    """The control of a term of one's own is differentiated too, at the ends of steps and
+    between them."""
+
+    def loss(speed, adjoint):
+        decay = Driven(lambda t, y, args: -2 * args * y, speed)
+        turn = Driven(lambda t, y, args: args * y, speed), decay
+        splits = isinstance(solver, dr.BlanesMoan4)
+        sol = dfx.diffeqsolve(
+            *(turn if splits else decay, solver, 0.0, 1.0, 0.05),
+            *((Y0, Y0 / 2) if splits else Y0, W),
+            saveat=dfx.SaveAt(ts=jnp.array([0.33, 1.0])),
+            adjoint=adjoint,
+            max_steps=32,
+        )
+        return sum_of_squares(sol.ys)
+
+    default = dfx.RecursiveCheckpointAdjoint(checkpoints=32)
+    of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    ours, theirs = of(W, dr.ReversibleAdjoint()), of(W, default)
+    assert abs(theirs[1]) > 0.1
+    assert relative_error(ours, theirs) < 1e-12
 
 
 @functools.cache

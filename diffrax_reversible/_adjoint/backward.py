@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from diffrax import AbstractTerm
 from jaxtyping import Array, Float
 
 from .._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Params
 from .._diffrax import State
-from .._solver.pullback import Cotangent
+from .._jaxpr import reads
+from .._solver.pullback import Cotangent, HasPullback
 from .._tree import tree_add, tree_replace
 from .batch import Sharing
 from .drift import replay_tolerance, tolerance
@@ -74,10 +76,11 @@ def walk_back(
     - `watch`: a function called at every known state.
     """
     states = inputs.y0, inputs.solver_state
+    params, nondiff = _split_context(inputs, perturbed, problem)
     walk = Walk(
-        *(problem, residuals, Replayer(inputs, problem, residuals)),
-        *_split_context(inputs, perturbed, problem),
+        *(problem, residuals, Replayer(inputs, problem, residuals), params, nondiff),
         any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
+        _differentiates_control(problem, params, nondiff),
         *(tolerance(drift_tol, states), replay_tolerance(drift_tol, states)),
         *(watch, Shared.of(sharing, inputs, perturbed)),
     )
@@ -106,6 +109,21 @@ def _split_context(
         return params, nondiff
     others = constant_times(params.times.prescribed, others, problem.t0)
     return params, tree_replace(lambda c: c.times.prescribed, nondiff, others)
+
+
+def _differentiates_control(problem: Problem, params: Params, nondiff: Context) -> bool:
+    """Whether the control of a term depends on `params`, and the solver takes it as given.
+    That of an `ODETerm` does not: it is `t1 - t0`."""
+    solver, ends = problem.solver, (problem.t0, problem.t1)
+    if not isinstance(solver, HasPullback) or solver.differentiates_control:
+        return False
+
+    def controls(params):
+        terms = eqx.combine(params, nondiff).terms
+        is_term = lambda x: isinstance(x, AbstractTerm)
+        return [x.contr(*ends) for x in jtu.tree_leaves(terms, is_leaf=is_term)]
+
+    return any(reads(controls, params))
 
 
 def _dense_rows(residuals: Residuals, cotangent: State) -> DenseInfo | None:

@@ -64,14 +64,14 @@ def pull_step(
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     known = ft.partial(_known_start, walk, position, kept)
     start = ft.partial(_start, walk, position, solver_state, known)
-    if walk.differentiates_times:
+    if walk.makes_steps:
         reconstructed = start()
         start = lambda: reconstructed
     dense_bar, ct, cursors = None, position.cotangent, position.cursors
     if len(interpolated) > 0 or walk.with_dense:
         dense_info = _dense_info(walk, position, interpolated, start)
         dense_bar, ct, cursors = pull_dense(walk, position, interpolated, dense_info)
-    if not walk.differentiates_times:
+    if not walk.makes_steps:
         needs = _needs_start(walk, position)
         # Without entries at rest, only elements whose start is known need it.
         begins = (known, None) if rest is None else (start, end)

@@ -47,6 +47,8 @@ class Walk(eqx.Module):
     params: Params
     nondiff: Context
     differentiates_start: bool = eqx.field(static=True)
+    # Whether the controls of terms are differentiated, and the solver takes them as given.
+    differentiates_control: bool = eqx.field(static=True)
     # The accepted errors at known states, of the walk and of replays.
     drift_tol: float = eqx.field(static=True)
     replay_tol: float = eqx.field(static=True)
@@ -71,6 +73,11 @@ class Walk(eqx.Module):
     @property
     def differentiates_times(self) -> bool:
         return len(jtu.tree_leaves(self.params.times)) > 0
+
+    @property
+    def makes_steps(self) -> bool:
+        """Whether every step is made again from its start, and differentiated whole."""
+        return self.differentiates_times or self.differentiates_control
 
     def combine(self, params: Params) -> tuple[Terms, Args]:
         context = self.context(params)

@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox.internal as eqxi
 import jax
@@ -51,6 +51,8 @@ class AbstractALFPullback(
     AbstractALFChain, HasPullbackFromStart[ALFState], HasProbe[ALFState]
 ):
     """Pulls cotangents back through the steps of an `AbstractALF` as it undoes them."""
+
+    differentiates_control: ClassVar[bool] = False
 
     def pullback_from_start(
         self,

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -82,7 +82,13 @@ class Cotangent(eqx.Module):
 
 class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
     """A solver that can undo and differentiate a step with the same evaluations of the
-    vector field."""
+    vector field.
+
+    - `differentiates_control`: whether the gradient includes that through the controls of
+        terms. Otherwise steps whose control is differentiated are made again.
+    """
+
+    differentiates_control: ClassVar[bool] = True
 
     @abc.abstractmethod
     def backward_step_and_pullback(

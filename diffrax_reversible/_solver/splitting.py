@@ -122,6 +122,7 @@ class AbstractSplitting(
 
     # Symplectic steps do not contract, and in double precision rounding errors grow slowly.
     default_checkpoints: ClassVar[int] = 0
+    differentiates_control: ClassVar[bool] = False
     term_structure: ClassVar = (AbstractTerm, AbstractTerm)
     interpolation_cls: ClassVar = OsculatingInterpolation
 
