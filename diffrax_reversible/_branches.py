@@ -7,8 +7,12 @@ from jaxtyping import Array, PyTree
 from ._jaxpr import custom_vjps, meets
 
 
-# Primitives, besides comparisons, whose derivative jumps, or whose custom derivative may.
+# Primitives, besides comparisons, that jump, or whose derivative or custom derivative may;
+# complex ones at branch cuts.
 _kinks = {
+    "atan2",
+    *(f"complex {name}" for name in ("log", "log1p", "sqrt", "rsqrt", "pow")),
+    *(f"complex {kind}{name}" for kind in ("asin", "acos", "atan") for name in ("", "h")),
     *("max", "min", "abs", "sign", "clamp", "floor", "ceil", "round", "rem", "sort"),
     *("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"),
     *("cummax", "cummin", "nextafter"),

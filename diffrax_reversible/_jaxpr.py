@@ -24,6 +24,8 @@ def meets(
     """Whether an operation of `fn(*args)` that depends on `args` has one of the `names`, or
     returns integers or Booleans.
 
+    - `names`: of operations, after "complex " for those that count with complex operands
+        only.
     - `trusted`: names of compiled functions that are not searched.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
@@ -60,7 +62,12 @@ def _meets(
             continue
         outputs = [v.aval.dtype for v in equation.outvars]
         inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
-        if name in names or (discrete and not inexact and name not in _calls):
+        operands = [v.aval.dtype for v in equation.invars]
+        if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in operands):
+            found = not names.isdisjoint({name, f"complex {name}"})
+        else:
+            found = name in names
+        if found or (discrete and not inexact and name not in _calls):
             return True
         for inner in _inner(equation.params):
             # In a loop, every carried variable may depend on the moving ones in the end.

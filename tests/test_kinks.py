@@ -222,6 +222,11 @@ def test_misses_are_not_hidden():
         eqx.filter_jit(jax.grad(loss))(150.0)
 
 
+def turned(y):
+    """`exp(i y)`"""
+    return jax.lax.complex(jnp.cos(y), jnp.sin(y))
+
+
 @pytest.mark.parametrize(
     "fn, branches",
     (
@@ -231,12 +236,18 @@ def test_misses_are_not_hidden():
         (jax.vmap(jax.nn.relu), True),
         (jax.nn.elu, True),
         (jnp.sort, True),
+        (lambda y: jnp.arctan2(y[0], y[1]) * y, True),
+        (lambda y: jnp.log(y + 2) + jnp.sqrt(y + 1) * jnp.exp(turned(y)).real, False),
+        (lambda y: jnp.log(turned(y)).imag, True),
+        (lambda y: jnp.sqrt(turned(y)).real, True),
+        (lambda y: (turned(y) ** jnp.array(0.3 + 0j)).real, True),
         (lambda y: jax.lax.cond(y[0] > 0, lambda: y, lambda: 2 * y), True),
         (lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.abs(c)), y, None, 2)[1], True),
     ),
     ids=(
         *("tanh and powers", "softplus, silu and gelu", "kinks of constants"),
-        *("relu", "elu", "sort", "cond", "scan"),
+        *("relu", "elu", "sort", "atan2", "real log and sqrt", "complex log"),
+        *("complex sqrt", "complex power", "cond", "scan"),
     ),
 )
 def test_what_may_branch(fn, branches):

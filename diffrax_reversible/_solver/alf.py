@@ -69,7 +69,8 @@ class ALF4(AbstractALF):
     `|h λ| <= 15`. The last 13 % of a step follow its last evaluation, and would hide a jump
     of the vector field. So adaptive steps take a sixth evaluation for the estimate, at
     their end, if the field may have jumps or kinks: if it compares, rounds, looks up
-    tables, takes maxima, or calls a function with a `jax.custom_jvp` or `jax.custom_vjp`.
+    tables, takes maxima or angles, takes complex logarithms or roots, or calls a function
+    with a `jax.custom_jvp` or `jax.custom_vjp`.
     The backward pass takes none.
 
     Example:
