@@ -246,6 +246,31 @@ def test_dissipation():
         assert relative_error(ours, default) < 1e-6
 
 
+@one_solver
+@pytest.mark.parametrize("unit", (1e-6, 1e6))
+def test_units_of_a_state_that_starts_at_zero(solver, unit):
+    """A pendulum that is pushed from rest swings alike in all units, in single precision:
+    when the first step is solved, the size of an array of zeros is not known."""
+    single = jnp.float32
+
+    @jax.jit
+    @jax.value_and_grad
+    def swing(push, unit):
+        def field(t, y, args):
+            return y["p"], -4 * unit * jnp.sin(y["q"] / unit)
+
+        named = lambda t, y, args: dict(zip("qp", field(t, y, args), strict=True))
+        y0 = dict(q=jnp.zeros(1, single), p=push * unit * jnp.ones(1, single))
+        times = (jnp.asarray(t, single) for t in (0, 2, 0.1))
+        adjoint = dr.ReversibleAdjoint()
+        sol = dfx.diffeqsolve(dfx.ODETerm(named), solver, *times, y0, adjoint=adjoint)
+        return sol.ys["q"][0, 0] / unit
+
+    push, one = jnp.asarray(2, single), jnp.asarray(1, single)
+    ours, expected = swing(push, jnp.asarray(unit, single)), swing(push, one)
+    assert relative_error(ours, expected) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_memory():

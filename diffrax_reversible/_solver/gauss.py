@@ -11,7 +11,7 @@ from .stage_equations import StageNewton
 
 
 def _newton() -> optx.AbstractRootFinder:
-    return StageNewton(rtol=0.0, atol=1e-5)
+    return StageNewton(rtol=1e-5, atol=1e-5)
 
 
 class ImplicitMidpoint(AbstractGauss):
@@ -128,7 +128,9 @@ for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
     `atol` is relative to this scale. One Newton step from its result has to reach rounding:
     in double precision from an error of 1e-8. `ReversibleAdjoint` relies on that, so the
     tolerances of a step-size controller are not enough. Defaults to Newton's method until a
-    correction is less than 1e-5.
+    correction is less than 1e-5 of this scale, or of the stage itself where that is larger,
+    as at the start of a solve from zero. Smaller entries that matter, and do not follow
+    from larger ones, belong in an array of their own.
 - `linear_solver`: a lineax solver for Newton's method (another `root_finder` uses its
     own), for the filter of the error estimate and for pull-backs. Defaults to LU
     decomposition of a dense Jacobian. For large states pass a matrix-free solver, such as

@@ -19,7 +19,8 @@ from .._tree import from_real, to_real
 
 class StageNewton(optx.Newton):
     """Newton's method that stops when a correction is less than `atol`, in units of the
-    size of the state. It leaves an error of about `atol**2`.
+    size of the state, plus `rtol` of the unknown, as the state may be zero. It leaves an
+    error of about the square of that.
 
     It ignores residuals, as stiffness multiplies their rounding errors.
     """
