@@ -25,7 +25,9 @@ class Sum(eqx.Module):
     `δ` is `2^(-7p/4)` times the largest entry of the array at the start of the solve. Sums
     may grow by a factor of `2^(p/4 - 2)` before their last bits round: by 2,000 in float64
     and by 16 in float32. Entries as small as `2^(-3p/4)` of the largest have full
-    precision: 1e-12 in float64, 4e-6 in float32.
+    precision: 1e-12 in float64, 4e-6 in float32. Of an array that starts at zero, with
+    increments of zero, the size is not known. Then `δ` is zero, and sums round, with twice
+    the precision.
 
     References: Two-sum: Knuth (1969), *The Art of Computer Programming*, vol. 2; Møller
     (1965), doi:10.1007/BF01975722. Integrating on a lattice: Levesque & Verlet (1993),
@@ -101,7 +103,7 @@ class LowPart(eqx.Module):
         def grid(scale):
             precision = jnp.finfo(scale.dtype).nmant + 1
             unit = 2.0 ** (precision - 1 - 7 * precision // 4)
-            return jnp.where(scale > 0, scale, 1) * jnp.asarray(unit, scale.dtype)
+            return scale * jnp.asarray(unit, scale.dtype)
 
         low = jtu.tree_map(jnp.zeros_like, high)
         grid = jtu.tree_map(grid, lax.stop_gradient(scale))

@@ -312,6 +312,35 @@ def test_time_does_not_drift():
     assert final(dr.ALF4()) > 200
 
 
+@pytest.mark.parametrize("unit", (1e-12, 1e12))
+@pytest.mark.parametrize(
+    "solver",
+    cases(
+        (dr.ALF4(compensated=True), dr.BlanesMoan4(compensated=True)),
+        more=(dr.ALF6(bitwise=True),),
+    ),
+)
+def test_start_at_rest(solver, unit):
+    """Where the state is zero at first, and the force too, its size is not known yet."""
+    single = jnp.float32
+
+    def loss(force):
+        push = lambda t: force * unit * jnp.sin(t)
+        terms, y0 = dfx.ODETerm(lambda t, y, args: push(t) - y), jnp.zeros(2, single)
+        if isinstance(solver, dr.BlanesMoan4):
+            terms, y0 = (dfx.ODETerm(lambda t, p, args: p), terms), (y0, y0)
+        step = (jnp.asarray(t, single) for t in (0, 2, 0.05))
+        adjoint = dr.ReversibleAdjoint()
+        ys = dfx.diffeqsolve(terms, solver, *step, y0, adjoint=adjoint).ys
+        return jax.tree.leaves(ys)[0][0, 0] / jnp.asarray(unit, single)
+
+    first_order = (np.exp(-2) + np.sin(2) - np.cos(2)) / 2
+    second_order = np.sin(2) / 2 - np.cos(2)
+    exact = second_order if isinstance(solver, dr.BlanesMoan4) else first_order
+    got = jax.jit(jax.value_and_grad(loss))(jnp.asarray(1, single))
+    np.testing.assert_allclose(got, exact, rtol=2e-6)
+
+
 @pytest.mark.slow
 def test_chaos():
     """Between restarts, compensated sums drift much less than plain ones."""

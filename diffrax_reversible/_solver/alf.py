@@ -211,11 +211,12 @@ rounding = """\
     Limits: Let `M` be the largest entry of an array at the start of the solve, and `p` the
     bits of precision. Entries smaller than `2^(-3p/4) M` may differ by `2^(-7p/4) M`.
     States must not outgrow `M` by `2^(p/4 - 2)` (2,000 in float64, 16 in float32), or sums
-    round. Times may round differently in steps that are replayed because the record of a
-    long solve had no room for them. Under `jax.jvp` of a gradient, as in `jax.hessian`,
-    the vector field is compiled together with its derivative, and the backward pass is as
-    with `compensated`: in float32 it may miss a sensitive solution by more than
-    `drift_tol`, which raises an error.
+    round, with twice the precision. So do those of an array that starts at zero, with
+    derivatives of zero. Times may round differently in steps that are replayed because the
+    record of a long solve had no room for them. Under `jax.jvp` of a gradient, as in
+    `jax.hessian`, the vector field is compiled together with its derivative, and the
+    backward pass is as with `compensated`: in float32 it may miss a sensitive solution by
+    more than `drift_tol`, which raises an error.
 """
 
 for _cls in (ALF2, ALF4, ALF6, ALF8):
