@@ -206,10 +206,11 @@ def test_time_scale():
         return np.sqrt(squared(field, jnp.array(t), y))
 
     rotation = lambda t, y: 5 * jnp.array([-y[1], y[0]])
-    y = jnp.array([1.0, 2.0])
-    np.testing.assert_allclose(at(rotation, 0.0, y, -y), 1 / 5, rtol=1e-6)
+    # The square of `τ` is 0.6 times that of the time scale.
+    y, factor = jnp.array([1.0, 2.0]), np.sqrt(1 + 0.36 / 1600)
+    np.testing.assert_allclose(at(rotation, 0.0, y, -y), factor / 5, rtol=1e-6)
     decay = lambda t, y: -3 * y
-    np.testing.assert_allclose(at(decay, 1.0, y / 9, y), 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(at(decay, 1.0, y / 9, y), factor / 3, rtol=1e-6)
     constant = lambda t, y: jnp.ones_like(y)
     np.testing.assert_allclose(at(constant, 0.0, y, y, 7.0), 7)
     # Neither zero nor infinite where a derivative vanishes.
@@ -233,6 +234,37 @@ def test_time_scale():
     np.testing.assert_allclose(
         of_kepler(1.0, 7.0, 0.0), 49 * of_kepler(1.0, 1.0, 0.0), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("start", (1.0, 0.999, 0.0))
+def test_steps_of_a_solution_that_starts_at_rest(start):
+    """Where the field and its derivative vanish at first, or nearly, and later the field
+    alone, steps stay about as long as elsewhere, in all units, in single precision too."""
+    single = jnp.float32
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def steps(rate, size):
+        def field(t, y, args):
+            two = jnp.asarray(2, single)
+            return -rate * (y - size * jnp.cos(two * rate * t))
+
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            *(jnp.zeros((), single), 10 / rate, None),
+            jnp.asarray(start, single) * size * jnp.ones(2, single),
+            stepsize_controller=dr.StepDensityController(),
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=1000,
+        )
+        return sol.stats["num_steps"]
+
+    rates = jnp.array([1e-9, 1.0, 1e9], single)
+    counts = np.array([steps(rates, jnp.asarray(s, single)) for s in (1e-15, 1, 1e15)])
+    assert 150 < np.min(counts) <= np.max(counts) < 600, counts
+    # At rest, what the field is first is a matter of rounding.
+    assert start != 0 or np.ptp(counts) <= 3, counts
 
 
 @pytest.mark.parametrize("bound, wished", ((3.0, 0.0), (300.0, 0.0), (3.0, 60.0)))

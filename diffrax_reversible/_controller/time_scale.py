@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
@@ -9,28 +10,39 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import RealScalarLike, VF, Y
 from .._precision import tiny
 from .._total_derivative import total_derivatives
+from .._tree import tree_scale
 
 
 # A function of time and state.
 Field = Callable[[RealScalarLike, Y], VF]
 
+# The times in a solve, as fractions of its length, by which `τ` is bounded from below;
+# without a common divisor, as a force may be periodic.
+_fractions = (0.0, 0.13, 0.37, 0.59, 0.83)
+
 
 def squared_time_scale(
     field: Field, t0: RealScalarLike, y0: Y, longest: RealScalarLike
 ) -> Callable[[Field, RealScalarLike, Y], Float[Array, ""]]:
-    """The square of the time in which the vector field changes by its own size,
+    """The square of the time in which the vector field changes by its own size, at most
+    `longest`, the length of the solve,
 
         T² = N / (D + N / longest²),
-        N = |f|² + τ² |f'|²,    D = |f'|² + τ² |f''|²,
+        N = |f|² + τ² |f'|² + τ⁴ |f''|² / 1000,    D = |f'|² + τ² |f''|²,
 
     where `'` is the derivative along the solution. The constant `τ` is that time at the
     start, by
 
         τ² = P_2 / P_4,    P_m = Σ_{i+j=m} |f^(i)| |f^(j)|.
 
-    `T` does not depend on the units of the state or of time, nor on the origin. It is
-    smooth, and neither zero nor infinite where one of the derivatives vanishes: on
-    `f = cos t` it varies between one and `√2`. Where the field is constant it is `longest`.
+    A solution may start near rest, where `f` and `f'` vanish, as before its first input. So
+    `τ²` is at least a sixteenth of the quotient of the means of `P_2` and `P_4` over five
+    times between `t0` and `t1`, with the state as it is at the start.
+
+    `T` does not depend on the units of the state or of time, nor on the origin: squares are
+    taken in units of `τ` and of the size of `f` at the start. It is smooth, and neither
+    zero nor infinite where two of the derivatives vanish: on `f = cos t` it varies between
+    one and `√2`. Where the field is constant it is `longest`.
 
     **Returns:**
 
@@ -43,21 +55,67 @@ def squared_time_scale(
     """
     least = tiny(t0)
 
-    def bounded(numerator, denominator):
+    def bounded(numerator, denominator, ratio=1.0):
+        """With `ratio` for the unit of time over `longest`."""
         numerator = numerator + least
-        return numerator / (denominator + numerator / longest**2 + least)
+        return numerator / (denominator + numerator * ratio**2 + least)
 
-    norms = [jnp.sqrt(_square(f, t0)) for f in total_derivatives(field, 4)(t0, y0)]
-    start = bounded(*(sum(norms[i] * norms[m - i] for i in range(m + 1)) for m in (2, 4)))
+    def derivatives(field, count, t, y, unit):
+        """In a `unit` of time."""
+        scaled = lambda t, y: tree_scale(unit, field(t, y))
+        return total_derivatives(scaled, count, unit)(t, y)
+
+    longest = jnp.asarray(longest, jnp.result_type(t0))
+    unit = jnp.where(jnp.isfinite(longest), longest, 1)
+
+    @jax.vmap
+    def norms_at(fraction):
+        fs = derivatives(field, 4, t0 + fraction * unit, y0, unit)
+        norms = jnp.stack([_norm(f, t0) for f in fs])
+        # The field need not be finite there.
+        return jnp.where(jnp.isfinite(norms).all(), norms, 0)
+
+    norms = norms_at(jnp.array(_fractions, unit.dtype))
+    size = _positive(jnp.max(norms))
+    norms = norms / size
+    # The start, and the mean.
+    p_2, p_4 = (
+        jnp.stack([p[0], jnp.mean(p)])
+        for p in (sum(norms[:, i] * norms[:, m - i] for i in range(m + 1)) for m in (2, 4))
+    )
+    quotient = bounded(p_2, p_4)
+    squared = jnp.maximum(quotient[0], quotient[1] / 16)
+    powers = jnp.stack([jnp.ones_like(squared), jnp.sqrt(squared), squared])
+    size = size * _positive(jnp.sqrt(jnp.sum((norms[0, :3] * powers) ** 2)))
+    unit = unit * jnp.sqrt(squared)
 
     def time_scale(field, t, y):
-        f0, f1, f2 = (_square(f, t) for f in total_derivatives(field, 2)(t, y))
-        return bounded(f0 + start * f1, f1 + start * f2)
+        fs = derivatives(field, 2, t, y, unit)
+        f0, f1, f2 = (_square(f, t, size) for f in fs)
+        return unit**2 * bounded(f0 + f1 + f2 / 1000, f1 + f2, unit / longest)
 
     return time_scale
 
 
-def _square(x: PyTree[Array], t: RealScalarLike) -> Float[Array, ""]:
+def _norm(x: PyTree[Array], t: RealScalarLike) -> Float[Array, ""]:
+    """The Euclidean norm, also where squares would over- or underflow."""
     dtype = jnp.result_type(t)
-    squares = (jnp.sum(jnp.square(jnp.abs(x)).astype(dtype)) for x in jtu.tree_leaves(x))
+    largest = [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(x)]
+    size = _positive(jnp.max(jnp.stack([jnp.zeros((), dtype), *largest])))
+    return size * jnp.sqrt(_square(x, t, size))
+
+
+def _positive(size: Float[Array, ""]) -> Float[Array, ""]:
+    """One in place of zero."""
+    return jnp.where(size > 0, size, 1)
+
+
+def _square(
+    x: PyTree[Array], t: RealScalarLike, size: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The square of the Euclidean norm of `x / size`."""
+    dtype = jnp.result_type(t)
+    squares = (
+        jnp.sum(jnp.square(jnp.abs(x).astype(dtype) / size)) for x in jtu.tree_leaves(x)
+    )
     return sum(squares, jnp.zeros((), dtype))
