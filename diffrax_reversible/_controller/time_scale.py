@@ -1,6 +1,7 @@
 """The time scale of a solution, from the derivatives of its vector field."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def squared_time_scale(
     """
     least = tiny(t0)
 
-    def bounded(numerator, denominator, ratio=1.0):
+    def bounded(numerator, denominator, ratio: Any = 1):
         """With `ratio` for the unit of time over `longest`."""
         numerator = numerator + least
         return numerator / (denominator + numerator * ratio**2 + least)
@@ -78,13 +79,9 @@ def squared_time_scale(
     norms = norms_at(jnp.array(_fractions, unit.dtype))
     size = _positive(jnp.max(norms))
     norms = norms / size
-    # The start, and the mean.
-    p_2, p_4 = (
-        jnp.stack([p[0], jnp.mean(p)])
-        for p in (sum(norms[:, i] * norms[:, m - i] for i in range(m + 1)) for m in (2, 4))
-    )
-    quotient = bounded(p_2, p_4)
-    squared = jnp.maximum(quotient[0], quotient[1] / 16)
+    p_2, p_4 = (jnp.sum(norms[:, : m + 1] * norms[:, m::-1], axis=1) for m in (2, 4))
+    at_start, of_means = bounded(p_2[0], p_4[0]), bounded(jnp.mean(p_2), jnp.mean(p_4))
+    squared = jnp.maximum(at_start, of_means / 16)
     powers = jnp.stack([jnp.ones_like(squared), jnp.sqrt(squared), squared])
     size = size * _positive(jnp.sqrt(jnp.sum((norms[0, :3] * powers) ** 2)))
     unit = unit * jnp.sqrt(squared)
