@@ -20,7 +20,6 @@ from .order_conditions import (
     exact_value,
     largest_residual,
     null_space_of,
-    Target,
     tolerance,
 )
 from .rooted_trees import (
@@ -328,35 +327,18 @@ class ALFTableau:
         """
         if self.stages == 1:
             return None
-        extrapolated = self._fit(exact_derivative, self.order - 1, self.order)
-        if extrapolated is None:
-            return None
-        _, _, v = self._runge_kutta
-        return v - extrapolated
-
-    def _fit(
-        self, target: Target, exact_order: int, fitted_order: int
-    ) -> np.ndarray | None:
-        """Weights exact to `exact_order` and as accurate as possible to `fitted_order`."""
 
         def system(trees):
             matrix = np.stack([self._phi[tree][1:] for tree in trees])
-            return matrix, np.array([target(tree) for tree in trees])
+            return matrix, np.array([exact_derivative(tree) for tree in trees])
 
-        matrix, rhs = system(trees_up_to(exact_order))
+        matrix, rhs = system(trees_up_to(self.order - 1))
         weights = np.linalg.lstsq(matrix, rhs, rcond=1e-11)[0]
         if np.max(np.abs(matrix @ weights - rhs)) > tolerance:
             return None
-        if exact_order < fitted_order:
-            null_space = null_space_of(matrix)
-            matrix, rhs = system(rooted_trees(fitted_order))
-            weights = (
-                weights
-                + null_space
-                @ (
-                    np.linalg.lstsq(
-                        matrix @ null_space, rhs - matrix @ weights, rcond=1e-7
-                    )[0]
-                )
-            )
-        return np.concatenate([[0.0], weights])
+        null_space = null_space_of(matrix)
+        matrix, rhs = system(rooted_trees(self.order))
+        free = matrix @ null_space
+        rest = np.linalg.lstsq(free, rhs - matrix @ weights, rcond=1e-7)[0]
+        _, _, v = self._runge_kutta
+        return v - np.concatenate([[0.0], weights + null_space @ rest])
