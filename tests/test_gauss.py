@@ -1,5 +1,7 @@
 """Gauss methods: order, invariants, stability, gradients and cost."""
 
+import functools as ft
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -244,6 +246,28 @@ def test_dissipation():
         ours = gradient(rate, dr.ReversibleAdjoint())
         default = gradient(rate, dfx.RecursiveCheckpointAdjoint())
         assert relative_error(ours, default) < 1e-6
+
+
+@pytest.mark.more
+def test_member_of_a_batch_without_steps():
+    """The cotangent of its interpolation is NaN, and must not reach a linear solve."""
+
+    @jax.jit
+    @ft.partial(jax.vmap, in_axes=(None, 0))
+    @jax.grad
+    def slope(y0, t1):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -jax.nn.relu(y)),
+            dr.Gauss4(),
+            *(0.0, t1, 0.1, y0),
+            saveat=dfx.SaveAt(dense=True),
+            adjoint=dr.ReversibleAdjoint(),
+            max_steps=16,
+        )
+        return sol.evaluate(t1 / 2)
+
+    got = slope(1.0, jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(got, [1.0, np.exp(-0.5)], rtol=1e-4)
 
 
 @one_solver

@@ -412,3 +412,45 @@ def test_network_that_contracts():
     assert sum(count["replayed_steps"] for count in counts) == 0
     assert sum(count["restarted_steps"] for count in counts) == 0
     assert sum(count["undone_steps"] for count in counts) == np.sum(steps)
+
+
+@pytest.mark.parametrize("saved", cases(("fn", "event"), more=("time",)))
+def test_what_outputs_at_the_end_add_to_parameters(saved, misses):
+    """Parameters that outputs depend on themselves, not through the state, keep their part
+    of the gradient if the first steps of the backward pass are undone again."""
+    saveat = dfx.SaveAt(t1=True)
+    if saved == "fn":
+        saveat = dfx.SaveAt(t1=True, fn=lambda t, y, k: k * y)
+    undone = []
+    report = lambda counts: undone.append(counts["undone_steps"])
+
+    def loss(k, adjoint):
+        kwargs = {}
+        if saved == "event":
+            threshold = lambda t, y, args, **kwargs: t - 1.6 * k
+            kwargs["event"] = dfx.Event(threshold, optx.Newton(1e-9, 1e-9))
+        t1 = k if saved == "time" else 1.0
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: jnp.cos(t) - y),
+            dr.ALF4(),
+            *(0.0, t1, None, Y0, k),
+            stepsize_controller=dfx.StepTo(t1 * jnp.linspace(0, 1, 41)),
+            saveat=saveat,
+            adjoint=adjoint,
+            max_steps=64,
+            **kwargs,
+        )
+        return sum_of_squares(sol.ys) + jnp.sum(sol.ts)
+
+    of = jax.jit(jax.grad(loss), static_argnums=1)
+    ours, theirs = (
+        of(jnp.array(0.6), adjoint)
+        for adjoint in (
+            dr.ReversibleAdjoint(checkpoints=32, report=report),
+            dfx.RecursiveCheckpointAdjoint(checkpoints=64),
+        )
+    )
+    jax.effects_barrier()
+    assert undone[0] > 41
+    assert abs(theirs) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)

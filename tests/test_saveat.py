@@ -219,6 +219,28 @@ def test_fn_that_is_not_finite_between_members():
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "saveat",
+    cases((dict(t1=True),), more=(dict(ts=jnp.array([0.4, 1.0])), dict(steps=True))),
+)
+def test_fn_that_returns_a_constant(saveat):
+    """JAX keeps a scalar constant as a number, not as an array."""
+
+    def loss(w):
+        fn = lambda t, y, args: dict(state=w * y, count=jnp.array(3.0))
+        term = dfx.ODETerm(lambda t, y, args: -w * y)
+        saveat_ = dfx.SaveAt(**saveat, fn=fn)
+        step = 0.0, 1.0, 0.25, jnp.ones(2)
+        adjoint = dr.ReversibleAdjoint()
+        sol = dfx.diffeqsolve(
+            term, dr.ALF4(), *step, saveat=saveat_, adjoint=adjoint, max_steps=4
+        )
+        return sum(jnp.sum(leaf[-1]) for leaf in jax.tree.leaves(sol.ys))
+
+    np.testing.assert_allclose(jax.grad(loss)(1.0), 0, atol=1e-3)
+    np.testing.assert_allclose(jax.grad(loss)(0.5), np.exp(-0.5), rtol=1e-3)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", SOME)
 def test_subs(case):

@@ -16,6 +16,7 @@ from .._diffrax import State
 from .._members import value_and_pullback
 from .._solver.pullback import Cotangent
 from .._tree import tree_add, tree_select, tree_zeros_like
+from .close import as_arrays
 from .outputs import Output, Row
 from .position import Position
 from .shared import params_where
@@ -52,7 +53,8 @@ def pull_output(
         context = walk.context(params)
         t, fn = time(context.times), context.save_fns[output.index]
         at = t if lent is None else jnp.where(written, t, lent)
-        saved = y if fn is None else fn(at, y, context.args)
+        # A constant need not be an array.
+        saved = y if fn is None else as_arrays(fn(at, y, context.args))
         return None if t_bar is None else t, eqx.filter(saved, eqx.is_inexact_array)
 
     _, (y_bar, params_bar) = value_and_pullback(save, (y, walk.params), row)

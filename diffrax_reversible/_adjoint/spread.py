@@ -41,12 +41,17 @@ class Spread(eqx.Module):
     when_begun: Float[Array, " parameters"]
 
     @staticmethod
-    def start(params_bar: Params) -> "Spread | None":
-        """`None` if there are too many parameters, or none."""
+    def start(params_bar: Params, earlier: Params | None) -> "Spread | None":
+        """`None` if there are too many parameters, or none.
+
+        - `params_bar`, `earlier`: the cotangent of the parameters, and what belongs to
+            known states before, if that is apart.
+        """
         if many(params_bar) or len(jtu.tree_leaves(params_bar)) == 0:
             return None
         zeros = jnp.zeros_like(_flat(params_bar))
-        return Spread(jnp.array(False), zeros, zeros, zeros)
+        before = zeros if earlier is None else _flat(earlier)
+        return Spread(jnp.array(False), before, zeros, zeros)
 
     def after_step(self, params_bar: Params, grown: BoolScalarLike) -> "Spread":
         """After a step in which an entry may have `grown`."""

@@ -30,7 +30,7 @@ from .drift import Drift, drifts
 from .forward import Residuals
 from .growth import Growth, Shares
 from .outputs import Output
-from .position import longest_reach, Position
+from .position import longest_reach, params_of, Position
 from .problem import Context, Problem
 from .replay import Replayer
 from .shared import Shared
@@ -154,10 +154,18 @@ class Walk(eqx.Module):
 
         - `cures`, `compares`: see `Growth`.
         """
+        if self.repeats:
+            # What outputs have added so far is no part of the first segment, which may be
+            # undone again.
+            ct = position.cotangent
+            zeros = dataclasses.replace(ct, params=tree_zeros_like(ct.params))
+            position = dataclasses.replace(
+                position, cotangent=zeros, params_cotangent=ct.params
+            )
         if self.departure is not None:
             spread = None
             if not self.differentiates_start:
-                spread = Spread.start(position.cotangent.params)
+                spread = Spread.start(*params_of(position))
             growth = Growth.start(position.cotangent.y, cures, compares, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
@@ -176,9 +184,6 @@ class Walk(eqx.Module):
             position = dataclasses.replace(position, from_start=jnp.array(False))
         origin = position.as_origin(self.repeats)
         position = dataclasses.replace(position, origin=origin)
-        if self.repeats:
-            params_bar = tree_zeros_like(position.cotangent.params)
-            position = dataclasses.replace(position, params_cotangent=params_bar)
         return position
 
     def show_progress(self, position: Position, t: RealScalarLike) -> Position:
