@@ -115,7 +115,8 @@ class McCallumFoster(
         ):
             raise ValueError(
                 f"`McCallumFoster({name})` needs an explicit Runge–Kutta solver of "
-                "Diffrax, such as `diffrax.Tsit5()`."
+                "Diffrax with a tableau, such as `diffrax.Tsit5()` or, in place of "
+                "`diffrax.Euler()`, `diffrax.Heun()`."
             )
         if overrides(self.solver, "step", AbstractERK):
             raise ValueError(
