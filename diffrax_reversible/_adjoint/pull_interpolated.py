@@ -39,11 +39,12 @@ def pull_dense(
         last = position.step == walk.residuals.count
         end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
         dense_bar = tree_add(dense_bar, end_dense)
-    # An interpolation without any step may be NaN, and its member of a batch has no step.
-    moves = position.step > 0
-    if position.moves is not None:
-        moves &= position.moves
-    dense_bar = jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
+    if walk.with_dense:
+        # A member of a batch without any step may have NaN, as it has no interpolation.
+        moves = position.step > 0
+        if position.moves is not None:
+            moves &= position.moves
+        dense_bar = jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
     cursors = list(position.cursors)
     params_bar, in_step = position.cotangent.params, _in_step(position)
     for i in interpolated:

@@ -191,15 +191,16 @@ class ReversibleAdjoint(AbstractAdjoint):
     **Work**
 
     With the solvers of this package, the backward pass takes one evaluation of the vector
-    field and one pull-back through it for each evaluation of the forward pass. If times are
-    differentiated, half as much again; for `ALF6` also in steps with interpolated outputs.
-    Twice as much in steps in which a `SaveAt(fn=...)` interpolates, or anything does while
-    times are differentiated. Each known state costs one evaluation or one step, but none
-    with `ALF4` and its like. A replay takes the evaluations of a solve: on
-    `y' = -40 (y - cos t)` over a time of 10, `ALF4` restarts 76 times in 400 steps. There 8
-    checkpoints take 1.6 times the evaluations of checkpoints for all restarts, 4 twice, and
-    1 checkpoint 6 times. A backward pass that is done once more, see above,
-    takes at least twice as many evaluations, or three times with `McCallumFoster`.
+    field and one pull-back through it for each evaluation of the forward pass. If times, or
+    the control of a term of your own, are differentiated, half as much again; for `ALF6`
+    also in steps with interpolated outputs. Twice as much in steps in which a
+    `SaveAt(fn=...)` interpolates, or anything does while times are differentiated. Each
+    known state costs one evaluation or one step, but none with `ALF4` and its like. A
+    replay takes the evaluations of a solve: on `y' = -40 (y - cos t)` over a time of 10,
+    `ALF4` restarts 76 times in 400 steps. There 8 checkpoints take 1.6 times the
+    evaluations of checkpoints for all restarts, 4 twice, and 1 checkpoint 6 times. A
+    backward pass that is done once more, see above, takes at least twice as many
+    evaluations, or three times with `McCallumFoster`.
 
     **Transformations**
 
