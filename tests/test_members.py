@@ -162,7 +162,7 @@ def test_what_is_shared():
     assert told.pop() == (0, [True, True])
 
 
-IN_ALL = jnp.arange(12.0).reshape(3, 4)
+MEMBERS = jnp.arange(12.0).reshape(3, 4)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ IN_ALL = jnp.arange(12.0).reshape(3, 4)
         # In a row with members that are there, the first of these lends.
         ([5, 7], [[5, 5, 5, 7]] * 3),
         ([0, 11], [[0] * 4, [0] * 4, [11] * 4]),
-        (range(12), IN_ALL),
+        (range(12), MEMBERS),
         ([], [[0] * 4] * 3),
     ),
 )
@@ -179,30 +179,30 @@ def test_lend(here, lenders):
     """Members that are not there receive what belongs to one that is: the same member for
     what varies along both axes of a batch of batches, and along one of them."""
     names = "inner", "outer"
-    is_here = jnp.isin(IN_ALL, jnp.array(here, float))
+    is_here = jnp.isin(MEMBERS, jnp.array(here, float))
 
     def member(here, *xs):
         return tuple(lend(x, here, names) for x in xs)
 
     fn = jax.vmap(member, (0, 0, None, 0, None), axis_name="inner")
     fn = jax.vmap(fn, (0, 0, 0, None, None), axis_name="outer")
-    rows, columns = IN_ALL[:, 0], IN_ALL[0]
-    x, row, column, both = jax.jit(fn)(is_here, IN_ALL, rows, columns, IN_ALL)
+    rows, columns = MEMBERS[:, 0], MEMBERS[0]
+    x, row, column, both = jax.jit(fn)(is_here, MEMBERS, rows, columns, MEMBERS)
     np.testing.assert_array_equal(x, lenders)
     np.testing.assert_array_equal(row + column, lenders)
-    np.testing.assert_array_equal(both, np.broadcast_to(IN_ALL, (3, 4, 3, 4)))
+    np.testing.assert_array_equal(both, np.broadcast_to(MEMBERS, (3, 4, 3, 4)))
 
 
 def test_lend_some_axes():
     """Members may share an axis that is not named, or be there along one axis only."""
     rows = jnp.array([False, True, True])
-    here = jnp.isin(IN_ALL, jnp.array([2.0, 4.0, 9.0]))
+    here = jnp.isin(MEMBERS, jnp.array([2.0, 4.0, 9.0]))
     inner = ft.partial(lend, names=("inner",))
     along_one = lambda axes: jax.vmap(jax.vmap(inner, axes, axis_name="inner"))
-    got = along_one((0, None))(IN_ALL, rows)
-    np.testing.assert_array_equal(got[1:], IN_ALL[1:])
-    want = np.where(here, IN_ALL, [[2] * 4, [4] * 4, [9] * 4])
-    np.testing.assert_array_equal(along_one(0)(IN_ALL, here), want)
+    got = along_one((0, None))(MEMBERS, rows)
+    np.testing.assert_array_equal(got[1:], MEMBERS[1:])
+    want = np.where(here, MEMBERS, [[2] * 4, [4] * 4, [9] * 4])
+    np.testing.assert_array_equal(along_one(0)(MEMBERS, here), want)
 
 
 def test_lend_other_types():

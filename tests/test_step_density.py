@@ -211,6 +211,9 @@ def test_time_scale():
     np.testing.assert_allclose(at(rotation, 0.0, y, -y), factor / 5, rtol=1e-6)
     decay = lambda t, y: -3 * y
     np.testing.assert_allclose(at(decay, 1.0, y / 9, y), factor / 3, rtol=1e-6)
+    # A solve without an end does not bound it.
+    slow = lambda t, y: decay(t, y) / 1e6
+    np.testing.assert_allclose(at(slow, 0.0, y, y, np.inf), 1e6 * factor / 3, rtol=1e-6)
     constant = lambda t, y: jnp.ones_like(y)
     np.testing.assert_allclose(at(constant, 0.0, y, y, 7.0), 7)
     # Neither zero nor infinite where a derivative vanishes.

@@ -182,9 +182,7 @@ class Walk(eqx.Module):
             position = dataclasses.replace(position, hidden=hidden)
         if self.pulls_from_start:
             position = dataclasses.replace(position, from_start=jnp.array(False))
-        origin = position.as_origin(self.repeats)
-        position = dataclasses.replace(position, origin=origin)
-        return position
+        return dataclasses.replace(position, origin=position.as_origin(self.repeats))
 
     def show_progress(self, position: Position, t: RealScalarLike) -> Position:
         """Step the progress meter to `t`."""

@@ -1,7 +1,6 @@
 """The time scale of a solution, from the derivatives of its vector field."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,24 +53,28 @@ def squared_time_scale(
     products, with the force for `f` and one derivative less: Aarseth (2003), *Gravitational
     N-Body Simulations*, doi:10.1017/CBO9780511535246, eq. 2.13.
     """
-    least = tiny(t0)
-
-    def bounded(numerator, denominator, ratio: Any = 1):
-        """With `ratio` for the unit of time over `longest`."""
-        numerator = numerator + least
-        return numerator / (denominator + numerator * ratio**2 + least)
-
-    def derivatives(field, count, t, y, unit):
-        """In a `unit` of time."""
-        scaled = lambda t, y: tree_scale(unit, field(t, y))
-        return total_derivatives(scaled, count, unit)(t, y)
-
     longest = jnp.asarray(longest, jnp.result_type(t0))
+    size, unit = _units(field, t0, y0, longest)
+
+    def time_scale(field, t, y):
+        fs = _derivatives(field, 2, t, y, unit)
+        f0, f1, f2 = (_square(f, t, size) for f in fs)
+        return unit**2 * _bounded(f0 + f1 + f2 / 1000, f1 + f2, unit / longest)
+
+    return time_scale
+
+
+def _units(
+    field: Field, t0: RealScalarLike, y0: Y, longest: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The size of the vector field at the start, times `τ`, and `τ`."""
     unit = jnp.where(jnp.isfinite(longest), longest, 1)
+    # A solve without an end is looked at where it starts.
+    length = jnp.where(jnp.isfinite(longest), longest, 0)
 
     @jax.vmap
     def norms_at(fraction):
-        fs = derivatives(field, 4, t0 + fraction * unit, y0, unit)
+        fs = _derivatives(field, 4, t0 + fraction * length, y0, unit)
         norms = jnp.stack([_norm(f, t0) for f in fs])
         # The field need not be finite there.
         return jnp.where(jnp.isfinite(norms).all(), norms, 0)
@@ -80,18 +83,31 @@ def squared_time_scale(
     size = _positive(jnp.max(norms))
     norms = norms / size
     p_2, p_4 = (jnp.sum(norms[:, : m + 1] * norms[:, m::-1], axis=1) for m in (2, 4))
-    at_start, of_means = bounded(p_2[0], p_4[0]), bounded(jnp.mean(p_2), jnp.mean(p_4))
+    ratio = unit / longest
+    at_start = _bounded(p_2[0], p_4[0], ratio)
+    of_means = _bounded(jnp.mean(p_2), jnp.mean(p_4), ratio)
     squared = jnp.maximum(at_start, of_means / 16)
     powers = jnp.stack([jnp.ones_like(squared), jnp.sqrt(squared), squared])
     size = size * _positive(jnp.sqrt(jnp.sum((norms[0, :3] * powers) ** 2)))
-    unit = unit * jnp.sqrt(squared)
+    return size, unit * jnp.sqrt(squared)
 
-    def time_scale(field, t, y):
-        fs = derivatives(field, 2, t, y, unit)
-        f0, f1, f2 = (_square(f, t, size) for f in fs)
-        return unit**2 * bounded(f0 + f1 + f2 / 1000, f1 + f2, unit / longest)
 
-    return time_scale
+def _bounded(
+    numerator: Float[Array, ""], denominator: Float[Array, ""], ratio: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The quotient of squares, at most `1 / ratio²`: the `ratio` of the unit of time to the
+    longest one."""
+    least = tiny(numerator)
+    numerator = numerator + least
+    return numerator / (denominator + numerator * ratio**2 + least)
+
+
+def _derivatives(
+    field: Field, count: int, t: RealScalarLike, y: Y, unit: Float[Array, ""]
+) -> tuple[VF, ...]:
+    """The vector field and its derivatives along the solution, in a `unit` of time."""
+    scaled = lambda t, y: tree_scale(unit, field(t, y))
+    return total_derivatives(scaled, count, unit)(t, y)
 
 
 def _norm(x: PyTree[Array], t: RealScalarLike) -> Float[Array, ""]:
