@@ -41,7 +41,7 @@ def spring(t, y, frequency):
     """A pendulum on a stiff spring."""
     q, p = y
     r = jnp.linalg.norm(q)
-    return p, -(frequency**2) * (1 - 1 / r) * q - jnp.array([0.0, 1.0])
+    return p, -(frequency**2) * (1 - 1 / r) * q - jnp.array([0.0, 1.0], q.dtype)
 
 
 HANGING = jnp.array([1.0, 0.0]), jnp.zeros(2)
@@ -222,6 +222,59 @@ def test_gradient_of_a_stiff_spring():
     assert stats["num_steps"] < 200
     default, _ = gradient(frequency, dfx.RecursiveCheckpointAdjoint())
     assert abs(grad - default) < 1e-6 * abs(default)
+
+
+@pytest.mark.slow
+def test_stiffness_in_single_precision():
+    """Stiffness multiplies rounding errors of the stage equations, which are no reason to
+    reject a step or to refuse a gradient."""
+
+    @ft.partial(jax.jit, static_argnums=1)
+    def stretched(frequency, adjoint):
+        def final(frequency):
+            dtype = frequency.dtype
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(spring),
+                dr.Gauss6(),
+                *(jnp.asarray(t, dtype) for t in (0.0, 2.0, 0.1)),
+                tuple(x.astype(dtype) for x in HANGING),
+                frequency,
+                adjoint=adjoint,
+                stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
+            )
+            return sol.ys[0][0, 0], sol.stats["num_steps"]
+
+        return jax.grad(final, has_aux=True)(frequency)
+
+    single, double = jnp.asarray(100, jnp.float32), jnp.asarray(100, jnp.float64)
+    ours, steps = stretched(single, dr.ReversibleAdjoint())
+    default, _ = stretched(single, dfx.RecursiveCheckpointAdjoint())
+    _, steps_in_double = stretched(double, dr.ReversibleAdjoint())
+    assert abs(steps - steps_in_double) <= 2
+    assert relative_error(ours, default) < 1e-2
+
+
+@one_solver
+def test_entry_that_does_not_follow_from_larger_ones(solver):
+    """A small entry is solved as accurately beside a large one of its array as alone, in
+    single precision."""
+    single = jnp.float32
+
+    @jax.jit
+    @jax.value_and_grad
+    def logistic(rate, large):
+        def field(t, y, args):
+            return jnp.stack([-0.1 * y[0] * jnp.cos(t), rate * y[1] * (1 - y[1])])
+
+        y0 = jnp.stack([large, jnp.asarray(1e-3, single)])
+        times = (jnp.asarray(t, single) for t in (0, 0.25, 0.0625))
+        adjoint = dr.ReversibleAdjoint()
+        sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, *times, y0, adjoint=adjoint)
+        return sol.ys[0, 1]
+
+    rate = jnp.asarray(30, single)
+    beside, alone = (logistic(rate, jnp.asarray(x, single)) for x in (1e6, 1))
+    assert relative_error(beside, alone) < 1e-5
 
 
 @pytest.mark.slow

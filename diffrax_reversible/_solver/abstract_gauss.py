@@ -49,7 +49,7 @@ from .collocation import CollocationInterpolation
 from .gauss_state import GaussState
 from .ode_term import as_ode_term
 from .pullback import Cotangent, HasPullback
-from .stage_equations import solve_stages, StageNewton, Stages
+from .stage_equations import solve_stages, StageNewton, Stages, tolerances
 
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class AbstractGauss(
         signed = jtu.tree_map(lambda x, y: x.astype(y.dtype), signed, y0)
         spread = filtered(signed)
         scales = jtu.tree_map(larger, scales, spread)
-        if _is_iterative(self.linear_solver):
+        if any(tolerances(self.linear_solver)):
             scales = jtu.tree_map(lambda x: jnp.full_like(x, jnp.max(x, initial=0)), scales)
         return scales, GaussState(None, None, None)
 
@@ -372,8 +372,3 @@ class AbstractGauss(
         """The `γ` of the filter: with one stage that of the step itself, and comparable
         with more."""
         return 1 / (2 * self.tableau.stages)
-
-
-def _is_iterative(linear_solver: lx.AbstractLinearSolver) -> bool:
-    inner = getattr(linear_solver, "inner_solver", linear_solver)
-    return hasattr(inner, "rtol")

@@ -10,10 +10,6 @@ from .abstract_gauss import AbstractGauss
 from .stage_equations import StageNewton
 
 
-def _newton() -> optx.AbstractRootFinder:
-    return StageNewton(rtol=1e-5, atol=1e-5)
-
-
 class ImplicitMidpoint(AbstractGauss):
     """The implicit mid-point rule (Gauss collocation of one stage), for stiff oscillations.
 
@@ -50,7 +46,7 @@ class ImplicitMidpoint(AbstractGauss):
     II.1, doi:10.1007/3-540-30666-8.
     """
 
-    root_finder: optx.AbstractRootFinder = _newton()
+    root_finder: optx.AbstractRootFinder = StageNewton()
     linear_solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
     root_find_max_steps: int = 20
 
@@ -81,7 +77,7 @@ class Gauss4(AbstractGauss):
     IV.5, doi:10.1007/978-3-642-05221-7.
     """
 
-    root_finder: optx.AbstractRootFinder = _newton()
+    root_finder: optx.AbstractRootFinder = StageNewton()
     linear_solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
     root_find_max_steps: int = 20
 
@@ -112,7 +108,7 @@ class Gauss6(AbstractGauss):
     IV.5, doi:10.1007/978-3-642-05221-7.
     """
 
-    root_finder: optx.AbstractRootFinder = _newton()
+    root_finder: optx.AbstractRootFinder = StageNewton()
     linear_solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
     root_find_max_steps: int = 20
 
@@ -122,15 +118,13 @@ class Gauss6(AbstractGauss):
 for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
     _cls.__init__.__doc__ = """**Arguments:**
 
-- `root_finder`: an optimistix root finder for the stage equations. The equations are
-    scaled, entry by entry, by the size of the state (at least 2e-9 of the largest entry of
-    the array in double precision, and that entry itself in single precision), and its
-    `atol` is relative to this scale. One Newton step from its result has to reach rounding:
-    in double precision from an error of 1e-8. `ReversibleAdjoint` relies on that, so the
-    tolerances of a step-size controller are not enough. Defaults to Newton's method until a
-    correction is less than 1e-5 of this scale, or of the stage itself where that is larger,
-    as at the start of a solve from zero. Smaller entries that matter, and do not follow
-    from larger ones, belong in an array of their own.
+- `root_finder`: an optimistix root finder for the stage equations. `ReversibleAdjoint`
+    relies on one Newton step from its result to reach rounding, in double precision from an
+    error of 1e-8, so the tolerances of a step-size controller are not enough. Its `atol` is
+    relative to the size of the state, entry by entry: at least 2e-9 of the largest entry of
+    the array in double precision, and that entry itself in single precision. Defaults to
+    Newton's method until every correction is less than 1e-5 of its entry (3e-4 in single
+    precision), or the residual is rounding.
 - `linear_solver`: a lineax solver for Newton's method (another `root_finder` uses its
     own), for the filter of the error estimate and for pull-backs. Defaults to LU
     decomposition of a dense Jacobian. For large states pass a matrix-free solver, such as

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
@@ -17,21 +18,105 @@ from .._precision import eps
 from .._tree import from_real, to_real
 
 
-class StageNewton(optx.Newton):
-    """Newton's method that stops when a correction is less than `atol`, in units of the
-    size of the state, plus `rtol` of the unknown, as the state may be zero. It leaves an
-    error of about the square of that.
+# An entry is solved when its correction is less than this part of it; in single precision,
+# the square root of the rounding.
+_small = 1e-5
+# How many roundings an entry may be off, and in how many random directions they are tried:
+# in one direction their effects may cancel.
+_roundings, _samples = 4.0, 4
+# After so many iterations, corrections that are small parts of the units suffice.
+_patience = 10
 
-    It ignores residuals, as stiffness multiplies their rounding errors.
+
+class _Iteration(Module):
+    """The state of `StageNewton`: whether every entry is solved, whether the linear solver
+    succeeded, and the number of iterations."""
+
+    solved: BoolScalarLike
+    result: optx.RESULTS
+    count: Int[Array, ""]
+
+
+class StageNewton(optx.AbstractRootFinder):
+    """Newton's method that stops when every entry is solved.
+
+    An entry is solved when its correction is a small part of it, as the next one is about
+    the square of that; or when its residual is rounding. Random changes of all entries,
+    each of some roundings of its size, tell what is rounding: the linearised equations
+    spread them as the equations spread rounding errors, which stiffness multiplies. So an
+    entry is neither taken for solved because others are larger, nor for unsolved because
+    they round it. The linear solver mixes all residuals, and spreads an error of its own.
+
+    The unknowns have units of the largest entries, or smaller ones. `args` of the equations
+    are the sizes of the entries, in these units.
     """
+
+    linear_solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
+    # optimistix requires these of a root finder. Tolerances follow from the precision.
+    rtol: ClassVar[float] = 0.0
+    atol: ClassVar[float] = 0.0
+    norm: ClassVar[Callable[[PyTree], Array]] = optx.max_norm
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        del fn, y, args, options, f_struct, aux_struct, tags
+        return _Iteration(jnp.array(False), optx.RESULTS.successful, jnp.array(0))
+
+    def step(self, fn, y, args, options, state, tags):
+        del options
+        residual, tangent, aux = jax.linearize(lambda y: fn(y, args), y, has_aux=True)
+        operator = lx.FunctionLinearOperator(tangent, jax.eval_shape(lambda: y), tags)
+        solution = lx.linear_solve(operator, residual, self.linear_solver, throw=False)
+        y = jtu.tree_map(jnp.subtract, y, solution.value)
+        sizes = jtu.tree_map(lambda y, size: jnp.maximum(jnp.abs(y), size), y, args)
+        rounding = _rounding(tangent, sizes, jr.fold_in(jr.key(0), state.count))
+        rtol, atol = tolerances(self.linear_solver)
+        mixed = optx.max_norm(rounding)
+
+        def is_solved(correction, residual, rounding, size):
+            spread = max(rtol, eps(size)) * mixed.astype(size.dtype) + atol
+            is_rounding = jnp.abs(residual) <= rounding + _roundings * spread
+            small = max(_small, eps(size) ** 0.5)
+            is_small = jnp.abs(correction) <= small * size
+            of_unit = jnp.abs(correction) <= _small * (1 + size)
+            is_small |= of_unit & (state.count >= _patience)
+            return jnp.all(is_rounding | is_small)
+
+        each = jtu.tree_map(is_solved, solution.value, residual, rounding, sizes)
+        solved = jnp.array(jtu.tree_leaves(each)).all()
+        result = optx.RESULTS.promote(solution.result)
+        return y, _Iteration(solved, result, state.count + 1), aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
-        return state.diffsize < 1, state.result
+        return state.solved, state.result
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        del fn, args, options, state, tags, result
+        return y, aux, {}
 
     def by(self, linear_solver: lx.AbstractLinearSolver) -> "StageNewton":
         """The same method with another linear solver."""
-        return StageNewton(self.rtol, self.atol, linear_solver=linear_solver)
+        return StageNewton(linear_solver)
+
+
+def _rounding(
+    tangent: Callable[[PyTree[Array]], PyTree[Array]], sizes: PyTree[Array], key: Array
+) -> PyTree[Array]:
+    """The size of rounding errors of equations, from their linearisation."""
+    leaves, structure = jtu.tree_flatten(sizes)
+    keys = jr.split(key, len(leaves))
+    changes = [
+        _roundings * eps(x) * x[None] * jr.normal(key, (_samples, *x.shape), x.dtype)
+        for key, x in zip(keys, leaves, strict=True)
+    ]
+    spread = jax.vmap(tangent)(jtu.tree_unflatten(structure, changes))
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), axis=0), spread)
+
+
+def tolerances(linear_solver: lx.AbstractLinearSolver) -> tuple[float, float]:
+    """The relative and absolute tolerance of a linear solver: zero for direct ones."""
+    inner = getattr(linear_solver, "inner_solver", linear_solver)
+    return getattr(inner, "rtol", 0.0), getattr(inner, "atol", 0.0)
 
 
 class _Corrected(optx.AbstractRootFinder):
@@ -103,9 +188,11 @@ def solve_stages(
     The solution is differentiated by the implicit function theorem.
     """
     guess = lax.stop_gradient(guess)
-    units = jtu.tree_map(jnp.ones_like, guess)
-    if root_finder is not None:
-        units = jtu.tree_map(_units, guess, lax.stop_gradient(y))
+    sizes = jtu.tree_map(_sizes, guess, lax.stop_gradient(y))
+    if root_finder is None:
+        units = jtu.tree_map(jnp.ones_like, guess)
+    else:
+        units = jtu.tree_map(_units, sizes, guess)
 
     def to_unknowns(increments):
         return to_real(jtu.tree_map(jnp.divide, increments, units))
@@ -117,10 +204,12 @@ def solve_stages(
         increments = to_increments(unknowns)
         return to_unknowns(jtu.tree_map(jnp.subtract, increments, fn(increments)))
 
+    unknowns = to_unknowns(guess)
     solution = optx.root_find(
         residual,
         _Corrected(root_finder, linear_solver),
-        to_unknowns(guess),
+        unknowns,
+        jtu.tree_map(_broadcast, sizes, units, unknowns),
         max_steps=max_steps,
         adjoint=optx.ImplicitAdjoint(linear_solver=linear_solver),
         throw=False,
@@ -132,14 +221,23 @@ def solve_stages(
     return Stages(increments, found, solution.stats["num_steps"] + 1)
 
 
-def _units(guess: Array, y: Array) -> Array:
-    """The sizes of entries of the state and of the increments, as divisors.
+def _sizes(guess: Array, y: Array) -> Array:
+    """The sizes of entries of the state and of the increments."""
+    return jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y))[None]
 
-    Newton corrections have to be less than 1e-5 in these units. An entry that is zero or
-    tiny may be coupled to the largest one, whose rounding limits its accuracy: the least
-    unit makes that tolerance a hundred roundings of the largest entry.
+
+def _broadcast(size: Array, unit: Array, unknown: Array) -> Array:
+    """The sizes of entries for every unknown, in the units of the unknowns."""
+    return jnp.broadcast_to(size / jnp.abs(unit[:1]), unknown.shape)
+
+
+def _units(sizes: Array, guess: Array) -> Array:
+    """Divisors of the increments, to which the tolerance of a root finder is relative.
+
+    They are the `sizes` of entries. But an entry that is zero or tiny may be coupled to the
+    largest one, whose rounding limits its accuracy: the least unit makes `_small` of it a
+    hundred roundings of the largest entry.
     """
-    sizes = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(y))
-    least = min(1.0, 1e5 * 100 * eps(y)) * jnp.max(sizes, initial=0)
-    sizes = jnp.maximum(sizes, least)
-    return jnp.where(sizes > 0, sizes, 1)[None].astype(y.dtype)
+    least = min(1.0, 100 * eps(guess) / _small) * jnp.max(sizes, initial=0)
+    units = jnp.maximum(sizes, least)
+    return jnp.where(units > 0, units, 1).astype(guess.dtype)
