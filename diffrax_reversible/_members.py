@@ -103,6 +103,7 @@ def _linear(name: str) -> jex.Primitive:
 # Both are the identity, except for `jax.vmap` over a named axis, where they are the
 # transposes of each other.
 _share_p, _total_p = _linear("share"), _linear("total")
+# The identity, which raises an error if its operand has an axis that it must not have.
 _without_p = _linear("without_axes")
 
 

@@ -99,6 +99,71 @@ def test_every_member_as_alone(solver, jumps):
 
 
 @pytest.mark.more
+def test_member_whose_outputs_are_not_used():
+    """Its gradient is zero, although its steps cannot be undone."""
+
+    def loss(y0, rates, adjoint):
+        def last(y0, rate):
+            field = dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t)))
+            where = 0.0, 3.0, 0.02, y0, rate
+            sol = dfx.diffeqsolve(field, dr.ALF2(), *where, adjoint=adjoint, max_steps=256)
+            return sol.ys[-1]
+
+        return jnp.sum(jnp.where(rates > 20, 0, jax.vmap(last)(y0, rates)))
+
+    def gradient(rates, adjoint):
+        return jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(
+            jnp.ones(3), rates, adjoint
+        )
+
+    lost, ours = jnp.array([1.0, 2.0, 30.0]), dr.ReversibleAdjoint(checkpoints=0)
+    expected = gradient(lost, dfx.RecursiveCheckpointAdjoint(checkpoints=256))
+    for got, right in zip(gradient(lost, ours), expected, strict=True):
+        assert got[2] == 0
+        np.testing.assert_allclose(got, right, rtol=1e-6)
+    with pytest.raises(Exception, match="missed a known state"):
+        gradient(jnp.array([1.0, 2.0, 20.0]), ours)
+
+
+@pytest.mark.parametrize("where", cases(("outputs",), more=("field", "norm")))
+def test_collectives(where):
+    """Members may communicate along the axis of a batch. JAX has no gradient of the batch
+    as a whole then, but one of each member in it."""
+    mean = lambda x, here: jax.lax.pmean(x, "batch") if where == here else 0.0
+    norm = optx.rms_norm
+    if where == "norm":
+        norm = lambda error: jax.lax.pmax(optx.rms_norm(error), "batch")
+
+    def loss(adjoint, y0):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -y - mean(y, "field")),
+            dr.ALF4(),
+            *(0.0, 1.0, 0.1, y0),
+            saveat=dfx.SaveAt(t1=True, fn=lambda t, y, args: y - mean(y, "outputs")),
+            stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4, norm=norm),
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        return jnp.sum(sol.ys**2)
+
+    ours, default = (
+        ft.partial(loss, adjoint)
+        for adjoint in (dr.ReversibleAdjoint(), dfx.RecursiveCheckpointAdjoint())
+    )
+    over_batch = lambda fn: jax.jit(jax.vmap(fn, axis_name="batch"))
+    y0 = jnp.array([1.0, 2.0, -1.0])
+    assert relative_error(over_batch(ours)(y0), over_batch(default)(y0)) < 1e-12
+    if where == "norm":
+        # Diffrax's own adjoints differentiate the maximum. The solution is linear.
+        expected = 2 * over_batch(default)(y0) / y0
+    else:
+        expected = over_batch(jax.grad(default))(y0)
+    assert relative_error(over_batch(jax.grad(ours))(y0), expected) < 1e-10
+    with pytest.raises(NotImplementedError, match="Differentiate within the batch"):
+        jax.grad(lambda y0: jnp.sum(over_batch(ours)(y0)))(y0)
+
+
+@pytest.mark.more
 def test_outputs_where_a_member_takes_no_steps():
     """Gradients are right for all outputs that Diffrax writes after the last step,
     `SaveAt(steps=2)` among them, of members with and without steps."""

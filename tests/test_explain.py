@@ -87,9 +87,11 @@ def test_second_backward_pass():
 
 
 @pytest.mark.more
-def test_refused():
+@pytest.mark.parametrize("throw", (True, False))
+def test_refused(throw):
     adjoint = dr.ReversibleAdjoint(0, drift_tol=1e-18)
-    explanation = contracting(dr.explain, dr.ALF4(), adjoint=adjoint, rivals=())
+    settings = dict(adjoint=adjoint, throw=throw, rivals=())
+    explanation = contracting(dr.explain, dr.ALF4(), **settings)
     assert explanation.failed is None
     assert "missed a known state" in explanation.refused
     assert explanation.refused in str(explanation)
@@ -137,6 +139,49 @@ def test_errors_of_rivals():
         off = [np.max(np.abs(y[-1] - y0)) for y, y0 in zip(sol.ys, y0, strict=True)]
         assert rival.error == pytest.approx(max(off) / 2, rel=0.01)
         assert rival.milliseconds > 0 and rival.bytes > 0
+
+
+_decay = dfx.ODETerm(lambda t, y, args: -y)
+_last = lambda sol: jnp.sum(sol.evaluate(sol.t1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings, loss",
+    (
+        (dict(saveat=dfx.SaveAt(steps=True)), sum_of_squares),
+        (dict(saveat=dfx.SaveAt(dense=True)), _last),
+        (
+            dict(
+                saveat=dfx.SaveAt(ts=jnp.linspace(0, 1, 5)),
+                event=dfx.Event(lambda t, y, args, **kwargs: y[0] < 0.5),
+            ),
+            sum_of_squares,
+        ),
+    ),
+    ids=("steps", "dense", "event"),
+)
+def test_errors_of_other_outputs(settings, loss):
+    """Solvers whose steps differ are compared where both have outputs."""
+    explanation = dr.explain(
+        *(_decay, dr.ALF4(), 0.0, 1.0, None, jnp.ones(2)),
+        loss=lambda sol: jnp.nan_to_num(loss(sol), posinf=0.0),
+        stepsize_controller=PID,
+        rivals=(dr.ALF4(), dr.ALF6()),
+        **settings,
+    )
+    assert all(rival.refused is None for rival in explanation.rivals)
+    assert all(0 < rival.error < 1e-3 for rival in explanation.rivals)
+
+
+@pytest.mark.more
+def test_precision_by_times():
+    """Diffrax promotes a state to the precision of times, which Python numbers have."""
+    y0 = jnp.ones(2, jnp.float32)
+    explanation = dr.explain(_decay, dr.ALF4(), 0, 1, 0.02, y0, rivals=(dr.ALF4(),))
+    assert explanation.title.startswith("ALF4(), float64")
+    double, single = explanation.rivals
+    assert double.error < 1e-8 < single.error and single.dtype == "float32"
 
 
 @pytest.mark.more

@@ -178,6 +178,21 @@ def test_functions_in_args():
     assert_same_gradient(loss, W, B)
 
 
+@pytest.mark.more
+def test_term_that_calls_its_field():
+    """A subclass of `ODETerm` may call its vector field in its own way."""
+
+    class Autonomous(dfx.ODETerm):
+        def vf(self, t, y, args):
+            return self.vector_field(y, shift=0.1)
+
+    def loss(adjoint, w, b):
+        terms = Autonomous(lambda y, shift: jnp.sin(w * y + shift) - b)
+        return sum_of_squares(solve(terms, Y0, adjoint=adjoint, any_term=True).ys)
+
+    assert_same_gradient(loss, W, B)
+
+
 def test_multi_term_is_the_sum():
     """`MultiTerm` solves the same equation as the sum of its terms, and solves it right."""
     split = dfx.MultiTerm(

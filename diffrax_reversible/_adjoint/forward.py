@@ -13,9 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._branches import may_branch
 from .._controller.base import AbstractReversibleStepSizeController
-from .._custom_types import (
-    IntScalarLike,
-)
+from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
 from .._solver.capabilities import advance, needs_restart, statistics, to_record
@@ -117,10 +115,10 @@ def default_checkpoints(inputs: Inputs, problem: Problem) -> int:
     if coarsest_eps(state) > np.finfo(np.float64).eps:
         most = AbstractReversibleSolver.default_checkpoints
         count = max(count, min(most, _room_in_single_precision // max(size, 1)))
-    t = jnp.asarray(problem.t0)
-    room = _share_of_room * room_for_residuals(inputs.y0, t, problem.max_steps)
     if size > _small:
         return count
+    t = jnp.asarray(problem.t0)
+    room = _share_of_room * room_for_residuals(inputs.y0, t, problem.max_steps)
     # Besides the state, a known state has about eight numbers.
     fitting = int(room // (size + 8 * t.itemsize))
     return min(max(count, fitting), _more * count)

@@ -137,16 +137,16 @@ class ReversibleAdjoint(AbstractAdjoint):
     equation of 50 points that of `diffrax.Tsit5` is off by a factor of more than ten, at
     all tolerances from 1e-3 to 1e-10. With the solvers that restart, a gradient that seems
     to grow in the second backward pass, too, is an error that says how to bound the steps.
-    It is accepted if both passes agree to a tenth, as a spoilt gradient would differ
-    between them. Two kinds of gradients need not agree. That of an initial state may have
-    vanished, where the flow has contracted a lot: each array may differ by `eps^0.6` (7e-5
-    in float32) times the largest entry that its cotangent has had at any time. And in a
-    batch whose members share parameters, only the sum of theirs counts: members that differ
-    may contribute 3 % to it. (If the number of devices divides that of the members, to the
-    sum on each device. Of more than 1,024 parameters, the two sums have to agree to a
-    tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that
-    both passes may be the same. With it, there is a pass in between, by derivatives of the
-    embedded method, and the last two passes are compared.
+    It is accepted if, in each array, both passes agree to a tenth of its norm, as a spoilt
+    gradient would differ between them. Two kinds of gradients need not agree. That of an
+    initial state may have vanished, where the flow has contracted a lot: each array may
+    differ by `eps^0.6` (7e-5 in float32) times the largest entry that its cotangent has had
+    at any time. And in a batch whose members share parameters, only the sum of theirs
+    counts: members that differ may contribute 3 % to it. (If the number of devices divides
+    that of the members, to the sum on each device. Of more than 1,024 parameters, the two
+    sums have to agree to a tenth.) `McCallumFoster` restarts in most steps where the flow
+    contracts, so that both passes may be the same. With it, there is a pass in between, by
+    derivatives of the embedded method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a
@@ -230,7 +230,8 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f"`ReversibleAdjoint(checkpoints={count})` must be a non-negative integer, "
                 f"known when the solve is compiled, and not a `{type(count).__name__}`."
             )
-        if not (tol is None or (isinstance(tol, int | float) and tol >= 0)):
+        is_number = isinstance(tol, int | float) and not isinstance(tol, bool)
+        if not (tol is None or (is_number and tol >= 0)):
             raise ValueError(
                 f"`ReversibleAdjoint(drift_tol={tol})` must be a non-negative number, "
                 "known when the solve is compiled, or `None` for the default: 1e-6, or "

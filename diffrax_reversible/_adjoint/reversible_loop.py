@@ -1,14 +1,18 @@
 """A solve and its backward pass, as a function with a custom gradient."""
 
-from collections.abc import Callable
+import contextlib
+import functools as ft
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import is_okay
 
+from .._custom_types import BoolScalarLike
 from .._diffrax import State
 from .._tree import tree_replace
 from .backward import walk_back, Walked
@@ -18,6 +22,7 @@ from .forward import default_checkpoints, solve_and_record, solve_plainly
 from .partition import detach
 from .problem import Inputs, Problem, save_states
 from .validate import (
+    collective_outside,
     differentiate_once,
     first_step_alone,
     moving_steps,
@@ -72,9 +77,10 @@ def _solve_fwd(
     checkpoints = settings.checkpoints
     if checkpoints is None:
         checkpoints = default_checkpoints(inputs, problem)
-    final_state, aux_stats, residuals = solve_and_record(
-        inputs, perturbed, problem, checkpoints
-    )
+    with _axes_bound():
+        final_state, aux_stats, residuals = solve_and_record(
+            inputs, perturbed, problem, checkpoints
+        )
     return (differentiate_once(final_state), aux_stats), residuals
 
 
@@ -112,16 +118,38 @@ def _solve_bwd(
     perturbed = tree_replace(lambda p: p.context.dt0, perturbed, unread)
     tol, throw = settings.drift_tol, settings.throw
     solve = inputs, perturbed, problem, residuals
-    walked = walk_back(*solve, state_cotangent, sharing, tol, settings.watch)
+    with _axes_bound():
+        walked = walk_back(*solve, state_cotangent, sharing, tol, settings.watch)
     torn = residuals.record.torn
     if throw:
         # Diffrax attaches this error to the solution, which need not be used.
         torn = residuals.result.error_if(torn, ~is_okay(residuals.result))
     if settings.report is not None:
         _report(settings.report, walked)
-    doubts = walked.drift, walked.shares, torn, walked.drift_tol
+    # The gradient of outputs that are not used is zero, however far off the walk is.
+    used = _any_nonzero(state_cotangent) | jnp.invert(jnp.isfinite(walked.drift))
+    drift = jnp.where(used, walked.drift, 0)
+    doubts = drift, walked.shares, torn, walked.drift_tol
     gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, throw)
     return differentiate_once(_as_weak_as(inputs, gradient))
+
+
+@contextlib.contextmanager
+def _axes_bound() -> Iterator[None]:
+    """Raise an error in words for a collective over the axis of a `jax.vmap`, which
+    JAX does not bind where it differentiates the batch as a whole."""
+    try:
+        yield
+    except NameError as error:
+        if "axis name" in str(error):
+            raise NotImplementedError(collective_outside) from error
+        raise
+
+
+def _any_nonzero(cotangent: State) -> BoolScalarLike:
+    """Whether the cotangent of the outputs is not zero."""
+    leaves = jtu.tree_leaves(eqx.filter(cotangent, eqx.is_inexact_array))
+    return ft.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in leaves], False)
 
 
 def _as_weak_as(inputs: Inputs, gradient: Inputs) -> Inputs:

@@ -12,8 +12,9 @@ from .validate import hidden_in_call
 
 
 class _Call(NamedTuple):
-    """A vector field and what it is called with. It is flattened once, as some objects can
-    be used only once, such as `equinox.nn.State`.
+    """A vector field and what it is called with: `(t, y, args)`, unless a subclass of
+    `ODETerm` does otherwise. It is flattened once, as some objects can be used only once,
+    such as `equinox.nn.State`.
 
     - `arrays`, `fixed`: the leaves that are arrays, or their shapes, and the others.
     - `structure`: that of the call, with the shapes of its arrays.
@@ -24,8 +25,11 @@ class _Call(NamedTuple):
     structure: tuple
 
     @staticmethod
-    def of(field: Callable, t, y, args) -> "_Call":
-        leaves, treedef = jtu.tree_flatten((field, *as_arrays((t, y)), args))
+    def of(field: Callable, inputs: tuple, named: dict[str, Any]) -> "_Call":
+        if len(inputs) == 3:
+            t, y, args = inputs
+            inputs = *as_arrays((t, y)), args
+        leaves, treedef = jtu.tree_flatten((field, inputs, named))
         arrays, fixed = eqx.partition(leaves, eqx.is_array)
         key = lambda x: (x.shape, x.dtype, x.sharding, getattr(x, "weak_type", False))
         keys = tuple(None if x is None else key(x) for x in structs_of(arrays))
@@ -34,8 +38,9 @@ class _Call(NamedTuple):
     def make(self, arrays: list[Array | None]) -> PyTree[Array]:
         """The value of the call, with other arrays."""
         treedef, _ = self.structure
-        field, t, y, args = jtu.tree_unflatten(treedef, eqx.combine(arrays, self.fixed))
-        return field(t, y, args)
+        call = jtu.tree_unflatten(treedef, eqx.combine(arrays, self.fixed))
+        field, inputs, named = call
+        return field(*inputs, **named)
 
     def fits(self, fixed: list[Any], structure: tuple) -> bool:
         """Whether a call has the same leaves besides arrays, and the same `structure`."""
@@ -52,8 +57,8 @@ class FieldSpy:
         self.field = field
         self.calls: list[_Call] = []
 
-    def __call__(self, t, y, args):
-        call = _Call.of(self.field, t, y, args)
+    def __call__(self, *inputs, **named):
+        call = _Call.of(self.field, inputs, named)
         if not any(call.fits(known.fixed, known.structure) for known in self.calls):
             self.calls.append(call._replace(arrays=structs_of(call.arrays)))
         return call.make(call.arrays)
@@ -87,8 +92,8 @@ class _TracedField(eqx.Module):
     versions: list[_Version]
     hides_tracers: bool = eqx.field(static=True)
 
-    def __call__(self, t, y, args):
-        call = _Call.of(self.given, t, y, args)
+    def __call__(self, *inputs, **named):
+        call = _Call.of(self.given, inputs, named)
         for version in self.versions:
             if call.fits(version.fixed, version.structure):
                 return version.closed(call.arrays)

@@ -97,6 +97,14 @@ steps_that_follow_the_state = (
 )
 
 
+collective_outside = (
+    f"{call}: the vector field, the controller or `SaveAt(fn=...)` communicates between "
+    "members of a `jax.vmap(..., axis_name=...)`, as `jax.lax.pmean` does. JAX cannot "
+    "differentiate the batch as a whole then. Differentiate within the batch, by "
+    "`jax.vmap(jax.grad(...), axis_name=...)`, or use `adjoint=diffrax.DirectAdjoint()`."
+)
+
+
 def hold_fixed(x: PyTree, name: str) -> PyTree:
     """Raise an error if `x` is differentiated: dropping its gradient would be silent."""
     return eqxi.nondifferentiable(

@@ -7,7 +7,6 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, Solution
 from jax.core import Tracer
@@ -67,8 +66,9 @@ def explain(
     - `rivals`: solvers to compare with, each under `ReversibleAdjoint()`; `()` for none.
         Defaults to those of this package for the same kind of `terms`, if steps are
         constant or by a `PIDController`. The solver itself is measured too, and also in
-        float32, or in float64 if JAX has it, whichever the state is not in. Errors are
-        those of the outputs, compared with a finer solve by the last of `rivals`.
+        float32, or in float64 if JAX has it, whichever the solve is not in. Errors are
+        those of the outputs, or of the final state if these are at steps or dense, compared
+        with a finer solve by the last of `rivals`.
 
     **Returns:**
 
@@ -85,11 +85,11 @@ def explain(
     About twenty compilations, five with `rivals=()`, and eleven runs of each gradient that
     is timed.
     """
-    y0 = jtu.tree_map(jnp.asarray, y0)
     solve = Solve(terms, solver, t0, t1, dt0, y0, args, settings, loss)
     _check_concrete(solve)
     adjoint = settings.get("adjoint", ReversibleAdjoint())
-    solve = solve.but(adjoint=adjoint)
+    # Errors are told apart from results that are NaN.
+    solve = solve.promoted().but(adjoint=adjoint, throw=True)
     failed, attempts, num_restarts = _solve(solve)
     known, report, refused = _differentiate(solve, adjoint)
     rivals = default_rivals(solve) if rivals is None else rivals
@@ -107,7 +107,7 @@ def explain(
         compare(solve, rivals),
         [],
     )
-    single = coarsest_eps(y0) > 1e-8
+    single = coarsest_eps(solve.y0) > 1e-8
     advice = advise(explanation, solver, _tolerance(solve.controller), single)
     return dataclasses.replace(explanation, advice=advice)
 

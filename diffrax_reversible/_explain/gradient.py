@@ -16,7 +16,9 @@ from diffrax import (
     AbstractStepSizeController,
     ConstantStepSize,
     diffeqsolve,
+    SaveAt,
     Solution,
+    SubSaveAt,
 )
 from jaxtyping import PyTree
 
@@ -48,6 +50,18 @@ class Solve:
         settings = {k: v for k, v in changes.items() if k not in names}
         return dataclasses.replace(self, **fields, settings=self.settings | settings)
 
+    def promoted(self) -> "Solve":
+        """The solve with the state in the precision that `diffeqsolve` gives it, which is
+        at least that of times."""
+        saveat = self.settings.get("saveat", SaveAt(t1=True))
+        times = jtu.tree_leaves((self.t0, self.t1, self.dt0, _prescribed(saveat)))
+        with jax.numpy_dtype_promotion("standard"):
+            precision = jnp.result_type(*times)
+            if not jnp.issubdtype(precision, jnp.floating):
+                precision = jnp.result_type(float)
+            promote = lambda x: jnp.asarray(x, jnp.result_type(x, precision))
+            return self.but(y0=jtu.tree_map(promote, self.y0))
+
     def in_precision(self, dtype: str) -> "Solve":
         """The solve with all numbers in another real `dtype`, or the complex one alike."""
         dtypes = {
@@ -63,7 +77,11 @@ class Solve:
 
         names = [field.name for field in dataclasses.fields(self)]
         values = jtu.tree_map(cast, [getattr(self, name) for name in names])
-        return dataclasses.replace(self, **dict(zip(names, values, strict=True)))
+        solve = dataclasses.replace(self, **dict(zip(names, values, strict=True)))
+        # Times that are Python numbers would promote the state.
+        times = dict(t0=solve.t0, t1=solve.t1, dt0=solve.dt0)
+        as_time = lambda t: jnp.asarray(t, dtype)
+        return solve.but(**jtu.tree_map(as_time, times))
 
     @property
     def controller(self) -> AbstractStepSizeController:
@@ -95,8 +113,12 @@ class Solve:
         return jax.jit(jax.grad(solve.value)).lower(self.differentiated).compile()
 
     def states(self) -> np.ndarray:
-        """All outputs, in one row."""
-        ys = eqx.filter_jit(self.run)(self.differentiated).ys
+        """All outputs, in one row; the final state if they are at steps or dense, as other
+        solvers take other steps."""
+        solve, saveat = self, self.settings.get("saveat", SaveAt(t1=True))
+        if saveat.dense or any(sub.steps for sub in _outputs(saveat)):
+            solve = self.but(saveat=SaveAt(t1=True))
+        ys = eqx.filter_jit(solve.run)(self.differentiated).ys
         leaves = jtu.tree_leaves(eqx.filter(ys, eqx.is_inexact_array))
         return np.concatenate([np.ravel(y) for y in leaves])
 
@@ -109,6 +131,16 @@ class Solve:
             jax.block_until_ready(compiled(self.differentiated))
             times.append(1e3 * (time.perf_counter() - start))
         return min(times[1:])
+
+
+def _outputs(saveat: SaveAt) -> list[SubSaveAt]:
+    is_output = lambda x: isinstance(x, SubSaveAt)
+    return jtu.tree_leaves(saveat.subs, is_leaf=is_output)
+
+
+def _prescribed(saveat: SaveAt) -> list[Any]:
+    """The times of outputs."""
+    return [sub.ts for sub in _outputs(saveat)]
 
 
 def temporary_bytes(compiled: Any) -> int | None:

@@ -85,13 +85,25 @@ def _other_precision(solve: Solve) -> str | None:
 
 def _measure(solve: Solve, reference: np.ndarray, dtype: str | None = None) -> Rival:
     try:
-        error = np.max(np.abs(solve.states() - reference)) / np.max(np.abs(reference))
+        error = _error(solve.states(), reference)
         compiled = solve.compile_gradient(ReversibleAdjoint())
         milliseconds = solve.milliseconds(compiled)
     except Exception as e:
         return Rival(solve.solver, refused=reason(e), dtype=dtype)
     size = temporary_bytes(compiled)
-    return Rival(solve.solver, milliseconds, size, float(error), dtype=dtype)
+    return Rival(solve.solver, milliseconds, size, error, dtype=dtype)
+
+
+def _error(states: np.ndarray, reference: np.ndarray) -> float:
+    """The largest error of the outputs that both have, as some are not written after an
+    event, as a fraction of the largest entry; NaN if there are none."""
+    if states.shape != reference.shape:
+        return float("nan")
+    written = np.isfinite(states) & np.isfinite(reference)
+    if not np.any(written):
+        return float("nan")
+    states, reference = states[written], reference[written]
+    return float(np.max(np.abs(states - reference)) / np.max(np.abs(reference)))
 
 
 def reason(error: Exception) -> str:
