@@ -128,9 +128,11 @@ class ReversibleAdjoint(AbstractAdjoint):
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. Growth that is not
-    detected is not corrected. Entries that have grown are corrected if, at the start of the
-    solve, they exceed a hundredth of the largest, or if they amount to 0.3 times the others
-    in an integral over time, as parameters receive.
+    detected is not corrected, as in two or three steps, or of entries below a tenth of the
+    largest of their array, if that does not contract: put such a large entry, as an
+    integral may be, into an array of its own. Entries that have grown are corrected if, at
+    the start of the solve, they exceed a hundredth of the largest, or if they amount to 0.3
+    times the others in an integral over time, as parameters receive.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
