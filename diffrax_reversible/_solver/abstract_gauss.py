@@ -49,7 +49,8 @@ from .collocation import CollocationInterpolation
 from .gauss_state import GaussState
 from .ode_term import as_ode_term
 from .pullback import Cotangent, HasPullback
-from .stage_equations import solve_stages, StageNewton, Stages, tolerances
+from .stage_equations import solve_stages, Stages
+from .stage_newton import StageNewton, tolerances
 
 
 if TYPE_CHECKING:

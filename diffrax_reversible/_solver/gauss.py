@@ -7,7 +7,7 @@ import optimistix as optx
 
 from .._coefficients.gauss import gauss, GaussTableau
 from .abstract_gauss import AbstractGauss
-from .stage_equations import StageNewton
+from .stage_newton import StageNewton
 
 
 class ImplicitMidpoint(AbstractGauss):
