@@ -277,6 +277,13 @@ TRAININGS = cases(
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda f: f.__name__)
 def test_training(training):
     loss, params = training(dr.ALF4())
+    rng = np.random.default_rng(0)
+    eps = np.finfo(np.float32).eps
+
+    def rounded(params):
+        signs = lambda p: single(1 + eps * rng.choice([-1, 1], p.shape))
+        return jax.tree.map(lambda p: p * signs(p), params)
+
     ours, theirs = (
         jax.jit(jax.value_and_grad(lambda p, adjoint=adjoint: loss(p, adjoint)))
         for adjoint in (dr.ReversibleAdjoint(), STORE)
@@ -286,7 +293,10 @@ def test_training(training):
         other, expected = theirs(params)
         assert float(value) == pytest.approx(float(other), rel=1e-5)
         got, want = as_vector(grad), as_vector(expected)
-        assert np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want))
+        # What a rounding of the parameters changes, which differs between processors.
+        by_rounding = [as_vector(theirs(rounded(params))[1]) - want for _ in range(4)]
+        allowed = max(1e-4 * np.max(np.abs(want)), 4 * np.max(np.abs(by_rounding)))
+        assert np.max(np.abs(got - want)) < allowed
         rate = 0.5 / np.max(np.abs(want))
         params = jax.tree.map(lambda p, g, r=rate: p - single(r) * g, params, grad)
 
