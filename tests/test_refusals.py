@@ -461,6 +461,12 @@ REFUSALS = (
         ("`ReversibleAdjoint(drift_tol=", "known when the solve is compiled"),
     ),
     (
+        "settings: a truth value as tolerance for the drift",
+        lambda: dr.ReversibleAdjoint(drift_tol=True),
+        ValueError,
+        ("`ReversibleAdjoint(drift_tol=True)`", "non-negative number"),
+    ),
+    (
         "settings: a tolerance for the drift that is no number",
         lambda: dr.ReversibleAdjoint(drift_tol="small"),
         ValueError,

@@ -122,7 +122,7 @@ def call_in_batches(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
     alone: Sharing = ((), [False] * len(leaves))
     jaxpr = jax.make_jaxpr(lambda *leaves: flat(alone, *leaves))(*leaves)
-    # A collective over an axis of the caller has to be mapped by it.
+    # A collective over an axis of the caller has to be mapped by it, without a sharing.
     has_axis = any(type(effect).__name__ == "NamedAxisEffect" for effect in jaxpr.effects)
     if has_axis or any(isinstance(x, Tracer) for x in jaxpr.consts):
         return fn(*args, alone)

@@ -53,8 +53,8 @@ class Solve:
     def promoted(self) -> "Solve":
         """The solve with the state in the precision that `diffeqsolve` gives it, which is
         at least that of times."""
-        saveat = self.settings.get("saveat", SaveAt(t1=True))
-        times = jtu.tree_leaves((self.t0, self.t1, self.dt0, _prescribed(saveat)))
+        prescribed = [sub.ts for sub in _outputs(self.saveat)]
+        times = jtu.tree_leaves((self.t0, self.t1, self.dt0, prescribed))
         with jax.numpy_dtype_promotion("standard"):
             precision = jnp.result_type(*times)
             if not jnp.issubdtype(precision, jnp.floating):
@@ -88,6 +88,10 @@ class Solve:
         return self.settings.get("stepsize_controller", ConstantStepSize())
 
     @property
+    def saveat(self) -> SaveAt:
+        return self.settings.get("saveat", SaveAt(t1=True))
+
+    @property
     def direction(self) -> float:
         """The sign of time. Solvers integrate forwards in `direction * t`."""
         return 1.0 if self.t1 >= self.t0 else -1.0
@@ -115,8 +119,8 @@ class Solve:
     def states(self) -> np.ndarray:
         """All outputs, in one row; the final state if they are at steps or dense, as other
         solvers take other steps."""
-        solve, saveat = self, self.settings.get("saveat", SaveAt(t1=True))
-        if saveat.dense or any(sub.steps for sub in _outputs(saveat)):
+        solve = self
+        if self.saveat.dense or any(sub.steps for sub in _outputs(self.saveat)):
             solve = self.but(saveat=SaveAt(t1=True))
         ys = eqx.filter_jit(solve.run)(self.differentiated).ys
         leaves = jtu.tree_leaves(eqx.filter(ys, eqx.is_inexact_array))
@@ -136,11 +140,6 @@ class Solve:
 def _outputs(saveat: SaveAt) -> list[SubSaveAt]:
     is_output = lambda x: isinstance(x, SubSaveAt)
     return jtu.tree_leaves(saveat.subs, is_leaf=is_output)
-
-
-def _prescribed(saveat: SaveAt) -> list[Any]:
-    """The times of outputs."""
-    return [sub.ts for sub in _outputs(saveat)]
 
 
 def temporary_bytes(compiled: Any) -> int | None:

@@ -20,7 +20,7 @@ from .._precision import eps
 # An entry is solved when its correction is less than this part of it; in single precision,
 # the square root of the rounding.
 _small = 1e-5
-# How many roundings an entry may be off, and in how many random directions they are tried:
+# How many roundings an entry may be off, and in how many directions they are tried:
 # in one direction their effects may cancel.
 _roundings, _samples = 4.0, 4
 # Corrections beyond this power of the rounding, relative to the units, are not rounding.
@@ -42,9 +42,9 @@ class StageNewton(optx.AbstractRootFinder):
     """Newton's method that stops when every entry is solved.
 
     An entry is solved when its correction is a small part of it, as the next one is about
-    the square of that; or when its residual is rounding. Random changes of all entries,
-    each of some roundings of its size, tell what is rounding: the linearised equations
-    spread them as the equations spread rounding errors, which stiffness multiplies. So an
+    the square of that; or when its residual is rounding. Changes of all entries without a
+    pattern, of some roundings of their size, tell what is rounding: the linearisation
+    spreads them as the equations spread rounding errors, which stiffness multiplies. So an
     entry is neither taken for solved because others are larger, nor for unsolved because
     they round it. The linear solver mixes all residuals, and spreads an error of its own.
 
