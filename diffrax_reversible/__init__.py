@@ -3,7 +3,7 @@
 import importlib.metadata as _metadata
 
 from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
-from ._coefficients.tableau import ALFTableau as ALFTableau
+from ._coefficients.alf_tableau import ALFTableau as ALFTableau
 from ._controller.base import (
     AbstractReversibleStepSizeController as AbstractReversibleStepSizeController,
 )
@@ -18,13 +18,7 @@ from ._solver.adapter import (
     AbstractReversibleAdapter as AbstractReversibleAdapter,
     as_reversible as as_reversible,
 )
-from ._solver.alf import (
-    ALF as ALF,
-    ALF2 as ALF2,
-    ALF4 as ALF4,
-    ALF6 as ALF6,
-    ALF8 as ALF8,
-)
+from ._solver.alf import ALF as ALF, ALF2 as ALF2, ALF4 as ALF4, ALF6 as ALF6, ALF8 as ALF8
 from ._solver.base import AbstractReversibleSolver as AbstractReversibleSolver
 from ._solver.collocation import CollocationInterpolation as CollocationInterpolation
 from ._solver.coupling_solver import AbstractCouplingSolver as AbstractCouplingSolver

@@ -64,6 +64,12 @@ def tree_select(pred: BoolScalarLike, x: _Tree, y: _Tree) -> _Tree:
     return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), x, y)
 
 
+def any_nonzero(tree: PyTree[Any]) -> BoolScalarLike:
+    """Whether some entry of a floating-point array is not zero."""
+    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return ft.reduce(jnp.logical_or, [jnp.any(x != 0) for x in leaves], False)
+
+
 def tree_zeros_of(structs: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
     """Zeros of the shapes and dtypes of `structs`."""
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)

@@ -14,18 +14,16 @@ import pytest
 import diffrax_reversible as dr
 from diffrax_reversible._precision import as_floats
 from diffrax_reversible._solver import chain_again
-from diffrax_reversible._solver.capabilities import (
+from diffrax_reversible._solver.capabilities import cross_jump, recall, to_record
+from diffrax_reversible._solver.cotangent import Cotangent
+from diffrax_reversible._solver.interrupted_solver import (
     advance_densely,
     before_jump,
     CanRestart,
-    cross_jump,
     needs_restart,
-    recall,
-    to_record,
 )
 from diffrax_reversible._solver.pullback import (
     backward_step_and_pullback,
-    Cotangent,
     HasPullbackFromStart,
     pull_through_step,
     StepStart,

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from diffrax_reversible._adjoint.batch import call_in_batches
-from diffrax_reversible._members import (
-    lend,
-    share,
-    total,
-    value_and_pullback,
-    without,
-)
+from diffrax_reversible._axes import lend, share, total, without
+from diffrax_reversible._members import value_and_pullback
 
 
 W, X = jnp.cos(jnp.arange(6.0)).reshape(2, 3), jnp.sin(jnp.arange(24.0)).reshape(2, 4, 3)

@@ -10,15 +10,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import (
-    as_vector,
-    BITWISE,
-    cases,
-    COMPENSATED,
-    kepler,
-    lorenz,
-    relative_error,
-)
+from .problems import as_vector, BITWISE, cases, COMPENSATED, kepler, lorenz, relative_error
 
 
 def pendulum(t, y, args):

@@ -8,14 +8,7 @@ import pytest
 
 import diffrax_reversible as dr
 
-from .problems import (
-    cases,
-    kepler,
-    lorenz,
-    PID,
-    reference,
-    relative_error,
-)
+from .problems import cases, kepler, lorenz, PID, reference, relative_error
 
 
 FIXED = dfx.ConstantStepSize()

@@ -17,9 +17,9 @@ from diffrax_reversible._coefficients.splitting import (
     blanes_moan6,
     blanes_moan6_nystrom,
     kahan_li8,
-    SplittingTableau,
     stormer_verlet,
 )
+from diffrax_reversible._coefficients.splitting_tableau import SplittingTableau
 
 from .counter import Counter
 from .problems import as_terms, cases, NYSTROM, SPLITTINGS

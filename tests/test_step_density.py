@@ -12,7 +12,7 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
-from diffrax_reversible._controller.step_density import StepDensityState
+from diffrax_reversible._controller.step_density_state import StepDensityState
 from diffrax_reversible._controller.time_scale import squared_time_scale
 from diffrax_reversible._exact_sum import LowPart
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from .._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Params
 from .._diffrax import State
 from .._jaxpr import reads
-from .._solver.pullback import Cotangent, HasPullback
+from .._solver.cotangent import Cotangent
+from .._solver.pullback import HasPullback
 from .._tree import tree_add, tree_replace
 from .batch import Sharing
 from .drift import replay_tolerance, tolerance

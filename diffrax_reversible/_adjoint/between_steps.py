@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params
-from .._solver.capabilities import interrupt
+from .._solver.interrupted_solver import interrupt
 from .._tree import tree_add, tree_cond, tree_zeros_like
 from .drift import largest_drift
 from .judge import Arrival, beside_rounding, judge

@@ -15,7 +15,7 @@ from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import Args, RealScalarLike, SolverState, Terms, Y
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
-from .._solver.capabilities import advance_densely
+from .._solver.interrupted_solver import advance_densely
 from .close import as_arrays, close, has_tracers, structs_of
 from .traced_field import FieldSpy
 from .validate import hidden_closure, hidden_in_controller

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 
 from .._custom_types import DenseInfo, Params, Y
 from .._diffrax import State
-from .._tree import tree_zeros_like
+from .._tree import any_nonzero, tree_zeros_like
 from .forward import finish, Residuals
 from .outputs import materialise, Output, Row
 from .problem import Inputs, save_states, sub_saveats
@@ -118,6 +118,6 @@ class _Finish(NamedTuple):
 
 def _poison_rejected(residuals: Residuals, dense_bar: DenseInfo, y_bar: Y) -> Y:
     """NaN if the interpolated step was rejected, as the walk undoes accepted steps only."""
-    used = sum(jnp.sum(d != 0) for d in jtu.tree_leaves(dense_bar)) != 0
-    wrong = (residuals.end.event_tnext != residuals.record.last_end) & used
+    rejected = residuals.end.event_tnext != residuals.record.last_end
+    wrong = rejected & any_nonzero(dense_bar)
     return jtu.tree_map(lambda y: jnp.where(wrong, jnp.nan, y), y_bar)

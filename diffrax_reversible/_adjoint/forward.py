@@ -16,7 +16,8 @@ from .._controller.base import AbstractReversibleStepSizeController
 from .._custom_types import IntScalarLike
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
-from .._solver.capabilities import advance, needs_restart, statistics, to_record
+from .._solver.capabilities import statistics, to_record
+from .._solver.interrupted_solver import advance, needs_restart
 from .._tree import tree_replace, tree_zeros_of
 from .drift import coarsest_eps
 from .kept import Counted, first_spacing, Kept

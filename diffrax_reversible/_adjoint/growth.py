@@ -11,8 +11,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, BFloat16, Bool, Float, PyTree
 
 from .._custom_types import BoolScalarLike, IntScalarLike, Params, Y
+from .._solver.cotangent import Probe
 from .._solver.entry_scales import units
-from .._solver.pullback import Departure, Probe
+from .._solver.probe import Departure
 from .._tree import largest, sum_of_magnitudes
 from .entry_growth import grow, remembered
 from .spread import Spread

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._custom_types import (
-    BoolScalarLike,
-    IntScalarLike,
-    RealScalarLike,
-    SolverState,
-    Y,
-)
+from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike, SolverState, Y
 from .._diffrax import State
 from .._tree import read_row, tree_select, write_row
 from .packed import Packed

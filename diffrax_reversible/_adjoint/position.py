@@ -15,7 +15,7 @@ from .._custom_types import (
     SolverState,
     Y,
 )
-from .._solver.pullback import Cotangent
+from .._solver.cotangent import Cotangent
 from .._tree import tree_replace
 from .clock import Clock
 from .growth import Growth

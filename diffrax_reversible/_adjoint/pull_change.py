@@ -6,7 +6,7 @@ import equinox as eqx
 
 from .._custom_types import BoolScalarLike, SolverState, Y
 from .._members import value_and_pullback
-from .._solver.pullback import Cotangent
+from .._solver.cotangent import Cotangent
 from .._tree import tree_add, tree_select
 from .problem import Context
 from .walk import Walk

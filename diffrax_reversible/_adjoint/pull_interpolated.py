@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._custom_types import BoolScalarLike, DenseInfo, Params, RealScalarLike, Y
-from .._solver.pullback import Cotangent
+from .._solver.cotangent import Cotangent
 from .._tree import tree_add, tree_zeros_of
 from .outputs import Cursor, Output
 from .position import Position

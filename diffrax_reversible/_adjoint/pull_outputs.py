@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from .._custom_types import BoolScalarLike, IntScalarLike, Params, RealScalarLike, Y
 from .._diffrax import State
 from .._members import value_and_pullback
-from .._solver.pullback import Cotangent
+from .._solver.cotangent import Cotangent
 from .._tree import tree_add, tree_select, tree_zeros_like
 from .close import as_arrays
 from .outputs import Output, Row

@@ -6,8 +6,8 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 
-from .._solver.capabilities import CanRestart
-from .._solver.pullback import Cotangent
+from .._solver.cotangent import Cotangent
+from .._solver.interrupted_solver import CanRestart
 from .position import Position
 from .pull_change import pull_change
 from .walk import Walk

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
-from .._solver.capabilities import advance_densely, interrupt
+from .._solver.cotangent import Cotangent, Probe
+from .._solver.interrupted_solver import advance_densely, interrupt
+from .._solver.probe import HasProbe
 from .._solver.pullback import (
     backward_step_and_pullback,
-    Cotangent,
     errors_at_end,
-    HasProbe,
-    Probe,
     pull_through_step,
     StepStart,
 )

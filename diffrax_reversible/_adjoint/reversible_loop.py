@@ -1,7 +1,6 @@
 """A solve and its backward pass, as a function with a custom gradient."""
 
 import contextlib
-import functools as ft
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,9 +11,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import is_okay
 
-from .._custom_types import BoolScalarLike
 from .._diffrax import State
-from .._tree import tree_replace
+from .._tree import any_nonzero, tree_replace
 from .backward import walk_back, Walked
 from .batch import call_in_batches, Sharing
 from .drift import refuse_wrong
@@ -127,7 +125,7 @@ def _solve_bwd(
     if settings.report is not None:
         _report(settings.report, walked)
     # The gradient of outputs that are not used is zero, however far off the walk is.
-    used = _any_nonzero(state_cotangent) | jnp.invert(jnp.isfinite(walked.drift))
+    used = any_nonzero(state_cotangent) | jnp.invert(jnp.isfinite(walked.drift))
     drift = jnp.where(used, walked.drift, 0)
     doubts = drift, walked.shares, torn, walked.drift_tol
     gradient = refuse_wrong(walked.gradient, walked.shared, *doubts, throw)
@@ -144,12 +142,6 @@ def _axes_bound() -> Iterator[None]:
         if "axis name" in str(error):
             raise NotImplementedError(collective_outside) from error
         raise
-
-
-def _any_nonzero(cotangent: State) -> BoolScalarLike:
-    """Whether the cotangent of the outputs is not zero."""
-    leaves = jtu.tree_leaves(eqx.filter(cotangent, eqx.is_inexact_array))
-    return ft.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in leaves], False)
 
 
 def _as_weak_as(inputs: Inputs, gradient: Inputs) -> Inputs:

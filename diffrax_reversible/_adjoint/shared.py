@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._axes import lend, share, total, without
 from .._custom_types import BoolScalarLike, Params
-from .._members import lend, share, total, without
 from .._tree import tree_select
 from .batch import Sharing
 from .problem import Inputs

@@ -14,7 +14,7 @@ from diffrax import AbstractLocalInterpolation, RESULTS
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Terms
 from .._diffrax import State
 from .._solver.base import AbstractReversibleSolver
-from .._solver.capabilities import advance_densely, interrupt, needs_restart
+from .._solver.interrupted_solver import advance_densely, interrupt, needs_restart
 from .kept import Counted
 from .problem import Inputs, Problem
 

@@ -7,8 +7,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
-from .._solver.capabilities import before_jump, cross_jump, recall
-from .._solver.pullback import Cotangent, Probe
+from .._solver.capabilities import cross_jump, recall
+from .._solver.cotangent import Cotangent, Probe
+from .._solver.interrupted_solver import before_jump
 from .._tree import tree_add, tree_select
 from .growth import Growth
 from .kept import Kept

@@ -23,8 +23,10 @@ from .._custom_types import (
     Y,
 )
 from .._solver.base import AbstractReversibleSolver
-from .._solver.capabilities import CanRestart, error_scales
-from .._solver.pullback import Departure, HasProbe, HasPullbackFromStart
+from .._solver.error_scales import error_scales
+from .._solver.interrupted_solver import CanRestart
+from .._solver.probe import Departure, HasProbe
+from .._solver.pullback import HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals

@@ -2,7 +2,7 @@
 
 import itertools as it
 
-from .tableau import ALFTableau
+from .alf_tableau import ALFTableau
 
 
 def mirror(half: list[float], *middle: float) -> tuple[float, ...]:

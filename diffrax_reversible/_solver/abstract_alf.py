@@ -8,38 +8,21 @@ import jax.tree_util as jtu
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 
 from .._branches import may_branch
-from .._custom_types import (
-    Args,
-    BoolScalarLike,
-    DenseInfo,
-    RealScalarLike,
-    Terms,
-    VF,
-    Y,
-)
+from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, VF, Y
 from .._exact_sum import LowPart
 from .._precision import as_floats, eps
-from .._tree import (
-    larger,
-    largest,
-    tree_add,
-    tree_outer,
-    tree_scale,
-)
+from .._tree import larger, largest, tree_add, tree_outer, tree_scale
 from .alf_chain import SubStep
 from .alf_pullback import AbstractALFPullback
 from .alf_state import ALFState, split_sums, sums_of
 from .base import check_flags
-from .capabilities import (
-    CanCrossJumps,
-    CanRestart,
-    HasErrorScales,
-    HasExtraDenseInfo,
-)
+from .capabilities import CanCrossJumps
 from .chain import run
 from .deviation import Deviation
 from .error_estimate import combine_errors, nan_if_infinite, raise_error
+from .error_scales import HasErrorScales
 from .interpolation import MakeInterpolation, with_slopes
+from .interrupted_solver import CanRestart, HasExtraDenseInfo
 from .ode_term import as_ode_term
 
 

@@ -1,27 +1,16 @@
 """Gauss collocation, with any number of stages."""
 
-from collections.abc import Callable
-from math import factorial
-from typing import ClassVar, TYPE_CHECKING
+from typing import ClassVar
 
-import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import lineax as lx
 import numpy as np
 import optimistix as optx
-from diffrax import (
-    AbstractAdaptiveSolver,
-    AbstractImplicitSolver,
-    AbstractTerm,
-    RESULTS,
-)
+from diffrax import AbstractAdaptiveSolver, AbstractImplicitSolver, AbstractTerm, RESULTS
 from jaxtyping import Array, PyTree
 
-from .._coefficients.gauss import GaussTableau
 from .._custom_types import (
     Args,
     BoolScalarLike,
@@ -34,41 +23,23 @@ from .._custom_types import (
     Y,
 )
 from .._precision import as_floats
-from .._tree import (
-    from_real,
-    larger,
-    to_real,
-    tree_add,
-    tree_combine,
-    tree_outer,
-    tree_scale,
-)
+from .._tree import larger, tree_add, tree_combine, tree_outer, tree_scale
 from .affine import is_affine
-from .capabilities import HasErrorScales, HasStatistics, KeepsStateAtJumps
+from .capabilities import HasStatistics, KeepsStateAtJumps
 from .collocation import CollocationInterpolation
+from .cotangent import Cotangent
+from .error_scales import HasErrorScales
+from .gauss_error import AbstractGaussError
 from .gauss_state import GaussState
+from .linear_inverse import inverse
 from .ode_term import as_ode_term
-from .pullback import Cotangent, HasPullback
+from .pullback import HasPullback
 from .stage_equations import solve_stages, Stages
 from .stage_newton import StageNewton, tolerances
 
 
-if TYPE_CHECKING:
-    from typing import ClassVar as AbstractVar
-else:
-    from equinox import AbstractVar
-
-
-# The weight of the difference of the defects at both ends. With one stage the estimate is
-# the leading term of the error. With two and three, errors at a given tolerance are about
-# those of `Kvaerno5`, on equations that are not stiff.
-_error_weight = 1 / 6
-# The `|h λ|` at which the estimate is as large as the leading term of the error on
-# `y' = λ y`.
-_sharp_at = 2.0
-
-
 class AbstractGauss(
+    AbstractGaussError,
     KeepsStateAtJumps[GaussState],
     HasErrorScales[GaussState],
     HasStatistics[GaussState],
@@ -90,9 +61,6 @@ class AbstractGauss(
     implicit function theorem, with one linear solve of the transposed equations and one
     pull-back of each stage.
     """
-
-    tableau: AbstractVar[GaussTableau]
-    linear_solver: AbstractVar[lx.AbstractLinearSolver]
 
     term_structure: ClassVar = AbstractTerm
     interpolation_cls: ClassVar = CollocationInterpolation
@@ -186,7 +154,7 @@ class AbstractGauss(
         def transposed(x):
             return jtu.tree_map(jnp.subtract, x, pull(x)[1])
 
-        solved, found = self._inverse(transposed, k_bar)(k_bar)
+        solved, found = inverse(transposed, k_bar, self.linear_solver)(k_bar)
         # The adjoint raises an error when it meets NaN.
         y0 = jtu.tree_map(lambda y: jnp.where(found, y, jnp.nan), y0)
         pulled, _, params_bar = pull(solved)
@@ -282,94 +250,3 @@ class AbstractGauss(
             for c, row in zip(self.tableau.nodes, matrix, strict=True)
         ]
         return tree_scale(control, jtu.tree_map(lambda *ks: jnp.stack(ks), *slopes))
-
-    def _error(self, step: tuple, y0: Y, y1: Y, k: PyTree[Array]) -> Y:
-        """An error estimate from the defect `h f(t, u) - h u'` of the collocation
-        polynomial `u` at both ends.
-
-        The defect is zero at the nodes. So to leading order those at both ends agree up to
-        the sign `(-1)^s`, and their difference is of order `s + 2`. If `f` is affine in `y`
-        and does not depend on `t`, they agree altogether, up to that sign. Then the effect
-        of the defect on the solution tells the error. On `y' = λ y`, with `z = h λ` and the
-        defect `δ` at the end,
-
-            δ = s! / (2s)! z^(s+1) + ...,    e^z - R(z) = (-1)^s s! / (2s + 1)! z^s δ + ...
-
-        where `z^s` is replaced by `z0^(s-1) h ∂f/∂y`, `z0` being `_sharp_at`. The estimate
-        is a sixth of the difference of the defects, minus that effect. With one stage this
-        is the leading term of the error; with more, only its size means anything. Both
-        parts grow with the stiffness, and are therefore filtered by linear solves with
-        `1 - γ h ∂f/∂y`.
-
-        Reference: Hairer & Wanner (1996), section IV.8, doi:10.1007/978-3-642-05221-7.
-        """
-        terms, t0, t1, args = step
-        term = as_ode_term(self, terms)
-        control = term.contr(t0, t1)
-        at0, at1 = self.tableau.defect_weights
-        sign = (-1) ** self.tableau.stages
-
-        def defect(t, y, weights):
-            slope = tree_scale(control, term.vf(t, y, args))
-            return jtu.tree_map(jnp.subtract, slope, tree_combine(weights, k))
-
-        first, last = defect(t0, y0, at0), tree_scale(sign, defect(t1, y1, at1))
-        difference = jtu.tree_map(jnp.subtract, first, last)
-        common = tree_scale(sign / 2, tree_add(first, last))
-        filtered = self._filter_at(step, y0, common)
-        # `h ∂f/∂y δ`, filtered.
-        effect = jtu.tree_map(jnp.subtract, filtered(common), common)
-        stages = self.tableau.stages
-        weight = _sharp_at ** (stages - 1) * factorial(stages) / factorial(2 * stages + 1)
-        effect = tree_scale(weight / self._filter, effect)
-        error = tree_scale(_error_weight, difference)
-        return filtered(jtu.tree_map(jnp.subtract, error, effect))
-
-    def _filter_at(self, step: tuple, y: Y, like: Y) -> Callable[[Y], Y]:
-        """`(1 - γ h ∂f/∂y)^-1`, at the start of a step."""
-        terms, t0, t1, args = step
-        term = as_ode_term(self, terms)
-        weight = term.contr(t0, t1) * self._filter
-
-        def stiff(x):
-            _, tangent = jax.jvp(lambda y: term.vf(t0, y, args), (y,), (x,))
-            return jtu.tree_map(jnp.subtract, x, tree_scale(weight, tangent))
-
-        inverse = self._inverse(stiff, like)
-        return lambda x: inverse(x)[0]
-
-    def _inverse(
-        self, fn: Callable[[PyTree[Array]], PyTree[Array]], like: PyTree[Array]
-    ) -> Callable[[PyTree[Array]], tuple[PyTree[Array], BoolScalarLike]]:
-        """The function that solves the linear equations `fn(x) = vector` for vectors `like`
-        this one: the solution, NaN if it was not found, and whether it was found.
-
-        Complex equations are linear over the real numbers only, and are solved for real and
-        imaginary parts."""
-
-        def real_fn(x):
-            return to_real(fn(from_real(x, like)))
-
-        structure = jax.eval_shape(lambda: to_real(like))
-        operator = lx.FunctionLinearOperator(real_fn, structure)
-        # A factorisation, for example. Lineax does not differentiate it.
-        state = self.linear_solver.init(operator, {})
-        arrays, others = eqx.partition(state, eqx.is_array)
-        state = eqx.combine(lax.stop_gradient(arrays), others)
-
-        def solve(vector):
-            solver = self.linear_solver
-            solution = lx.linear_solve(
-                operator, to_real(vector), solver, state=state, throw=False
-            )
-            found = solution.result == lx.RESULTS.successful
-            x = from_real(solution.value, vector)
-            return jtu.tree_map(lambda x: jnp.where(found, x, jnp.nan), x), found
-
-        return solve
-
-    @property
-    def _filter(self) -> float:
-        """The `γ` of the filter: with one stage that of the step itself, and comparable
-        with more."""
-        return 1 / (2 * self.tableau.stages)

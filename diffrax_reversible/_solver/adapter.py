@@ -5,15 +5,7 @@ from typing import Generic, TypeVar
 
 from diffrax import AbstractSolver, RESULTS
 
-from .._custom_types import (
-    Args,
-    BoolScalarLike,
-    DenseInfo,
-    RealScalarLike,
-    Terms,
-    VF,
-    Y,
-)
+from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, VF, Y
 from .base import AbstractReversibleSolver
 
 

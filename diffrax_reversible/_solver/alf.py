@@ -5,7 +5,7 @@ from typing import ClassVar
 import equinox as eqx
 
 from .._coefficients.alf import alf2, alf4, alf6, alf8
-from .._coefficients.tableau import ALFTableau
+from .._coefficients.alf_tableau import ALFTableau
 from .abstract_alf import AbstractALF
 
 

@@ -7,14 +7,8 @@ import numpy as np
 from diffrax import AbstractTerm
 from jaxtyping import Array
 
-from .._coefficients.tableau import ALFTableau
-from .._custom_types import (
-    Args,
-    DenseInfo,
-    RealScalarLike,
-    VF,
-    Y,
-)
+from .._coefficients.alf_tableau import ALFTableau
+from .._custom_types import Args, DenseInfo, RealScalarLike, VF, Y
 from .._isolated import isolated
 from .._precision import as_floats
 from .._tree import tree_axpy, tree_scale, tree_zeros_like

@@ -5,8 +5,8 @@ import equinox as eqx
 from .._custom_types import BoolScalarLike, VF, Y
 from .._exact_sum import LowPart, Sum
 from .._tree import tree_add
+from .cotangent import Cotangent
 from .deviation import Deviation
-from .pullback import Cotangent
 
 
 class ALFState(eqx.Module):

@@ -20,8 +20,9 @@ from .._custom_types import (
 from .._tree import tree_add
 from .chain import as_sums, as_trees, Chain, run, undo
 from .chain_pullback import undo_and_pull
+from .cotangent import Cotangent
 from .couplings import as_chain, Coupling
-from .pullback import Cotangent, HasPullbackFromStart, StepStart
+from .pullback import HasPullbackFromStart, StepStart
 
 
 _SolverState = TypeVar("_SolverState")

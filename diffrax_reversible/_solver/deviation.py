@@ -8,18 +8,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._coefficients.alf_tableau import ALFTableau
 from .._coefficients.coarse_error import usual_deviation
-from .._coefficients.tableau import ALFTableau
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._precision import eps
 from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
-from .entry_scales import (
-    has_grown,
-    largest_entry,
-    largest_so_far,
-    units,
-    where_finite,
-)
+from .entry_scales import has_grown, largest_entry, largest_so_far, units, where_finite
 
 
 # Restart where the deviation of `v`, times the step size, exceeds `_ratio` times the Taylor

@@ -6,32 +6,21 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import (
-    AbstractTerm,
-    LeapfrogMidpoint,
-    ReversibleHeun,
-    SemiImplicitEuler,
-)
+from diffrax import AbstractTerm, LeapfrogMidpoint, ReversibleHeun, SemiImplicitEuler
 
-from .._custom_types import (
-    Args,
-    Combine,
-    DenseInfo,
-    Params,
-    RealScalarLike,
-    VF,
-    Y,
-)
+from .._custom_types import Args, Combine, DenseInfo, Params, RealScalarLike, VF, Y
 from .._exact_sum import Sum
 from .._members import value_and_pullback
 from .._tree import larger, tree_add, tree_zeros_like
 from .adapter import AbstractReversibleAdapter, as_reversible
-from .capabilities import HasErrorScales, HasRecord, KeepsStateAtJumps
+from .capabilities import HasRecord, KeepsStateAtJumps
 from .chain import as_sums, as_trees, Chain, undo, Update
 from .chain_pullback import undo_and_pull
+from .cotangent import Cotangent
 from .coupling_solver import AbstractCouplingSolver
 from .couplings import Coupling
-from .pullback import Cotangent, HasPullback, HasPullbackFromStart, StepStart
+from .error_scales import HasErrorScales
+from .pullback import HasPullback, HasPullbackFromStart, StepStart
 
 
 # The start of the step before, and the state there.

@@ -10,12 +10,12 @@ from .._coefficients.splitting import (
     blanes_moan6,
     blanes_moan6_nystrom,
     kahan_li8,
-    SplittingTableau,
     stormer_verlet,
 )
+from .._coefficients.splitting_tableau import SplittingTableau
+from .abstract_splitting import AbstractSplitting
 from .alf import rounding
 from .base import check_flags
-from .splitting import AbstractSplitting
 
 
 class StormerVerlet(AbstractSplitting):

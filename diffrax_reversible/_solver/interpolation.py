@@ -7,7 +7,7 @@ import numpy as np
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree
 
-from .._coefficients.tableau import ALFTableau
+from .._coefficients.alf_tableau import ALFTableau
 from .._custom_types import RealScalarLike, VF, Y
 from .._tree import tree_axpy
 

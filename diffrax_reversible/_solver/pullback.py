@@ -1,7 +1,6 @@
 """The pull-back of a step that the backward pass undoes."""
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -10,7 +9,6 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import PyTree
 
 from .._custom_types import (
@@ -20,64 +18,18 @@ from .._custom_types import (
     Params,
     RealScalarLike,
     SolverState,
-    VF,
     Y,
 )
 from .._members import value_and_pullback
 from .._tree import tree_add, tree_zeros_like
 from .base import AbstractReversibleSolver
-from .capabilities import advance_densely
 from .chain import Parts
 from .chain_again import Start
+from .cotangent import Cotangent
+from .interrupted_solver import advance_densely
 
 
 _SolverState = TypeVar("_SolverState")
-
-
-class Probe(eqx.Module):
-    """A pull-back through the vector field near the start of a step, from which the adjoint
-    estimates growth. All fields except `control` have the structure of the state.
-
-    - `vf_bar`: a cotangent of the vector field.
-    - `pulled`: its pull-back to the state.
-    - `control`: the length of the step.
-    - `y_bar`: the cotangent of the state there, for a solve that begins there.
-    - `outputs`: the sum of the magnitudes of the cotangents of the interpolation data of
-        the step.
-    - `first`, `second`: the cotangents, exactly at the start of the step, of the state, as
-        in `y_bar`, which may be estimated, and of the second approximation that the solver
-        carries, in the units of `y_bar`.
-    """
-
-    vf_bar: VF
-    pulled: Y
-    control: RealScalarLike
-    y_bar: Y
-    outputs: Y
-    first: Y
-    second: Y
-
-
-class Cotangent(eqx.Module):
-    """The cotangent of all inputs of a step.
-
-    - `y`, `solver_state`: cotangents of the state and the solver state, with `None` for
-        leaves that are not floating-point arrays.
-    - `params`: the cotangent of the differentiated leaves of `(terms, args)`, summed over
-        all steps undone so far.
-    - `probe`: the probe of the step, if the solver obtains one without extra evaluations.
-    """
-
-    y: Y
-    solver_state: SolverState
-    params: Params
-    probe: Probe | None = None
-
-    def where(self, pred: BoolScalarLike) -> "Cotangent":
-        """This one where `pred`, and zero otherwise, except that of `params`."""
-        states = self.y, self.solver_state
-        y, state = jtu.tree_map(lambda x: jnp.where(pred, x, 0), states)
-        return dataclasses.replace(self, y=y, solver_state=state)
 
 
 class HasPullback(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
@@ -174,70 +126,6 @@ class HasPullbackFromStart(HasPullback[_SolverState], Generic[_SolverState]):
 
         Also returns the errors of the state and the solver state at `t1`, if the step was
         made again from its start and these are wanted, and zeros otherwise.
-        """
-
-
-class Departure(NamedTuple):
-    """The distance of the second approximation from the first after a step of `y' = λ y`
-    that began with both equal: about `coefficient * |h λ|**power` times `y`. The first one
-    does not grow if `-stable < h λ < 0`."""
-
-    coefficient: float
-    power: int
-    stable: float
-
-    @staticmethod
-    def of(
-        distance: float, power: int, amplify: Callable[[np.ndarray], np.ndarray]
-    ) -> "Departure":
-        """From the distance after a step with `h λ = -2`, as smaller steps add little, and
-        larger ones are hardly stable; and from the first approximation after a step."""
-        z = np.linspace(0, 20, 2001)
-        grows = np.abs(amplify(-z)) > 1 + 1e-9
-        stable = z[np.argmax(grows)] if np.any(grows) else z[-1]
-        return Departure(float(abs(distance)) / 2**power, power, float(stable))
-
-
-class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
-    """A solver that can pull a cotangent back through the vector field at the start of a
-    step."""
-
-    @property
-    def departure(self) -> Departure | None:
-        """How far the second approximation departs from the first in a step. `None` if the
-        backward pass cannot restart in place of the solve."""
-        return None
-
-    def with_other_derivatives(
-        self, where: BoolScalarLike
-    ) -> "AbstractReversibleSolver | None":
-        """A solver with the same steps, whose derivatives `where` this is wanted are those
-        of a less accurate method: two gradients that are both accurate agree. `None` if
-        there is no such method."""
-        del where
-        return None
-
-    @abc.abstractmethod
-    def probe(
-        self,
-        combine: Combine,
-        params: Params,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y0: Y,
-        cotangent: Cotangent,
-        dense_cotangent: DenseInfo | None,
-    ) -> Probe | None:
-        """A probe to detect gradients that grow where the solution contracts.
-
-        `None` if the solver has no `departure`; no error is then raised for them.
-
-        **Arguments:**
-
-        - `combine`, `params`: `terms, args = combine(params)`.
-        - `t0`, `t1`, `y0`: the step, and the state at its start.
-        - `cotangent`: the cotangent at `t0`.
-        - `dense_cotangent`: the cotangent of the interpolation data of the step.
         """
 
 

@@ -45,11 +45,7 @@ from scipy.optimize import least_squares
 from speed_problems import kepler, small_network
 
 import diffrax_reversible as dr
-from diffrax_reversible._coefficients.rooted_trees import (
-    density,
-    rooted_trees,
-    RootedTree,
-)
+from diffrax_reversible._coefficients.rooted_trees import density, rooted_trees, RootedTree
 
 
 jax.config.update("jax_enable_x64", True)

@@ -48,7 +48,7 @@ from scipy.special import logsumexp
 from diffrax_reversible._coefficients import splitting
 from diffrax_reversible._coefficients.order_conditions import null_space_of
 from diffrax_reversible._coefficients.rooted_trees import rooted_trees, trees_up_to
-from diffrax_reversible._coefficients.splitting import SplittingTableau
+from diffrax_reversible._coefficients.splitting_tableau import SplittingTableau
 
 
 class Case(NamedTuple):

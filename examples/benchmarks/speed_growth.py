@@ -19,14 +19,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from speed_methods import Bounds, BY_NAME, compile_gradient, make_loss, Method, Setting
-from speed_problems import (
-    batched_network,
-    mlp,
-    mlp_params,
-    Problem,
-    sum_of_squares,
-    wave,
-)
+from speed_problems import batched_network, mlp, mlp_params, Problem, sum_of_squares, wave
 
 
 PAIR = "ALF4", "Tsit5"

@@ -7,28 +7,12 @@ import math
 
 import numpy as np
 
-from .coarse_error import (
-    coarse_error_weights,
-    effect_of_deviation,
-    growth_of_deviation,
-)
+from .coarse_error import coarse_error_weights
 from .continuous_extension import ContinuousExtension
+from .deviation import effect_of_deviation, growth_of_deviation, slope_at_end
 from .linear_response import LinearResponse
-from .order_conditions import (
-    error_functional,
-    exact_derivative,
-    exact_value,
-    largest_residual,
-    null_space_of,
-    tolerance,
-)
-from .rooted_trees import (
-    elementary_weights,
-    rooted_trees,
-    RootedTree,
-    tall_tree,
-    trees_up_to,
-)
+from .order_conditions import error_functional, exact_value, largest_residual, tolerance
+from .rooted_trees import elementary_weights, RootedTree, tall_tree, trees_up_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,25 +304,13 @@ class ALFTableau:
         """Weights of `u_0 = v_0, ..., u_s` in the deviation `v - f(t, z)` at the end of a
         step.
 
-        The vector field is not evaluated but extrapolated from the stages, exactly to order
-        `order - 1` and as well as possible to `order`. `None` if the conditions have no
-        solution, or for a single sub-step, whose deviation cannot be distinguished from the
-        local error.
+        The vector field is not evaluated but extrapolated from the stages, see
+        `slope_at_end`. `None` if that is not possible, or for a single sub-step, whose
+        deviation cannot be distinguished from the local error.
         """
         if self.stages == 1:
             return None
 
-        def system(trees):
-            matrix = np.stack([self._phi[tree][1:] for tree in trees])
-            return matrix, np.array([exact_derivative(tree) for tree in trees])
-
-        matrix, rhs = system(trees_up_to(self.order - 1))
-        weights = np.linalg.lstsq(matrix, rhs, rcond=1e-11)[0]
-        if np.max(np.abs(matrix @ weights - rhs)) > tolerance:
-            return None
-        null_space = null_space_of(matrix)
-        matrix, rhs = system(rooted_trees(self.order))
-        free = matrix @ null_space
-        rest = np.linalg.lstsq(free, rhs - matrix @ weights, rcond=1e-7)[0]
         _, _, v = self._runge_kutta
-        return v - np.concatenate([[0.0], weights + null_space @ rest])
+        slope = slope_at_end(self._phi, self.order)
+        return None if slope is None else v - slope
