@@ -2,14 +2,14 @@
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._coefficients.gauss import gauss
 from .._custom_types import RealScalarLike, Y
+from .step_interpolation import AbstractStepInterpolation
 
 
-class CollocationInterpolation(AbstractLocalInterpolation):
+class CollocationInterpolation(AbstractStepInterpolation):
     """The collocation polynomial of a Gauss method, of degree and order `s`.
 
     Gauss methods use it between steps. It is exact to the bit at both ends, and linear in
@@ -41,16 +41,8 @@ class CollocationInterpolation(AbstractLocalInterpolation):
     y1: Y
     k: PyTree[Array]
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
+    def _at(self, x: Float[Array, ""], t: RealScalarLike, left: bool) -> PyTree[Array]:
         del left
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length = self.t1 - self.t0
-        # A step of no length has `y0 == y1`; any fraction will do.
-        trivial = length == 0
-        x = jnp.where(trivial, 1, t0 - self.t0) / jnp.where(trivial, 1, length)
         stages = len(jtu.tree_leaves(self.k)[0])
         powers = jnp.stack([x ** (q + 1) for q in range(stages)])
         integrals = jnp.asarray(gauss(stages).integrals, x.dtype)
@@ -61,6 +53,6 @@ class CollocationInterpolation(AbstractLocalInterpolation):
         def combine(y0, y1, k):
             sum_of = lambda w: jnp.tensordot(w.astype(y0.dtype), k, axes=(0, 0))
             end = y1 + sum_of(from_end)
-            return jnp.where(t0 == self.t1, end, y0 + sum_of(weights))
+            return jnp.where(t == self.t1, end, y0 + sum_of(weights))
 
         return jtu.tree_map(combine, self.y0, self.y1, self.k)

@@ -6,12 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import RealScalarLike, Y
+from .step_interpolation import AbstractStepInterpolation
 
 
-class CoupledInterpolation(AbstractLocalInterpolation):
+class CoupledInterpolation(AbstractStepInterpolation):
     """The interpolation of the Runge–Kutta step, plus an offset that is linear in time."""
 
     interpolation: AbstractLocalInterpolation
@@ -26,23 +27,14 @@ class CoupledInterpolation(AbstractLocalInterpolation):
     def t1(self):
         return self.interpolation.t1
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length = self.t1 - self.t0
-        # A step of no length has both offsets equal; any fraction will do.
-        trivial = length == 0
-        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
-
+    def _at(self, x: Float[Array, ""], t: RealScalarLike, left: bool) -> PyTree[Array]:
         def add(y, d0, d1):
             weight = x.astype(d0.dtype)
             # An infinite bound stays one.
             d0, d1 = (jnp.where(jnp.isinf(y), 0, d) for d in (d0, d1))
             return y + ((1 - weight) * d0 + weight * d1)
 
-        y = self.interpolation.evaluate(t0, left=left)
+        y = self.interpolation.evaluate(t, left=left)
         return jtu.tree_map(add, y, self.offset0, self.offset1)
 
 

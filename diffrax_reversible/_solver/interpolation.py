@@ -4,15 +4,15 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._coefficients.alf_tableau import ALFTableau
 from .._custom_types import RealScalarLike, VF, Y
 from .._tree import tree_axpy
+from .step_interpolation import AbstractStepInterpolation
 
 
-class HermiteInterpolation(AbstractLocalInterpolation):
+class HermiteInterpolation(AbstractStepInterpolation):
     """Hermite interpolation through both ends of a step and values within it.
 
     `ALF4` and its like use it between steps. It is the polynomial through the solution and
@@ -55,16 +55,8 @@ class HermiteInterpolation(AbstractLocalInterpolation):
     k_mid: Y | None = None
     fractions: tuple[float, ...] = eqx.field(default=(), static=True)
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        del left
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length = self.t1 - self.t0
-        # A step of no length has `y0 == y1`; any fraction will do.
-        trivial = length == 0
-        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+    def _at(self, x: Float[Array, ""], t: RealScalarLike, left: bool) -> PyTree[Array]:
+        del t, left
         others = [] if self.k_mid is None else [self.k_mid]
         bumps = _bumps(x, self.fractions, self.k_mid is not None)
 

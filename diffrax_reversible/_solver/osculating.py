@@ -2,15 +2,14 @@
 
 import math
 
-import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import RealScalarLike, VF, Y
+from .step_interpolation import AbstractStepInterpolation
 
 
-class OsculatingInterpolation(AbstractLocalInterpolation):
+class OsculatingInterpolation(AbstractStepInterpolation):
     """Hermite interpolation of derivatives of any order at both ends of a step.
 
     `StormerVerlet`, `BlanesMoan4`, `BlanesMoan6` and `KahanLi8` use it between steps. With
@@ -50,16 +49,8 @@ class OsculatingInterpolation(AbstractLocalInterpolation):
     higher0: list[VF]
     higher1: list[VF]
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        del left
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length = self.t1 - self.t0
-        # A step of no length has `y0 == y1`; any fraction will do.
-        trivial = length == 0
-        x = jnp.where(trivial, 0, t0 - self.t0) / jnp.where(trivial, 1, length)
+    def _at(self, x: Float[Array, ""], t: RealScalarLike, left: bool) -> PyTree[Array]:
+        del t, left
         starts = [self.y0, self.k0, *self.higher0]
         ends = [self.y1, self.k1, *self.higher1]
         count = len(starts)
