@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array, PyTree
 
 from ._jaxpr import custom_vjps, meets
@@ -19,7 +20,7 @@ _kinks = {
     *("custom_jvp_call", *custom_vjps),
 }
 # Functions of JAX that are smooth although they compare.
-_smooth = frozenset({"softplus"})
+_smooth = {"softplus": jax.nn.softplus}
 
 
 def may_branch(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:

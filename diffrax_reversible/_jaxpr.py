@@ -1,6 +1,7 @@
 """Properties of a function that its jaxpr shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,20 +14,21 @@ from jaxtyping import Array, PyTree
 custom_vjps = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Their inputs are those of the jaxpr that they call.
 _calls = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+_none: Mapping[str, Callable] = MappingProxyType({})
 
 
 def meets(
     fn: Callable[..., PyTree[Array]],
     *args: PyTree[Array],
     names: set[str],
-    trusted: frozenset[str] = frozenset(),
+    trusted: Mapping[str, Callable] = _none,
 ) -> bool:
     """Whether an operation of `fn(*args)` that depends on `args` has one of the `names`, or
     returns integers or Booleans.
 
     - `names`: of operations, after "complex " for those that count with complex operands
         only.
-    - `trusted`: names of compiled functions that are not searched.
+    - `trusted`: compiled functions that are not searched, by their names.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     return _meets(jaxpr, set(jaxpr.invars), names, trusted)
@@ -48,7 +50,7 @@ def _meets(
     jaxpr,
     moving: set,
     names: set[str],
-    trusted: frozenset[str] = frozenset(),
+    trusted: Mapping[str, Callable] = _none,
     discrete: bool = True,
 ) -> bool:
     """As `meets`, for operations that depend on the `moving` variables, and those with
@@ -58,7 +60,7 @@ def _meets(
         if not any(_moves(v, moving) for v in equation.invars):
             continue
         moving.update(equation.outvars)
-        if name in _calls and equation.params.get("name") in trusted:
+        if name in _calls and _is_one_of(trusted, equation):
             continue
         outputs = [v.aval.dtype for v in equation.outvars]
         inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
@@ -78,6 +80,25 @@ def _meets(
             if _meets(inner, set(inputs), names, trusted, discrete):
                 return True
     return False
+
+
+def _is_one_of(functions: Mapping[str, Callable], equation) -> bool:
+    """Whether a call is that of one of these functions: others may have its name."""
+    fn = functions.get(equation.params.get("name"))
+    if fn is None:
+        return False
+    avals = [v.aval for v in equation.invars]
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in avals]
+    expected = jax.make_jaxpr(fn)(*structs).jaxpr
+    return [*_operations([equation])] == [*_operations(expected.eqns)]
+
+
+def _operations(equations: list) -> Iterator[str]:
+    """The names of all operations, including those within others."""
+    for equation in equations:
+        yield equation.primitive.name
+        for inner in _inner(equation.params):
+            yield from _operations(inner.eqns)
 
 
 def reads(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> list[bool]:

@@ -227,6 +227,12 @@ def turned(y):
     return jax.lax.complex(jnp.cos(y), jnp.sin(y))
 
 
+@jax.jit
+def softplus(y):
+    """Not that of JAX."""
+    return jnp.where(y > 0, 2 * y, y)
+
+
 @pytest.mark.parametrize(
     "fn, branches",
     (
@@ -234,6 +240,7 @@ def turned(y):
         (lambda y: jax.nn.softplus(y) + jax.nn.silu(y) + jax.nn.gelu(y), False),
         (lambda y: jnp.where(AT_KINKS[0] > 0, y, jnp.sin(y)) + jnp.abs(AT_KINKS[0]), False),
         (jax.vmap(jax.nn.relu), True),
+        (softplus, True),
         (jax.nn.elu, True),
         (jnp.sort, True),
         (lambda y: jnp.arctan2(y[0], y[1]) * y, True),
@@ -246,8 +253,8 @@ def turned(y):
     ),
     ids=(
         *("tanh and powers", "softplus, silu and gelu", "kinks of constants"),
-        *("relu", "elu", "sort", "atan2", "real log and sqrt", "complex log"),
-        *("complex sqrt", "complex power", "cond", "scan"),
+        *("relu", "another softplus", "elu", "sort", "atan2", "real log and sqrt"),
+        *("complex log", "complex sqrt", "complex power", "cond", "scan"),
     ),
 )
 def test_what_may_branch(fn, branches):

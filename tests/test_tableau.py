@@ -217,10 +217,13 @@ def test_single_steps_lose_their_order(order):
         ((1.0,), dict(order=3), "even"),
         ((1.0,), dict(order=2, embedded_order=2), "less than `order=2`"),
         ((0.5, 0.5), dict(order=2, embedded_order=0), "at least 1"),
+        ((1.0,), dict(order=2.0), "order=2.0.* an integer"),
+        ((1.0,), dict(order=2, error_scale=0.0), "error_scale=0.0.* positive"),
     ),
     ids=(
         *("none", "NaN", "sum", "not symmetric", "order", "odd order"),
         *("embedded order too high", "embedded order too low"),
+        *("order that is not an integer", "no scale"),
     ),
 )
 def test_refused_coefficients(sub_steps, kwargs, message):

@@ -43,7 +43,8 @@ class ALFTableau:
     **Raises:**
 
     `ValueError` if the sub-steps do not sum to one, are not a palindrome, do not satisfy
-    the order conditions, or leave no freedom for an error estimate.
+    the order conditions, or leave no freedom for an error estimate; if orders are not
+    integers, or `error_scale` is not a positive number.
 
     Example:
 
@@ -69,6 +70,7 @@ class ALFTableau:
         object.__setattr__(self, "sub_steps", tuple(map(float, self.sub_steps)))
         if self.embedded_order is None:
             object.__setattr__(self, "embedded_order", self.order - 1)
+        self._check_types()
         self._check_composition()
         self._check_orders()
         if not np.any(self.error_weights):
@@ -77,6 +79,16 @@ class ALFTableau:
                 f"estimate: {len(self.sub_steps)} sub-steps cannot satisfy the order "
                 "conditions that it needs. Pass more sub-steps or, if it is more than 1, "
                 "a smaller `embedded_order`."
+            )
+
+    def _check_types(self):
+        for name in ("order", "embedded_order"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer):
+                raise ValueError(f"`ALFTableau({name}={value})` must be an integer.")
+        if not 0 < self.error_scale < math.inf:
+            raise ValueError(
+                f"`ALFTableau(error_scale={self.error_scale})` must be a positive number."
             )
 
     def _check_composition(self):
