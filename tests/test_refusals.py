@@ -337,6 +337,17 @@ REFUSALS = (
         ("`ReversibleAdjoint(checkpoints=-1)`", "non-negative"),
     ),
     (
+        "implicit steps in half precision",
+        lambda: solve(
+            Y0.astype(jnp.float16),
+            terms=dfx.ODETerm(lambda t, y, args: jnp.sin(y)),
+            solver=dr.Gauss4(),
+            **{t: jnp.array(i, jnp.float16) for i, t in enumerate(("t0", "t1", "dt0"))},
+        ),
+        ValueError,
+        ("solver=Gauss4()", "float16", "in float32"),
+    ),
+    (
         "noise that changes from call to call",
         lambda: solve(
             terms=brownian_term(dfx.UnsafeBrownianPath),

@@ -78,6 +78,13 @@ class AbstractGauss(
     ) -> GaussState:
         del t1, args
         as_ode_term(self, terms)
+        half = [x.dtype for x in jtu.tree_leaves(y0) if x.dtype.itemsize < 4]
+        if len(half) > 0:
+            raise ValueError(
+                f"`diffeqsolve(..., solver={type(self).__name__}(), y0=...)` solves linear "
+                f"equations, which JAX does not in {half[0]}. Pass the state and times in "
+                "float32."
+            )
         return GaussState.start(self.tableau, y0, t0)
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:

@@ -136,5 +136,6 @@ for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
 
 **Raises:**
 
-`ValueError` in the solve for terms that are not integrated with respect to time.
+`ValueError` in the solve for terms that are not integrated with respect to time, and for
+a state in half precision.
 """
