@@ -115,7 +115,8 @@ def as_terms(field):
 
 def as_vector(tree):
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+    widest = lambda leaf: np.complex128 if jnp.iscomplexobj(leaf) else np.float64
+    return np.concatenate([np.asarray(leaf, widest(leaf)).ravel() for leaf in leaves])
 
 
 def relative_error(tree, reference):

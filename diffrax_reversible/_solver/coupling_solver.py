@@ -4,6 +4,8 @@ import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
+import equinox as eqx
+import jax
 from diffrax import LocalLinearInterpolation, RESULTS
 from jaxtyping import Array, PyTree
 
@@ -157,21 +159,27 @@ class AbstractCouplingSolver(HasPullbackFromStart[_SolverState], Generic[_Solver
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y1"])
         parts = self.split(y1, solver_state)
+        joined = lambda parts: eqx.filter(self.join(parts), eqx.is_inexact_array)
+        _, pull = jax.vjp(joined, parts)
+        (bars,) = pull((y_bar, cotangent.solver_state))
         pulled = undo_and_pull(
             self._chain(t0, t1, parts),
             combine,
             params,
             as_sums(parts),
-            self.split(y_bar, cotangent.solver_state),
+            bars,
             cotangent.params,
             start=start and start.of_chain(lambda *states: as_sums(self.split(*states))),
         )
         y0, solver_state = self.join(as_trees(pulled.parts))
-        y_bar, state_bar = self.join(pulled.bars)
+        states, others = eqx.partition((y0, solver_state), eqx.is_inexact_array)
+        _, pull = jax.vjp(lambda x: self.split(*eqx.combine(x, others)), states)
+        ((y_bar, state_bar),) = pull(pulled.bars)
+        _, off = jax.jvp(joined, (parts,), (pulled.off,))
         if dense_cotangent is not None:
             y_bar = tree_add(y_bar, dense_cotangent["y0"])
         cotangent = Cotangent(y_bar, state_bar, pulled.params_bar)
-        return y0, solver_state, cotangent, self.join(pulled.off)
+        return y0, solver_state, cotangent, off
 
     def _chain(self, t0: RealScalarLike, t1: RealScalarLike, parts: _Parts) -> Chain:
         return as_chain(lambda terms, args: self.couplings(terms, t0, t1, args), parts)
