@@ -183,6 +183,7 @@ def test_step_size_underflows(solver):
     cases(
         ((dr.ALF4(), jnp.inf),),
         more=(
+            (dr.McCallumFoster(dfx.Tsit5(), coupling=1.0), jnp.inf),
             (dr.ALF4(), jnp.nan),
             (dr.ALF8(), jnp.inf),
             (dr.McCallumFoster(dfx.Tsit5()), jnp.inf),
@@ -213,6 +214,23 @@ def test_infinite_bounds(solver, never):
     np.testing.assert_array_equal(ys[:, 2], never)
     with pytest.raises(RuntimeError, match="infinite bounds"):
         eqx.filter_jit(jax.grad(lambda y0: loss(y0, never)[0]))(y0)
+
+
+def test_infinite_bounds_of_splittings():
+    """So it is with positions and momenta."""
+    zero_there = lambda t, x, args: jnp.where(jnp.isinf(x), 0, -x)
+    terms = dfx.ODETerm(lambda t, p, args: p), dfx.ODETerm(zero_there)
+
+    def outputs(bound):
+        y0 = jnp.array([1.0, bound]), jnp.array([0.2, 0.0])
+        sol = dfx.diffeqsolve(
+            *(terms, dr.KahanLi8(), 0.0, T1, 0.3, y0), saveat=dfx.SaveAt(ts=TS)
+        )
+        return sol.ys[0]
+
+    qs = outputs(jnp.inf)
+    np.testing.assert_array_equal(qs[:, 0], outputs(0.0)[:, 0])
+    np.testing.assert_array_equal(qs[:, 1], jnp.inf)
 
 
 def test_infinite_state_is_recovered_from():

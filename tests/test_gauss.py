@@ -602,6 +602,7 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
         (jax.jit(lambda y: jnp.round(A @ y)), False),
         (lambda y: jnp.where(y > 0, 1.0, -1.0), False),
         (jax.lax.stop_gradient, False),
+        (lambda y: jax.pure_callback(np.negative, y, y), False),
         (
             lambda y: jax.lax.scan(lambda c, _: (c + y, jnp.sign(c)), Y0, None, 2)[1][1],
             False,
@@ -609,7 +610,8 @@ A = jnp.array([[0.0, 1.0], [-1.0, 0.3]])
     ),
     ids=(
         *("product", "jitted", "choice by a constant", "indexed", "square", "abs", "relu"),
-        *("floor", "integers", "jitted rounding", "sign", "stop_gradient", "scan"),
+        *("floor", "integers", "jitted rounding", "sign", "stop_gradient"),
+        *("callback", "scan"),
     ),
 )
 def test_what_is_seen_to_be_affine(fn, affine):

@@ -1,6 +1,7 @@
 """`StepDensityController`: its steps, their reversal, energies and gradients."""
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,6 +217,8 @@ def test_time_scale():
     np.testing.assert_allclose(at(slow, 0.0, y, y, np.inf), 1e6 * factor / 3, rtol=1e-6)
     constant = lambda t, y: jnp.ones_like(y)
     np.testing.assert_allclose(at(constant, 0.0, y, y, 7.0), 7)
+    # Nor does an end that is far off, with which powers of derivatives would overflow.
+    np.testing.assert_allclose(at(decay, 0.0, y, y, 1e90), factor / 3, rtol=1e-6)
     # Neither zero nor infinite where a derivative vanishes.
     wave = lambda t, y: jnp.cos(t) * jnp.ones_like(y)
     scales = [at(wave, t, y, y) for t in np.linspace(0, PERIOD, 50)]
@@ -474,6 +477,68 @@ def test_a_continued_solve_uses_its_own_args():
     # most four times the desired length.
     assert old == 20
     assert new > 40
+
+
+@pytest.mark.parametrize(
+    "step_size", (None, lambda t, y, args: 0.1), ids=("by the field", "given")
+)
+@pytest.mark.parametrize("dtype, far", ((jnp.float32, 1e9), (jnp.float64, 1e18)))
+def test_end_that_is_far_off(step_size, dtype, far):
+    """Steps and gradients of a solve that an event ends do not depend on `t1`."""
+
+    def field(t, y, args):
+        q, p = y
+        return jnp.stack([p, -jnp.sin(q) * jnp.cos(t)])
+
+    @jax.jit
+    @jax.value_and_grad
+    def of_end(y0, t1):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field),
+            dr.ALF4(),
+            *(jnp.zeros((), dtype), t1, None, y0),
+            stepsize_controller=dr.StepDensityController(step_size),
+            event=dfx.Event(lambda t, y, args, **kwargs: y[0] < -1),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.sum(sol.ys**2)
+
+    y0 = jnp.array([1.0, 0.2], dtype)
+    near, expected = of_end(y0, jnp.asarray(30.0, dtype))
+    for t1 in (far, jnp.inf):
+        value, grad = of_end(y0, jnp.asarray(t1, dtype))
+        np.testing.assert_allclose(value, near, rtol=0.02)
+        np.testing.assert_allclose(grad, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("dt0", (None, 0.1))
+def test_solve_of_no_length(dt0):
+    """So may be a member of a batch."""
+
+    @jax.vmap
+    def solve(t1):
+        controller = dr.StepDensityController()
+        settings = dict(stepsize_controller=controller, saveat=dfx.SaveAt(t1=True))
+        term = dfx.ODETerm(lambda t, y, args: -y)
+        return dfx.diffeqsolve(term, dr.ALF4(), 1.0, t1, dt0, jnp.ones(()), **settings).ys
+
+    ys = solve(jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(ys[:, 0], np.exp([0.0, -2.0]), rtol=1e-3)
+
+
+def test_numbers_that_decide():
+    """A field may branch on a Python number in `args`."""
+
+    def field(t, y, args):
+        rate, _ = args
+        return -math.sin(rate) * y if rate > 0.2 else y
+
+    term, y0 = dfx.ODETerm(field), jnp.ones(())
+    controller, settings = dr.StepDensityController(), (0.5, "name")
+    sol = dfx.diffeqsolve(
+        *(term, dr.ALF4(), 0.0, 1.0, None, y0, settings), stepsize_controller=controller
+    )
+    np.testing.assert_allclose(sol.ys, np.exp(-np.sin(0.5)), rtol=1e-4)
 
 
 def test_weights_in_args_are_not_carried():

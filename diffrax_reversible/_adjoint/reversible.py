@@ -52,7 +52,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     to the state or `t1` anyway; the gradient with respect to `SaveAt(ts=...)` equals that
     of the default adjoint. The dependence of steps on `t0` and `dt0`, and under
     `diffrax.ConstantStepSize` on `t1`, is ignored. So gradients with respect to these are
-    accurate to the error of the solve, not to rounding. `dt0` may depend on what is
+    accurate to the error of the solve, not to rounding. (With `diffrax.LeapfrogMidpoint`,
+    to first order: its last step has to be as long as others.) `dt0` may depend on what is
     differentiated, as `(t1 - t0) / 100`, and adds nothing to the gradient. A controller of
     your own declares by `jax.lax.stop_gradient` that its steps carry no derivative, as
     Diffrax's controllers do. Otherwise gradients of outputs at the ends of steps are

@@ -14,12 +14,16 @@ from jaxtyping import PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart
+from .._precision import eps
 from .base import AbstractReversibleStepSizeController
 from .step_density_state import Closed, StepDensityState, to_unit, unit_of
 from .time_scale import Field, squared_time_scale
 
 
 _call = "`diffeqsolve(..., stepsize_controller=StepDensityController(...))`"
+
+# The first step has at least so many units of time, unless it begins at a large time.
+_least_units = 512
 
 _no_first_step = (
     f"{_call}: the length of the first step, given by `dt0=...` or by `step_size` at "
@@ -70,7 +74,8 @@ class StepDensityController(
 
     - `step_size`: the desired step size, a scalar function of `(t, y, args)`. If `dt0` is
         given, it is scaled to be `dt0` at the start. By default it is `fraction` times the
-        time in which the vector field changes by its own size.
+        time in which the vector field changes by its own size, which counts as at most the
+        length of the solve: of the first one, if `controller_state` is passed on.
     - `fraction`: a positive number, used only without `step_size`.
 
     Example:
@@ -128,6 +133,8 @@ class StepDensityController(
         wished = make_step_size(self._field(terms, args, func, y0), args)(t0, y0)
         wished = jnp.asarray(lax.stop_gradient(wished), t0.dtype)
         first = wished if dt0 is None else jnp.asarray(dt0, t0.dtype)
+        # A solve of no length has no direction, which Diffrax multiplies `dt0` by.
+        first = jnp.where(t0 == t1, jnp.abs(first), first)
         first = eqx.error_if(first, ~((first > 0) & jnp.isfinite(first)), _no_first_step)
         # With `dt0`, only the ratios of step sizes matter.
         unit = first / wished
@@ -140,7 +147,9 @@ class StepDensityController(
             value, slope = jax.jvp(log_step_size, (t, y), along)
             return jnp.exp(-value) / unit, -slope
 
-        largest = jnp.maximum(abs(t0), jnp.where(jnp.isfinite(t1), abs(t1), first))
+        # However far off the end is, the unit of time is a small part of the first step.
+        reach = first / (_least_units * eps(first))
+        largest = jnp.maximum(abs(t0), jnp.minimum(abs(t1), reach))
         time_unit = unit_of(jnp.maximum(largest, first))
         closed = Closed.close(wish, t0, y0, args)
         low = LowPart.start(1 / first, 1 / first)

@@ -30,26 +30,38 @@ class Closed(eqx.Module):
 
     consts: list[Array]
     jaxpr: jex.Jaxpr = eqx.field(static=True)
+    # Which leaves of `args` may have another value when a solve is continued.
+    varies: Callable[[Any], bool] = eqx.field(static=True)
 
     @staticmethod
     def close(fn: Callable, t: RealScalarLike, y: Y, args: Args) -> "Closed":
-        arrays, others = eqx.partition(args, _is_number)
+        try:
+            return Closed._trace(fn, t, y, args, _is_number)
+        except jax.errors.ConcretizationTypeError:
+            # A Python number that decides what is computed stays what it is.
+            return Closed._trace(fn, t, y, args, eqx.is_array)
+
+    @staticmethod
+    def _trace(
+        fn: Callable, t: RealScalarLike, y: Y, args: Args, varies: Callable[[Any], bool]
+    ) -> "Closed":
+        arrays, others = eqx.partition(args, varies)
         closed = jax.make_jaxpr(lambda t, y, a: fn(t, y, eqx.combine(a, others)))(
             t, y, arrays
         )
         consts = [jnp.asarray(const) for const in closed.consts]
-        return Closed(lax.stop_gradient(consts), closed.jaxpr)
+        return Closed(lax.stop_gradient(consts), closed.jaxpr, varies)
 
     def evaluate(self, t: RealScalarLike, y: Y, args: Args) -> list[Float[Array, ""]]:
         """The scalars, compiled separately so that they round alike in both passes."""
         closed = jex.ClosedJaxpr(self.jaxpr, self.consts)
-        leaves = jtu.tree_leaves((y, eqx.filter(args, _is_number)))
+        leaves = jtu.tree_leaves((y, eqx.filter(args, self.varies)))
         leaves = [jnp.asarray(leaf) for leaf in leaves]
         return isolated(jex.jaxpr_as_fun(closed), *lax.stop_gradient((t, *leaves)))
 
 
 def _is_number(x: Any) -> bool:
-    """Whether `x` may have another value when a solve is continued."""
+    """Whether `x` is a number or an array."""
     return eqx.is_array(x) or eqx.is_inexact_array_like(x)
 
 

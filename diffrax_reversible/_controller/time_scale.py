@@ -54,6 +54,8 @@ def squared_time_scale(
     N-Body Simulations*, doi:10.1017/CBO9780511535246, eq. 2.13.
     """
     longest = jnp.asarray(longest, jnp.result_type(t0))
+    # A solve of no length makes no step.
+    longest = jnp.where(longest == 0, 1, longest)
     size, unit = _units(field, t0, y0, longest)
 
     def time_scale(field, t, y):
@@ -69,6 +71,7 @@ def _units(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The size of the vector field at the start, times `τ`, and `τ`."""
     unit = jnp.where(jnp.isfinite(longest), longest, 1)
+    unit = _near_time_scale(field, t0, y0, unit)
     # A solve without an end is looked at where it starts.
     length = jnp.where(jnp.isfinite(longest), longest, 0)
 
@@ -90,6 +93,21 @@ def _units(
     powers = jnp.stack([jnp.ones_like(squared), jnp.sqrt(squared), squared])
     size = size * _positive(jnp.sqrt(jnp.sum((norms[0, :3] * powers) ** 2)))
     return size, unit * jnp.sqrt(squared)
+
+
+def _near_time_scale(
+    field: Field, t0: RealScalarLike, y0: Y, longest: Float[Array, ""]
+) -> Float[Array, ""]:
+    """A unit of time in which higher derivatives do not overflow, at most the `longest`."""
+    fs = _derivatives(field, 2, t0, y0, longest)
+    f0, f1, f2 = (_norm(f, t0) for f in fs)
+    unit = longest
+    # The second also where `f` vanishes, unless the second derivative overflows.
+    for numerator, denominator in ((f0, f1), (f0 + f1, f1 + f2)):
+        fraction = numerator / _positive(denominator)
+        known = jnp.isfinite(fraction) & (fraction > 0) & (denominator > 0)
+        unit = jnp.where(known, longest * jnp.minimum(fraction, 1), unit)
+    return unit
 
 
 def _bounded(

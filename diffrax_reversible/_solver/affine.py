@@ -27,7 +27,7 @@ def is_affine(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
     def derivative(point, direction):
         return jax.jvp(fn, point, direction)[1]
 
-    used = reads(derivative, point, point)
-    if any(used[: len(jtu.tree_leaves(point))]):
+    if meets(fn, *point, names=_jumps):
         return False
-    return not meets(fn, *point, names=_jumps)
+    used = reads(derivative, point, point)
+    return not any(used[: len(jtu.tree_leaves(point))])

@@ -62,8 +62,11 @@ class AbstractMcCallumFosterChain(AbstractReversibleSolver[CoupledState]):
                 first = evaluate(term, t0, first, args, term.contr(t0, t1))
                 first = first if tap is None else tree_add(first, tap[1])
                 stages = stages_of(self._tableau, term, t0, t1, z, args, first)
-                increment = self._increment(stages)
-                return tree_axpy(1 - self.coupling, z, increment), (increment, stages)
+                increment = total = self._increment(stages)
+                # Infinite entries, as bounds, may be multiplied by one, but not by zero.
+                if self.coupling != 1:
+                    total = tree_axpy(1 - self.coupling, z, increment)
+                return total, (increment, stages)
 
             def back(y):
                 first = evaluate(term, t1, y, args, term.contr(t1, back_to))

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
@@ -58,7 +59,12 @@ class OsculatingInterpolation(AbstractStepInterpolation):
         weights += [(-1) ** k * _basis(1 - x, k, count) for k in range(count)]
 
         def combine(*data):
-            return sum(w.astype(d.dtype) * d for w, d in zip(weights, data, strict=True))
+            # An infinite bound stays one.
+            y0, y1 = data[0], data[count]
+            bound = jnp.isinf(y0) & (y0 == y1)
+            data = [jnp.where(bound, 0, d) for d in data]
+            y = sum(w.astype(d.dtype) * d for w, d in zip(weights, data, strict=True))
+            return jnp.where(bound, y0, y)
 
         return jtu.tree_map(combine, *starts, *ends)
 
