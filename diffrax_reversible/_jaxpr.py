@@ -34,6 +34,15 @@ def meets(
     return _meets(jaxpr, set(jaxpr.invars), names, trusted)
 
 
+def no_derivative(caller: str, name: str = "vector field") -> str:
+    """The message of an error where `derives_custom_vjp`."""
+    return (
+        f"{caller} with derivatives of the {name}, by forward mode, which a function with "
+        "`jax.custom_vjp` does not have. Define it with `jax.custom_jvp`, or, if it is "
+        "another solve, pass that `adjoint=diffrax.DirectAdjoint()`."
+    )
+
+
 def derives_custom_vjp(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> bool:
     """Whether `fn(*args)` takes a derivative, by forward mode, of a function with a
     `jax.custom_vjp`. JAX traces most of these, and then does not compile them."""

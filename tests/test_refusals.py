@@ -34,6 +34,10 @@ def solve(y0=Y0, *, terms=None, solver=None, t0=0.0, t1=1.0, **kwargs):
     )
 
 
+reverse_mode_only = jax.custom_vjp(jnp.sin)
+reverse_mode_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, bar: (jnp.cos(x) * bar,))
+
+
 def brownian_term(path_cls, **kwargs):
     path = path_cls(shape=(), key=jax.random.key(0), **kwargs)
     return dfx.ControlTerm(lambda t, y, args: y, path)
@@ -335,6 +339,34 @@ REFUSALS = (
         lambda: dr.ReversibleAdjoint(checkpoints=-1),
         ValueError,
         ("`ReversibleAdjoint(checkpoints=-1)`", "non-negative"),
+    ),
+    *(
+        (
+            f"a field that cannot be differentiated forwards: {name}",
+            lambda how=how: solve(
+                terms=dfx.ODETerm(lambda t, y, args: reverse_mode_only(y)), **how
+            ),
+            ValueError,
+            (name, "`jax.custom_vjp`", "`jax.custom_jvp`", "DirectAdjoint"),
+        )
+        for name, how in (
+            ("Gauss4", dict(solver=dr.Gauss4())),
+            (
+                "StepDensityController",
+                dict(stepsize_controller=dr.StepDensityController(), dt0=None),
+            ),
+        )
+    ),
+    (
+        "a step size that cannot be differentiated forwards",
+        lambda: solve(
+            stepsize_controller=dr.StepDensityController(
+                lambda t, y, args: 0.1 + reverse_mode_only(y[0]) ** 2
+            ),
+            dt0=None,
+        ),
+        ValueError,
+        ("`step_size`", "`jax.custom_vjp`", "`jax.custom_jvp`"),
     ),
     (
         "implicit steps in half precision",

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from .._custom_types import Args, IntScalarLike, RealScalarLike, VF, Y
 from .._exact_sum import LowPart
+from .._jaxpr import derives_custom_vjp, no_derivative
 from .._precision import eps
 from .base import AbstractReversibleStepSizeController
 from .step_density_state import Closed, StepDensityState, to_unit, unit_of
@@ -129,8 +130,10 @@ class StepDensityController(
         del error_order
         t0, t1, dt0, y0 = lax.stop_gradient((t0, t1, dt0, y0))
         t0 = jnp.asarray(t0)
+        field = self._field(terms, args, func, y0)
+        self._check_derivative(field, t0, y0, args)
         make_step_size = self._make_step_size(terms, t0, t1, y0, args, func)
-        wished = make_step_size(self._field(terms, args, func, y0), args)(t0, y0)
+        wished = make_step_size(field, args)(t0, y0)
         wished = jnp.asarray(lax.stop_gradient(wished), t0.dtype)
         first = wished if dt0 is None else jnp.asarray(dt0, t0.dtype)
         # A solve of no length has no direction, which Diffrax multiplies `dt0` by.
@@ -207,6 +210,18 @@ class StepDensityController(
                 "`diffrax.PIDController` or constant steps."
             )
         return field
+
+    def _check_derivative(self, field: Field, t: RealScalarLike, y: Y, args: Args) -> None:
+        """Raise an error if what is differentiated has no derivative by forward mode."""
+        name, fn = "vector field", field
+        if (step_size := self.step_size) is not None:
+            name, fn = "`step_size`", lambda t, y: step_size(t, y, args)
+
+        def along_solution(t, y):
+            return jax.jvp(fn, (t, y), (jnp.ones_like(t), field(t, y)))[1]
+
+        if derives_custom_vjp(along_solution, t, y):
+            raise ValueError(no_derivative(f"{_call} chooses steps", name))
 
     def _make_step_size(
         self, terms: PyTree[AbstractTerm], t0, t1, y0: Y, args: Args, func

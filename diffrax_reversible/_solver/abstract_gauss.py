@@ -22,6 +22,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._jaxpr import derives_custom_vjp, no_derivative
 from .._precision import as_floats
 from .._tree import larger, tree_add, tree_combine, tree_outer, tree_scale
 from .affine import is_affine
@@ -76,15 +77,18 @@ class AbstractGauss(
     def init(
         self, terms: Terms, t0: RealScalarLike, t1: RealScalarLike, y0: Y, args: Args
     ) -> GaussState:
-        del t1, args
-        as_ode_term(self, terms)
+        del t1
+        term = as_ode_term(self, terms)
+        call = f"`diffeqsolve(..., solver={type(self).__name__}())`"
         half = [x.dtype for x in jtu.tree_leaves(y0) if x.dtype.itemsize < 4]
         if len(half) > 0:
             raise ValueError(
-                f"`diffeqsolve(..., solver={type(self).__name__}(), y0=...)` solves linear "
-                f"equations, which JAX does not in {half[0]}. Pass the state and times in "
-                "float32."
+                f"{call} solves linear equations, which JAX does not in {half[0]}. Pass "
+                "the state and times in float32."
             )
+        at_start = lambda y: term.vf(t0, y, args)
+        if derives_custom_vjp(lambda y: jax.jvp(at_start, (y,), (y,))[1], y0):
+            raise ValueError(no_derivative(f"{call} solves its equations"))
         return GaussState.start(self.tableau, y0, t0)
 
     def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:

@@ -136,6 +136,6 @@ for _cls in (ImplicitMidpoint, Gauss4, Gauss6):
 
 **Raises:**
 
-`ValueError` in the solve for terms that are not integrated with respect to time, and for
-a state in half precision.
+`ValueError` in the solve for terms that are not integrated with respect to time, for a
+state in half precision, and for a vector field without a derivative by forward mode.
 """
