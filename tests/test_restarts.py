@@ -1,5 +1,7 @@
 """Problems on which explicit reversible methods blow up, forwards or backwards."""
 
+import functools
+
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,57 @@ def test_hard_problems(problem, solver, controller, steps, error, restarts):
     assert 0 < stats["num_restarts"] <= restarts
     _, expected = value_and_grad(*arguments, dfx.RecursiveCheckpointAdjoint())
     assert relative_error(grad, expected) < 1e-6
+
+
+def _doses(t, y, args):
+    """An infusion, which is absorbed and eliminated."""
+    gut, blood, tissue = y
+    absorbed, returned = gut - args, blood / 5 - tissue / 20
+    return jnp.stack([-absorbed, gut - returned, 3 * blood / 40 - tissue / 20])
+
+
+def _damped(t, y, args):
+    return jnp.stack([y[1], -y[0] - 0.3 * y[1] + args])
+
+
+@pytest.mark.parametrize(
+    "solver, field, y0, t1",
+    cases(
+        ((dr.ALF4(), _doses, (100.0, 0.0, 0.0), 12.0),),
+        more=(
+            (dr.ALF6(), _doses, (100.0, 0.0, 0.0), 12.0),
+            (dr.ALF4(), _damped, (100.0, 0.0), 60.0),
+            (dr.ALF6(), _damped, (100.0, 0.0), 60.0),
+        ),
+    ),
+)
+def test_entries_that_have_decayed(solver, field, y0, t1):
+    """They take as many steps in single precision as in double precision, although `v` was
+    rounded when they were large. In single precision their gradient is right."""
+    steps = dfx.PIDController(rtol=1e-5, atol=1e-7)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(y0, force):
+        dtype = y0.dtype
+        sol = dfx.diffeqsolve(
+            *(dfx.ODETerm(field), solver, jnp.zeros((), dtype), jnp.asarray(t1, dtype)),
+            *(None, y0, force),
+            stepsize_controller=steps,
+            saveat=dfx.SaveAt(ts=jnp.linspace(t1 / 2, t1, 5, dtype=dtype)),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.sum(jnp.tanh(sol.ys)), sol.stats
+
+    def of(dtype):
+        return run(jnp.array(y0, dtype), jnp.zeros((), dtype))
+
+    (value, stats), grad = of(jnp.float32)
+    (expected, double), expected_grad = of(jnp.float64)
+    assert stats["num_steps"] <= 1.3 * double["num_steps"]
+    assert stats["num_restarts"] <= double["num_restarts"] + 3
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    assert relative_error(grad, expected_grad) < 1e-3
 
 
 def test_van_der_pol_evaluations():

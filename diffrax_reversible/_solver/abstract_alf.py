@@ -173,7 +173,7 @@ class AbstractALF(
             return y_error, None
         assert solver_state.evaluated is not None
         step = control, resolution, solver_state.evaluated
-        step = *step, y1, errors["fine"], errors["deviation"]
+        step = *step, y1, k1, errors["fine"], errors["deviation"]
         deviation, excess = deviation.after_step(self.tableau, *step, missed)
         if excess is not None:
             y_error = jtu.tree_map(raise_error, y_error, excess)

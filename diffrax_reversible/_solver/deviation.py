@@ -13,7 +13,14 @@ from .._coefficients.coarse_error import usual_deviation
 from .._custom_types import BoolScalarLike, RealScalarLike, VF, Y
 from .._precision import eps
 from .._tree import from_bits, from_half_the_bits, real_like, to_bits, to_half_the_bits
-from .entry_scales import has_grown, largest_entry, largest_so_far, units, where_finite
+from .entry_scales import (
+    has_grown,
+    largest_entry,
+    largest_so_far,
+    units,
+    units_at_least,
+    where_finite,
+)
 
 
 # Restart where the deviation of `v`, times the step size, exceeds `_ratio` times the Taylor
@@ -24,6 +31,10 @@ from .entry_scales import has_grown, largest_entry, largest_so_far, units, where
 _ratio = 3.0
 _floor = 0.4
 _most = 0.3
+# The rounding errors of `v` do not decay with an entry, and steps become small to bound
+# their effect. Restart where the deviation exceeds the Taylor term in the same way on the
+# scale of what is left of the entry, and this part of it.
+_outlives = 1e-2
 # A step that is short because an output is due says little about the errors of the next
 # steps. Errors of earlier steps count too, with this factor for each step since.
 _recent = 0.5
@@ -137,6 +148,7 @@ class Deviation(eqx.Module):
         resolution: RealScalarLike,
         evaluated: BoolScalarLike,
         y: Y,
+        increment: Y,
         error: Y,
         deviation: VF,
         missed: VF | None,
@@ -151,7 +163,7 @@ class Deviation(eqx.Module):
         - `control`, `resolution`: the length of the step, and up to which length steps are
             a matter of rounding.
         - `evaluated`: whether there was no deviation before the step.
-        - `y`: the state at its end.
+        - `y`, `increment`: the state at its end, and its derivative there times `control`.
         - `error`, `deviation`: the sums of stage derivatives that give them.
         - `missed`: the deviation at its end, if that was evaluated.
 
@@ -161,15 +173,18 @@ class Deviation(eqx.Module):
         deviation beyond that of a stable step.
         """
         structure = jtu.tree_structure(y)
-        trees = y, error, deviation, self.known
+        trees = y, increment, error, deviation, self.known
         leaves = [structure.flatten_up_to(x) for x in trees]
         restart, known, excess = jnp.array(False), [], []
         ends = [None] * structure.num_leaves
         if missed is not None:
             ends = structure.flatten_up_to(missed)
-        for leaf, error_of, deviation_of, packed, end in zip(*leaves, ends, strict=True):
-            step = tableau, control, resolution, evaluated, leaf
-            judged = _judge(*step, error_of, deviation_of, end, Known.unpack(packed, leaf))
+        step = tableau, control, resolution, evaluated
+        for leaf, moved, error_of, deviation_of, packed, end in zip(
+            *leaves, ends, strict=True
+        ):
+            before = Known.unpack(packed, leaf)
+            judged = _judge(*step, leaf, moved, error_of, deviation_of, end, before)
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
@@ -185,6 +200,7 @@ def _judge(
     resolution: RealScalarLike,
     evaluated: BoolScalarLike,
     y: Array,
+    increment: Array,
     error: Array,
     deviation: Array,
     missed: Array | None,
@@ -193,7 +209,9 @@ def _judge(
     """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
-    y, deviation, error = where_finite(y, jnp.abs(deviation), jnp.abs(error))
+    y, increment, deviation, error = where_finite(
+        *(y, jnp.abs(increment), jnp.abs(deviation), jnp.abs(error))
+    )
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
     relative = largest_entry(deviation / unit)
@@ -203,13 +221,21 @@ def _judge(
     recent_error = jnp.maximum(relative_error, _recent * before.error)
     taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, floor, _most)
+    # What is left of an entry that has decayed, which at a zero crossing still moves.
+    left = units_at_least(jnp.maximum(jnp.abs(y), increment), scales)
+    taylor_term_of_left = h * largest_entry(error / left) / tableau.error_scale
+    allowed = jnp.clip(_ratio * taylor_term_of_left, _outlives, _most)
+    outlives = h * largest_entry(deviation / left) > allowed
     # The effect of the deviation on the solution increases with its growth.
     background = jnp.maximum(before.size, _made * relative_error)
     growth = jnp.maximum(relative / jnp.where(background == 0, 1, background) - 1, 0)
     effect = tableau.deviation_effect * growth**2 * relative
     harmful = h * effect > jnp.maximum(h * _harm * relative_error, floor)
     restart = (
-        has_grown(relative, seed) | inaccurate | (harmful & jnp.logical_not(evaluated))
+        has_grown(relative, seed)
+        | inaccurate
+        | outlives
+        | (harmful & jnp.logical_not(evaluated))
     )
 
     remembers = before.sizes.shape == y.shape
