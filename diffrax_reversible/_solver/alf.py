@@ -59,6 +59,8 @@ class ALF4(AbstractALF):
     once per `λ T = 10`, and more often if steps are close to the limit of stability. Every
     entry of the state is watched on its own scale: its largest magnitude so far, but at
     least `eps^(3/4)` of the largest entry of its array, as smaller values may be rounding.
+    Rounding errors of `v` do not decay with an entry, and would keep steps short: so it is
+    also watched on the scale of what is left of it.
 
     The `λ` above is that of the direction that contracts fastest. Chaotic problems need as
     many restarts as dissipative ones, conservative ones few or none.
