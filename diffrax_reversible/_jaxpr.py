@@ -28,7 +28,7 @@ def meets(
 
     - `names`: of operations, after "complex " for those that count with complex operands
         only.
-    - `trusted`: compiled functions that are not searched, by their names.
+    - `trusted`: compiled functions of one array that are not searched, by their names.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     return _meets(jaxpr, set(jaxpr.invars), names, trusted)
@@ -92,13 +92,14 @@ def _meets(
 
 
 def _is_one_of(functions: Mapping[str, Callable], equation) -> bool:
-    """Whether a call is that of one of these functions: others may have its name."""
+    """Whether a call is that of one of these functions of one array: others may have its
+    name."""
     fn = functions.get(equation.params.get("name"))
-    if fn is None:
+    if fn is None or len(equation.invars) != 1:
         return False
-    avals = [v.aval for v in equation.invars]
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in avals]
-    expected = jax.make_jaxpr(fn)(*structs).jaxpr
+    aval = equation.invars[0].aval
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    expected = jax.make_jaxpr(fn)(struct).jaxpr
     return [*_operations([equation])] == [*_operations(expected.eqns)]
 
 

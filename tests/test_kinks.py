@@ -228,9 +228,9 @@ def turned(y):
 
 
 @jax.jit
-def softplus(y):
+def softplus(y, scale=2):
     """Not that of JAX."""
-    return jnp.where(y > 0, 2 * y, y)
+    return jnp.where(y > 0, scale * y, y)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,7 @@ def softplus(y):
         (lambda y: jnp.where(AT_KINKS[0] > 0, y, jnp.sin(y)) + jnp.abs(AT_KINKS[0]), False),
         (jax.vmap(jax.nn.relu), True),
         (softplus, True),
+        (lambda y: softplus(y, 3), True),
         (jax.nn.elu, True),
         (jnp.sort, True),
         (lambda y: jnp.arctan2(y[0], y[1]) * y, True),
@@ -253,8 +254,9 @@ def softplus(y):
     ),
     ids=(
         *("tanh and powers", "softplus, silu and gelu", "kinks of constants"),
-        *("relu", "another softplus", "elu", "sort", "atan2", "real log and sqrt"),
-        *("complex log", "complex sqrt", "complex power", "cond", "scan"),
+        *("relu", "another softplus", "with a scale", "elu", "sort", "atan2"),
+        *("real log and sqrt", "complex log", "complex sqrt", "complex power"),
+        *("cond", "scan"),
     ),
 )
 def test_what_may_branch(fn, branches):
