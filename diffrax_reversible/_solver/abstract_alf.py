@@ -127,7 +127,7 @@ class AbstractALF(
         y1, v1, low = split_sums(z, v)
         y1 = jtu.tree_map(nan_if_infinite, y1, y0)
         k0, k1 = tree_scale(control, v0), tree_scale(control, v1)
-        step = control, _resolution(t0, t1), y1, k0, k1
+        step = control, _resolution(t0, t1), y1, v1, k0, k1
         missed = self._deviation_at_end(term, t1, y1, v1, args)
         y_error, deviation = self._judge(*step, sums["errors"], solver_state, missed)
         inner = tree_scale(control, sums.get("inner", []))
@@ -155,6 +155,7 @@ class AbstractALF(
         control: RealScalarLike,
         resolution: RealScalarLike,
         y1: Y,
+        v1: VF,
         k0: Y,
         k1: Y,
         sums: VF,
@@ -173,7 +174,7 @@ class AbstractALF(
             return y_error, None
         assert solver_state.evaluated is not None
         step = control, resolution, solver_state.evaluated
-        step = *step, y1, k1, errors["fine"], errors["deviation"]
+        step = *step, y1, v1, errors["fine"], errors["deviation"]
         deviation, excess = deviation.after_step(self.tableau, *step, missed)
         if excess is not None:
             y_error = jtu.tree_map(raise_error, y_error, excess)

@@ -17,8 +17,8 @@ from .entry_scales import (
     has_grown,
     largest_entry,
     largest_so_far,
+    least,
     units,
-    units_at_least,
     where_finite,
 )
 
@@ -148,7 +148,7 @@ class Deviation(eqx.Module):
         resolution: RealScalarLike,
         evaluated: BoolScalarLike,
         y: Y,
-        increment: Y,
+        v: VF,
         error: Y,
         deviation: VF,
         missed: VF | None,
@@ -163,7 +163,7 @@ class Deviation(eqx.Module):
         - `control`, `resolution`: the length of the step, and up to which length steps are
             a matter of rounding.
         - `evaluated`: whether there was no deviation before the step.
-        - `y`, `increment`: the state at its end, and its derivative there times `control`.
+        - `y`, `v`: the state and its derivative at its end.
         - `error`, `deviation`: the sums of stage derivatives that give them.
         - `missed`: the deviation at its end, if that was evaluated.
 
@@ -173,18 +173,18 @@ class Deviation(eqx.Module):
         deviation beyond that of a stable step.
         """
         structure = jtu.tree_structure(y)
-        trees = y, increment, error, deviation, self.known
+        trees = y, v, error, deviation, self.known
         leaves = [structure.flatten_up_to(x) for x in trees]
         restart, known, excess = jnp.array(False), [], []
         ends = [None] * structure.num_leaves
         if missed is not None:
             ends = structure.flatten_up_to(missed)
         step = tableau, control, resolution, evaluated
-        for leaf, moved, error_of, deviation_of, packed, end in zip(
+        for leaf, v_of, error_of, deviation_of, packed, end in zip(
             *leaves, ends, strict=True
         ):
             before = Known.unpack(packed, leaf)
-            judged = _judge(*step, leaf, moved, error_of, deviation_of, end, before)
+            judged = _judge(*step, leaf, v_of, error_of, deviation_of, end, before)
             restart = restart | judged[0]
             known.append(judged[1].pack())
             excess.append(judged[2])
@@ -200,7 +200,7 @@ def _judge(
     resolution: RealScalarLike,
     evaluated: BoolScalarLike,
     y: Array,
-    increment: Array,
+    v: Array,
     error: Array,
     deviation: Array,
     missed: Array | None,
@@ -209,8 +209,8 @@ def _judge(
     """The judgement of `Deviation.after_step` for one array."""
     h = jnp.abs(jnp.asarray(control, y.dtype))
     floor = eps(y) ** _floor
-    y, increment, deviation, error = where_finite(
-        *(y, jnp.abs(increment), jnp.abs(deviation), jnp.abs(error))
+    y, v, deviation, error = where_finite(
+        *(y, jnp.abs(v), jnp.abs(deviation), jnp.abs(error))
     )
     scales, unit = largest_so_far(before.scales, y)
     # Two reductions, which under `vmap` are faster on a CPU than one.
@@ -222,7 +222,7 @@ def _judge(
     taylor_term = h * recent_error / tableau.error_scale
     inaccurate = h * relative > jnp.clip(_ratio * taylor_term, floor, _most)
     # What is left of an entry that has decayed, which at a zero crossing still moves.
-    left = units_at_least(jnp.maximum(jnp.abs(y), increment), scales)
+    left = jnp.maximum(jnp.maximum(jnp.abs(y), h * v), least(unit))
     taylor_term_of_left = h * largest_entry(error / left) / tableau.error_scale
     allowed = jnp.clip(_ratio * taylor_term_of_left, _outlives, _most)
     outlives = h * largest_entry(deviation / left) > allowed

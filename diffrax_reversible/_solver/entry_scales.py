@@ -24,16 +24,13 @@ def largest_so_far(
 
 def units(scales: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scales as divisors: none is zero, or tiny compared to the largest."""
-    return units_at_least(scales, scales)
+    scales = jnp.maximum(scales, least(scales))
+    return jnp.where(scales == 0, 1, scales)
 
 
-def units_at_least(
-    sizes: Float[Array, "..."], scales: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """Sizes as divisors: none is zero, or tiny compared to the largest of the `scales`."""
-    least = eps(scales) ** _least_scale * largest_entry(scales)
-    sizes = jnp.maximum(sizes, least)
-    return jnp.where(sizes == 0, 1, sizes)
+def least(scales: Float[Array, "..."]) -> Float[Array, ""]:
+    """The smallest scale that is not tiny compared to the largest."""
+    return eps(scales) ** _least_scale * largest_entry(scales)
 
 
 def where_finite(y: Array, *others: Array) -> list[Array]:
