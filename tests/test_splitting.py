@@ -362,6 +362,13 @@ def test_only_affine_drifts(solver):
         assert "affine" in message and f"use `{type(solver).__name__}()`" in message
 
 
+def test_drift_by_a_callback():
+    """It cannot be seen to be affine."""
+    drift = lambda t, p, _: jax.pure_callback(np.negative, p, p)
+    message = refused((Q0, P0), as_terms((drift, lambda t, q, _: -q)), NYSTROM[0])
+    assert "affine" in message
+
+
 @pytest.mark.parametrize("solver", NYSTROM, ids=repr)
 def test_errors_are_smaller(solver):
     """For affine drifts, the special coefficients at least halve the error of those for any

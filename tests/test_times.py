@@ -243,3 +243,21 @@ def test_no_steps():
     )
     for g, e in zip(ours, default, strict=True):
         assert np.allclose(g, e)
+
+
+def test_leapfrog_midpoint():
+    """Its gradients with respect to `t0` and `t1` converge with order one."""
+
+    def gradient(solver, steps):
+        def loss(ends):
+            t0, t1 = ends
+            term = dfx.ODETerm(lambda t, y, args: jnp.sin(y + t))
+            dt0 = jnp.asarray(1.5 / steps)
+            solve = term, solver, t0, t1, dt0, jnp.array([0.3, 1.0])
+            return jnp.sum(dfx.diffeqsolve(*solve, adjoint=dr.ReversibleAdjoint()).ys ** 2)
+
+        return jax.grad(loss)(jnp.array([0.25, 1.75]))
+
+    exact = gradient(dr.ALF6(), 64)
+    coarse, fine = (gradient(dfx.LeapfrogMidpoint(), n) - exact for n in (64, 256))
+    assert np.all(np.abs(np.log(np.abs(coarse / fine)) / np.log(4) - 1) < 0.2)
