@@ -1,4 +1,4 @@
-"""Detection of functions that may have kinks."""
+"""Detection of functions that may have kinks or singularities."""
 
 from collections.abc import Callable
 
@@ -19,6 +19,11 @@ _kinks = {
     *("cummax", "cummin", "nextafter"),
     *("custom_jvp_call", *custom_vjps),
 }
+# Primitives that may be singular, or whose derivatives may.
+_singular = {
+    *("div by", "inverse integer_pow", "log", "log1p", "pow", "sqrt", "rsqrt", "cbrt"),
+    *("tan", "asin", "acos", "acosh", "atanh"),
+}
 # Functions of JAX that are smooth although they compare.
 _smooth = {"softplus": jax.nn.softplus}
 
@@ -27,3 +32,8 @@ def may_branch(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
     """Whether the derivative of `fn` may jump, and thus differ between a point and its
     reconstruction. Callbacks are not inspected."""
     return meets(fn, *point, names=_kinks, trusted=_smooth)
+
+
+def may_be_singular(fn: Callable[..., PyTree[Array]], *point: PyTree[Array]) -> bool:
+    """Whether `fn` or a derivative may tend to infinity somewhere."""
+    return meets(fn, *point, names=_singular, trusted=_smooth)

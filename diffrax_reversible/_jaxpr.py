@@ -27,7 +27,8 @@ def meets(
     returns integers or Booleans.
 
     - `names`: of operations, after "complex " for those that count with complex operands
-        only.
+        only, after "inverse " for those with a negative exponent, and before " by" for
+        those whose last operand depends on `args`.
     - `trusted`: compiled functions of one array that are not searched, by their names.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
@@ -73,11 +74,7 @@ def _meets(
             continue
         outputs = [v.aval.dtype for v in equation.outvars]
         inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in outputs)
-        operands = [v.aval.dtype for v in equation.invars]
-        if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in operands):
-            found = not names.isdisjoint({name, f"complex {name}"})
-        else:
-            found = name in names
+        found = not names.isdisjoint(_descriptions(equation, moving))
         if found or (discrete and not inexact and name not in _calls):
             return True
         for inner in _inner(equation.params):
@@ -89,6 +86,20 @@ def _meets(
             if _meets(inner, set(inputs), names, trusted, discrete):
                 return True
     return False
+
+
+def _descriptions(equation, moving: set) -> set[str]:
+    """The name of an operation, and what else is to be said of it, see `meets`."""
+    name, operands = equation.primitive.name, equation.invars
+    described = {name}
+    dtypes = [v.aval.dtype for v in operands]
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        described.add(f"complex {name}")
+    if name == "integer_pow" and equation.params["y"] < 0:
+        described.add(f"inverse {name}")
+    if _moves(operands[-1], moving):
+        described.add(f"{name} by")
+    return described
 
 
 def _is_one_of(functions: Mapping[str, Callable], equation) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffrax_reversible as dr
-from diffrax_reversible._branches import may_branch
+from diffrax_reversible._branches import may_be_singular, may_branch
 
 from .chains import TwoStreams
 from .counter import Counter
@@ -261,6 +261,40 @@ def softplus(y, scale=2):
 )
 def test_what_may_branch(fn, branches):
     assert may_branch(fn, jnp.arange(3.0)) == branches
+
+
+@pytest.mark.parametrize(
+    "fn, singular",
+    (
+        (lambda t: jnp.sin(t / 3) * t**2 + jnp.exp(-t) + jnp.tanh(t) / AT_KINKS[1], False),
+        (lambda t: jax.nn.softplus(t) + jnp.log(AT_KINKS[1]), False),
+        (lambda t: 1 / t, True),
+        (lambda t: t**-2, True),
+        (lambda t: t**0.25, True),
+        (lambda t: jnp.sqrt(t), True),
+        (lambda t: jax.jit(jnp.log)(t), True),
+    ),
+    ids=("smooth", "of constants", "quotient", "inverse", "power", "sqrt", "log"),
+)
+def test_what_may_be_singular(fn, singular):
+    assert may_be_singular(fn, jnp.array(2.0)) == singular
+
+
+@pytest.mark.parametrize("power", (0.25, 0.5))
+@pytest.mark.parametrize(
+    "solver", cases((dr.ALF4(),), more=(dr.ALF6(), dr.ALF8())), ids=str
+)
+def test_singular_at_the_end(solver, power):
+    """`y' = -y d(t^power)/dt` to the neighbourhood of zero, as of a diffusion model whose
+    noise vanishes there. Nothing follows the last step that would show what it misses."""
+    tol, end = 1e-2, 1e-5
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: -y * power * t ** (power - 1)),
+        solver,
+        *(1.0, end, -0.01, jnp.array(1.0)),
+        stepsize_controller=dfx.PIDController(tol, tol / 10),
+    )
+    assert relative_error(sol.ys[-1], jnp.exp(1 - end**power)) < tol
 
 
 @pytest.mark.slow

@@ -213,7 +213,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         device then has sums of its own, if their number divides the batch.) To raise its
         own errors Diffrax gathers the solution on one device: pass
         `diffeqsolve(..., throw=False)` where that matters.
-    - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs.
+    - In `jax.shard_map` pass `check_vma=False`, which Diffrax's loop needs. Gauss methods
+        and Diffrax's implicit solvers fail there in their linear solves: shard their inputs
+        instead.
     - A `progress_meter` also shows the backward pass, again from 0 % to 100 %, but not how
         often that is done.
     - `sol.stats` has one entry more than under other adjoints, `num_restarts`. Code that

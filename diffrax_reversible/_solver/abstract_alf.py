@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractAdaptiveSolver, AbstractTerm, RESULTS
 
-from .._branches import may_branch
+from .._branches import may_be_singular, may_branch
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Terms, VF, Y
 from .._exact_sum import LowPart
 from .._precision import as_floats, eps
@@ -142,11 +142,13 @@ class AbstractALF(
         self, term: AbstractTerm, t1: RealScalarLike, y1: Y, v1: VF, args: Args
     ) -> VF | None:
         """The deviation of `v` at the end of a step, if the vector field may have jumps or
-        kinks. A jump after the last evaluation, at `midpoints[-1]`, shows only there."""
+        kinks, or be singular in time. A jump after the last evaluation, at `midpoints[-1]`,
+        shows only there; so does a singularity at the end of the solve."""
         if self.tableau.deviation_weights is None:
             return None
         field = lambda t, y: self._field(term, t, y, args)
-        if not may_branch(field, jnp.asarray(t1), y1):
+        t = jnp.asarray(t1)
+        if not (may_branch(field, t, y1) or may_be_singular(lambda t: field(t, y1), t)):
             return None
         return jtu.tree_map(jnp.subtract, v1, field(t1, y1))
 

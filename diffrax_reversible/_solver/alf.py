@@ -69,10 +69,12 @@ class ALF4(AbstractALF):
     limit of stability, where the first may miss the error. On `y' = λ y` the estimate is at
     least a quarter of the error of a step wherever that exceeds 1e-3, for `Re λ <= 0` and
     `|h λ| <= 15`. The last 13 % of a step follow its last evaluation, and would hide a jump
-    of the vector field. So adaptive steps take a sixth evaluation for the estimate, at
-    their end, if the field may have jumps or kinks: if it compares, rounds, looks up
-    tables, takes maxima or angles, takes complex logarithms or roots, or calls a function
-    with a `jax.custom_jvp` or `jax.custom_vjp`.
+    of the vector field, or a singularity at the end of the solve. So adaptive steps take a
+    sixth evaluation for the estimate, at their end, if the field may have jumps or kinks:
+    if it compares, rounds, looks up tables, takes maxima or angles, takes complex
+    logarithms or roots, or calls a function with a `jax.custom_jvp` or `jax.custom_vjp`;
+    and if it may be singular in time, as those of diffusion models are: if it divides by
+    what depends on the time, or takes a logarithm or a root of that.
     The backward pass takes none.
 
     Example:
