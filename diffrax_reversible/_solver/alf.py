@@ -74,8 +74,8 @@ class ALF4(AbstractALF):
     if it compares, rounds, looks up tables, takes maxima or angles, takes complex
     logarithms or roots, or calls a function with a `jax.custom_jvp` or `jax.custom_vjp`;
     and if it may be singular in time, as those of diffusion models are: if it divides by
-    what depends on the time, or takes a logarithm or a root of that.
-    The backward pass takes none.
+    what depends on the time, or takes a logarithm or a root of that. The backward pass
+    takes none.
 
     Example:
 
@@ -111,7 +111,8 @@ class ALF6(AbstractALF):
 
     Algebraically reversible: undoing a step takes twenty evaluations, and is exact up to
     rounding. It restarts as `ALF4` does, and the same bound holds for its error estimate,
-    for which fields that may have jumps or kinks are evaluated once more, as with `ALF4`.
+    for which fields that may have jumps, kinks or singularities in time are evaluated once
+    more, as with `ALF4`.
     Explicit reversible methods without restarts overflow on Lorenz' equations over a time
     of 10. With 100 steps per unit of time this solver takes at most 12 restarts for an
     error below 1e-6.
@@ -144,8 +145,8 @@ class ALF8(AbstractALF):
 
     Algebraically reversible: undoing a step takes thirty-four evaluations, and is exact up
     to rounding. It restarts as `ALF4` does, and the same bound holds for its error
-    estimate, for which fields that may have jumps or kinks are evaluated once more, as with
-    `ALF4`.
+    estimate, for which fields that may have jumps, kinks or singularities in time are
+    evaluated once more, as with `ALF4`.
 
     Example:
 
