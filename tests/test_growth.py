@@ -30,8 +30,11 @@ def heat(t, u, k):
     return k * (1 - u) * second.at[jnp.array([0, -1])].set(0)
 
 
-def gradient(field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, **kwargs):
-    """The gradient with respect to `y0` and a factor."""
+def gradient(
+    field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, sums=False, **kwargs
+):
+    """The gradient with respect to `y0` and a factor, of the last output or, if it `sums`,
+    of all."""
     # The check of growth is tested. From 0.01 on, `drift_tol` would loosen it too, not only
     # the check of the reconstruction.
     if adjoint is None:
@@ -48,7 +51,8 @@ def gradient(field, y0, t1, solver, tol=1e-6, adjoint=None, saveat=None, **kwarg
             max_steps=16384,
             throw=False,
         )
-        return jnp.vdot(sol.ys[-1], WEIGHTS[: len(y0)])
+        ys = jnp.sum(jnp.sin(3 * sol.ys), axis=0) if sums else sol.ys[-1]
+        return jnp.vdot(ys, WEIGHTS[: len(y0)])
 
     return jax.jit(jax.grad(loss, (0, 1)))(y0, jnp.array(1.0))
 
@@ -90,6 +94,15 @@ SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
 )
 def test_dead_modes(solver, saveat):
     assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", cases((0.0,), slow=(1e-5,)))
+def test_growth_in_a_step_with_outputs(start):
+    """With `ALF6` the cotangent grows in the first step of the solve alone, in which there
+    is an output, too."""
+    settings = dict(saveat=dfx.SaveAt(ts=jnp.linspace(start, 1, 9)), sums=True)
+    assert is_refused(gradient(heat, GRID**2, 1.0, dr.ALF6(), **settings))
 
 
 @pytest.mark.more

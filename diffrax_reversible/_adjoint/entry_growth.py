@@ -64,10 +64,14 @@ def grow(
     contracts = _contracts_in(rate, vf_bar, pulled, y_bar, stable)
     # An entry that grows from zero, as other entries are passed on to it, does not count.
     # Passed on in larger units, it grows more, but by no more than the quotient, which an
-    # unstable step exceeds. With outputs in the step, the two cannot be distinguished.
+    # unstable step exceeds. With outputs in the step, the two cannot be distinguished,
+    # unless the entry outgrows all of them, without a second approximation that adds to it.
     known = size == units(size)
     by = y_bar / units(size)
-    unstable = (by * strength > jnp.abs(rate)) & (outputs == 0)
+    beside_all = y_bar / units(size + largest(outputs))
+    outgrows = alone & (beside_all * strength > jnp.abs(rate))
+    by = jnp.where((outputs != 0) & outgrows, beside_all, by)
+    unstable = (by * strength > jnp.abs(rate)) & ((outputs == 0) | outgrows)
     # Among thousands of entries some are next to zero, where the quotient may have any
     # size, just before other entries are passed on to them: a single step of these proves
     # nothing.
