@@ -93,7 +93,12 @@ SOLVERS = (dr.ALF4(), dr.ALF6(), dr.ALF8(), dr.McCallumFoster(dfx.Tsit5()))
     ids=("t1", "ts"),
 )
 def test_dead_modes(solver, saveat):
-    assert is_refused(gradient(heat, GRID**2, 1.0, solver, saveat=saveat))
+    """The backward pass divides the steps that are too large for the fast modes."""
+    reference = dfx.RecursiveCheckpointAdjoint()
+    settings = dict(saveat=saveat, sums=True)
+    want = gradient(heat, GRID**2, 1.0, dfx.Kvaerno5(), 1e-8, reference, **settings)
+    got = gradient(heat, GRID**2, 1.0, solver, **settings)
+    assert relative_error(got, want) < 1e-4
 
 
 @pytest.mark.long
@@ -102,7 +107,9 @@ def test_growth_in_a_step_with_outputs(start):
     """With `ALF6` the cotangent grows in the first step of the solve alone, in which there
     is an output, too."""
     settings = dict(saveat=dfx.SaveAt(ts=jnp.linspace(start, 1, 9)), sums=True)
-    assert is_refused(gradient(heat, GRID**2, 1.0, dr.ALF6(), **settings))
+    reference = dfx.RecursiveCheckpointAdjoint()
+    want = gradient(heat, GRID**2, 1.0, dfx.Kvaerno5(), 1e-8, reference, **settings)
+    assert relative_error(gradient(heat, GRID**2, 1.0, dr.ALF6(), **settings), want) < 1e-4
 
 
 @pytest.mark.more
@@ -308,14 +315,16 @@ def test_remedy(solver):
 
 @pytest.mark.more
 def test_batch():
-    """One member of a batch is refused, and the other is not."""
+    """One member of a batch divides its steps, and the other does not."""
 
     def grad(fast):
         field = lambda t, y, k: slow_manifold(t, y, k) * jnp.stack([jnp.array(1.0), fast])
         return gradient(field, ON_MANIFOLD, 3.0, dr.ALF4(), 1e-3)
 
-    grads = jax.vmap(grad)(jnp.array([1.0, 0.01]))
-    assert np.array_equal(np.isnan(grads[0]).any(axis=1), [True, False])
+    rates = jnp.array([1.0, 0.01])
+    together, alone = jax.vmap(grad)(rates), [grad(rate) for rate in rates]
+    for got, want in zip(zip(*together, strict=True), alone, strict=True):
+        assert relative_error(got, want) < 1e-6
 
 
 @pytest.mark.more
@@ -323,19 +332,20 @@ def test_message():
     adjoint = dr.ReversibleAdjoint(checkpoints=1024, drift_tol=0.0099)
 
     @jax.jit
-    @jax.grad
-    def loss(y0):
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def loss(y0, t1):
+        # Steps are not divided if times are differentiated.
         sol = dfx.diffeqsolve(
             dfx.ODETerm(heat),
             dr.ALF4(),
-            *(0.0, 1.0, None, y0, jnp.array(1.0)),
+            *(0.0, t1, None, y0, jnp.array(1.0)),
             stepsize_controller=dfx.PIDController(1e-6, 1e-6),
             adjoint=adjoint,
         )
         return jnp.sum(sol.ys)
 
     with pytest.raises(RuntimeError, match="gradient grows in modes") as e:
-        loss(GRID**2)
+        loss(GRID**2, jnp.array(1.0))
     for remedy in ("dtmax", "Kvaerno5", "RecursiveCheckpointAdjoint", "drift_tol"):
         assert remedy in str(e.value)
 
@@ -543,7 +553,9 @@ def test_rest_before_the_first_input(solver, moves_rest):
     if moves_rest:
         ts = np.linspace(0, 10, 9)
         exact = -np.sum((np.exp(-0.5 * ts) - np.exp(-5 * ts)) * 5 / 4.5)
-        assert abs(want[0, 2]) > 1e4 * abs(exact) and jnp.isnan(got[0]).all()
+        # The backward pass divides these steps.
+        assert abs(want[0, 2]) > 1e4 * abs(exact)
+        assert abs(got[0, 2] - exact) < 1e-4 * abs(exact)
     else:
         # The backward pass restarted, and differs from the solve by as little as that does.
         assert np.allclose(got, want, rtol=1e-3)

@@ -171,6 +171,9 @@ def _walked(walk: Walk, position: Position, agree: BoolScalarLike) -> Walked:
     if (growth := position.growth) is not None:
         matters = growth.matters(ct.params) & jnp.logical_not(agree)
         shares = [jnp.where(matters, share, 0) for share in shares]
+        # Nothing need grow any more, but the last two walks have to agree.
+        doubtful = (growth.plan.divides > 0) & jnp.logical_not(agree)
+        shares = [jnp.where(doubtful, jnp.inf, share) for share in shares]
         restarted = growth.restarts
     params_bar, shared = ct.params, walk.shared
     if shared is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+from typing import NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, BFloat16, Bool, Float, PyTree
 
-from .._custom_types import BoolScalarLike, IntScalarLike, Params, Y
+from .._custom_types import (
+    BoolScalarLike,
+    IntScalarLike,
+    Params,
+    RealScalarLike,
+    Y,
+)
 from .._solver.cotangent import Probe
 from .._solver.entry_scales import units
 from .._solver.probe import Departure
@@ -36,8 +43,37 @@ _spoils = 1e-3
 # Steps with larger `|h λ|` are hardly stable, so that the departure is no power of it.
 _stable = 4.0
 
+# The backward pass divides a step into parts of at most this fraction of the limit of
+# stability for the modes that have grown.
+_divided = 0.6
+# Their rates are remembered for so many stretches of the solve.
+_stretches = 16
+# The number of parts is limited to so many per step of the solve, and so many at least; to
+# twice as many where there are twice as many parts.
+_parts_per_step, _least_parts = 4, 256
+
 # The share of what has grown in each array of a cotangent.
 Shares = list[Float[Array, ""]]
+
+
+class Plan(NamedTuple):
+    """What the backward pass does about growth.
+
+    - `cures`: whether it restarts where the gradient would grow otherwise, see
+        `Growth.spoils`.
+    - `compares`: whether steps have other derivatives, if the solver has these. The
+        gradient of the next backward pass is compared with this one.
+    - `divides`: whether it divides steps that are too large for a mode, see `Growth.parts`:
+        into as few parts as are stable, or into so many times as many. Zero if it does not.
+    """
+
+    cures: BoolScalarLike
+    compares: BoolScalarLike
+    divides: IntScalarLike
+
+    @staticmethod
+    def nothing() -> "Plan":
+        return Plan(jnp.array(False), jnp.array(False), jnp.array(0))
 
 
 class Growth(eqx.Module):
@@ -62,14 +98,14 @@ class Growth(eqx.Module):
     - `largest`: the largest entry of each array so far among those that have not grown.
     - `integrals`: for each array, the integral over time of the sizes of those entries that
         have grown, and of those that have not. What parameters receive is an integral, too.
-    - `cures`: whether the backward pass restarts where the gradient would grow otherwise,
-        see `spoils`.
-    - `compares`: whether the steps have other derivatives, if the solver has these. The
-        gradient of the next backward pass is compared with this one.
+    - `plan`: what the backward pass does about it.
     - `restarts`: the number of these restarts.
+    - `rates`: the largest rate at which entries that have grown should decay, in stretches
+        of the solve.
+    - `divided`: the number of parts into which steps were divided.
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
-        `cures`; `None` if the initial state is differentiated, or if there are many
-        parameters.
+        the backward pass cures that; `None` if the initial state is differentiated, or if
+        there are many parameters.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -78,14 +114,18 @@ class Growth(eqx.Module):
     factors: PyTree[BFloat16[Array, "..."]]
     largest: PyTree[Float[Array, ""]]
     integrals: PyTree[Float[Array, "2"]]
-    cures: BoolScalarLike
-    compares: BoolScalarLike
+    plan: Plan
     restarts: IntScalarLike
+    rates: Float[Array, " stretches"]
+    divided: IntScalarLike
     spread: Spread | None
 
     @staticmethod
     def start(
-        y_bar: Y, cures: BoolScalarLike, compares: BoolScalarLike, spread: Spread | None
+        y_bar: Y,
+        plan: "Plan",
+        rates: Float[Array, " stretches"] | None,
+        spread: Spread | None,
     ) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
@@ -94,7 +134,9 @@ class Growth(eqx.Module):
         dtype = lambda m: m.dtype if m.dtype.itemsize >= 4 else jnp.float32
         none = jtu.tree_map(lambda m: jnp.zeros(2, dtype(m)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
-        return Growth(sizes, ones, most, none, cures, compares, jnp.array(0), spread)
+        no = jnp.array(0)
+        rates = jnp.zeros(_stretches, jnp.float32) if rates is None else rates
+        return Growth(sizes, ones, most, none, plan, no, rates, no, spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -105,12 +147,15 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def update(self, probe: Probe, departure: Departure) -> "Growth":
-        """The growth after the pull-back of a step."""
+    def update(self, probe: Probe, departure: Departure, when: RealScalarLike) -> "Growth":
+        """The growth after the pull-back of a step, or of its first part.
+
+        - `when`: the fraction of the steps of the solve that precede it.
+        """
         # `first` is the better estimate, and the other one detects more.
-        choose = lambda first, y: jnp.where(self.cures, first, y)
+        choose = lambda first, y: jnp.where(self.plan.cures, first, y)
         y_bar = jtu.tree_map(choose, probe.first, probe.y_bar)
-        stable = jnp.where(self.cures, departure.stable, 0)
+        stable = jnp.where(self.plan.cures, departure.stable, 0)
         factors = jtu.tree_map(
             ft.partial(grow, jnp.asarray(probe.control), stable),
             *(self.sizes, self.factors),
@@ -135,9 +180,49 @@ class Growth(eqx.Module):
             return so_far + control.astype(sums.dtype) * sums
 
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
+
+        def with_rate(rates):
+            of_array = ft.partial(_rate, jnp.sign(jnp.asarray(probe.control)))
+            of_arrays = jtu.tree_map(of_array, probe.vf_bar, probe.pulled, factors)
+            rate = jnp.stack([jnp.zeros((), jnp.float32), *jtu.tree_leaves(of_arrays)])
+            return rates.at[_stretch(when)].max(jnp.max(rate))
+
+        more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
+        some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
+        rates = lax.cond(eqxi.unvmap_any(some), with_rate, lambda rates: rates, self.rates)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(self, **new, rates=rates)
+
+    def parts(
+        self,
+        control: RealScalarLike,
+        departure: Departure,
+        when: RealScalarLike,
+        steps: IntScalarLike,
+    ) -> IntScalarLike:
+        """The number of parts into which the backward pass divides a step.
+
+        A mode that has died out grows in steps beyond its limit of stability. In the solve
+        it has nothing to grow from, and steps average out to the limit: so the number of
+        parts is bounded, by the number of `steps` of the solve.
+        """
+
+        def parts():
+            near = lax.dynamic_slice_in_dim(jnp.pad(self.rates, 1), _stretch(when), 3)
+            size = jnp.abs(jnp.asarray(control)).astype(near.dtype) * jnp.max(near)
+            most = jnp.maximum(_parts_per_step * steps, _least_parts)
+            most = self.plan.divides * most - self.divided
+            parts = jnp.ceil(jnp.minimum(size / (_divided * departure.stable), 1e6))
+            parts = jnp.where(parts > 1, self.plan.divides * parts, 1)
+            return jnp.clip(parts.astype(most.dtype), 1, jnp.maximum(most, 1))
+
+        some = eqxi.unvmap_any(self.plan.divides > 0)
+        return lax.cond(some, parts, lambda: jnp.ones_like(self.divided))
+
+    def count_parts(self, parts: IntScalarLike) -> "Growth":
+        more = jnp.where(parts > 1, parts, 0)
+        return dataclasses.replace(self, divided=self.divided + more)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""
@@ -146,11 +231,11 @@ class Growth(eqx.Module):
 
         def after(spread):
             grown = [jnp.any(f > _least) for f in jtu.tree_leaves(self.factors)]
-            grown = self.cures & jnp.stack([jnp.array(False), *grown]).any()
+            grown = self.plan.cures & jnp.stack([jnp.array(False), *grown]).any()
             return spread.after_step(params_bar, grown)
 
         # Only where the first walk has found that something grew.
-        some = eqxi.unvmap_any(self.cures)
+        some = eqxi.unvmap_any(self.plan.cures)
         spread = lax.cond(some, after, lambda s: s, spread)
         return dataclasses.replace(self, spread=spread)
 
@@ -158,7 +243,7 @@ class Growth(eqx.Module):
         """The growth at a known state, if this element is `here`."""
         if (spread := self.spread) is None:
             return self
-        some = eqxi.unvmap_any(here & self.cures)
+        some = eqxi.unvmap_any(here & self.plan.cures)
         spread = lax.cond(some, lambda s: s.at_known(params_bar, here), lambda s: s, spread)
         return dataclasses.replace(self, spread=spread)
 
@@ -182,13 +267,13 @@ class Growth(eqx.Module):
 
         leaves = probe.vf_bar, probe.pulled, probe.second
         spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
-        return self.cures & jnp.stack([jnp.array(False), *spoilt]).any()
+        return self.plan.cures & jnp.stack([jnp.array(False), *spoilt]).any()
 
     def matters(self, gradient: Params) -> BoolScalarLike:
         """Whether what has grown may have spoilt the gradient of the parameters."""
         if self.spread is None:
             return True
-        return jnp.logical_not(self.cures) | self.spread.matters(gradient)
+        return jnp.logical_not(self.plan.cures) | self.spread.matters(gradient)
 
     def shares(self, y_bar: Y, beside_all: bool) -> Shares:
         """The largest grown entry of every array, as a fraction of its largest entry, or
@@ -222,6 +307,24 @@ def any_grown(shares: Shares, drift_tol: float) -> Bool[Array, ""]:
     """Whether one of the `Growth.shares` is not accepted."""
     grown = [share > max(_least_share, drift_tol) for share in shares]
     return jnp.stack([jnp.array(False), *grown]).any()
+
+
+def _stretch(when: RealScalarLike) -> IntScalarLike:
+    """The stretch of the solve at a fraction of its steps."""
+    return jnp.clip(jnp.asarray(when * _stretches, jnp.int32), 0, _stretches - 1)
+
+
+def _rate(sign: Array, vf_bar: Array, pulled: Array, factor: Array) -> Float[Array, ""]:
+    """The rate at which the entries of an array that have grown should decay: their
+    Rayleigh quotient, which as they grow tends to that of the fastest mode."""
+    grown = factor > _least
+    vf_bar, pulled = (jnp.where(grown, x, 0) for x in (vf_bar, pulled))
+    scale = largest(vf_bar)
+    vf_bar, pulled = (x / jnp.where(scale == 0, 1, scale) for x in (vf_bar, pulled))
+    product = jnp.sum(jnp.real(pulled * jnp.conj(vf_bar)))
+    square = jnp.sum(jnp.real(vf_bar * jnp.conj(vf_bar)))
+    rate = -sign.astype(product.dtype) * product / jnp.where(square == 0, 1, square)
+    return jnp.where(jnp.isfinite(rate), rate, 0).astype(jnp.float32)
 
 
 def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:

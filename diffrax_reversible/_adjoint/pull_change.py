@@ -20,8 +20,20 @@ def pull_change(
     ct: Cotangent,
     pred: BoolScalarLike = True,
 ) -> Cotangent:
-    """The cotangent before a `change` of the solver state, if this element of a batch has
-    it.
+    """See `change_and_pull`."""
+    return change_and_pull(walk, change, y, solver_state, ct, pred)[1]
+
+
+def change_and_pull(
+    walk: Walk,
+    change: Callable[[Context, Y, SolverState], SolverState],
+    y: Y,
+    solver_state: SolverState,
+    ct: Cotangent,
+    pred: BoolScalarLike = True,
+) -> tuple[SolverState, Cotangent]:
+    """The floating-point arrays of the solver state after a `change` of it, and the
+    cotangent before that, if this element of a batch has it.
 
     - `change`: the next solver state, as a function of the context, `y` and `solver_state`.
     - `ct`: the cotangent after the change.
@@ -33,6 +45,8 @@ def pull_change(
         return eqx.filter(change(walk.context(params), y, state), eqx.is_inexact_array)
 
     inputs, bar = (y, diff_state, walk.params), ct.where(pred).solver_state
-    _, (y_bar, state_bar, params_bar) = value_and_pullback(changed, inputs, bar)
+    state, pulled = value_and_pullback(changed, inputs, bar)
+    y_bar, state_bar, params_bar = pulled
     state_bar = tree_select(pred, state_bar, ct.solver_state)
-    return Cotangent(tree_add(ct.y, y_bar), state_bar, tree_add(ct.params, params_bar))
+    params_bar = tree_add(ct.params, params_bar)
+    return state, Cotangent(tree_add(ct.y, y_bar), state_bar, params_bar)

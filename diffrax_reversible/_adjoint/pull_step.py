@@ -1,5 +1,6 @@
 """Undoing a step and pulling a cotangent back through it."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,9 +11,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._custom_types import BoolScalarLike, DenseInfo, SolverState, Y
+from .._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, SolverState, Y
 from .._solver.cotangent import Cotangent, Probe
 from .._solver.interrupted_solver import advance_densely, interrupt
+from .._solver.ode_term import as_ode_term
 from .._solver.probe import HasProbe
 from .._solver.pullback import (
     backward_step_and_pullback,
@@ -25,6 +27,7 @@ from .kept import Kept
 from .outputs import Cursor
 from .position import Position
 from .pull_interpolated import any_in_step, is_linear, pull_dense
+from .pull_parts import pull_parts, Pulled
 from .walk import Walk
 
 
@@ -32,6 +35,7 @@ class PulledStep(NamedTuple):
     """The results at the start of a step that was undone.
 
     - `probe`: the probe of the step, if the walk detects growth.
+    - `parts`: the number of parts that it was pulled back through.
     - `hidden`: the errors at the end of the step of entries that it set off; `None` if
         entries at rest do not matter.
     """
@@ -41,6 +45,7 @@ class PulledStep(NamedTuple):
     cotangent: Cotangent
     cursors: list[Cursor]
     probe: Probe | None
+    parts: IntScalarLike
     hidden: PyTree | None
 
 
@@ -67,9 +72,14 @@ def pull_step(
         reconstructed = start()
         start = lambda: reconstructed
     dense_bar, ct, cursors = None, position.cotangent, position.cursors
+    parts, interpolation = _parts(walk, position), None
     if len(interpolated) > 0 or walk.with_dense:
         dense_info = _dense_info(walk, position, interpolated, start)
-        dense_bar, ct, cursors = pull_dense(walk, position, interpolated, dense_info)
+        interpolation = interpolated, dense_info
+        whole = position if not walk.divides else _if_moves(position, parts == 1)
+        dense_bar, ct, cursors = pull_dense(walk, whole, *interpolation)
+    if walk.divides:
+        ct = ct.where(parts == 1)
     if not walk.makes_steps:
         needs = _needs_start(walk, position)
         # Without entries at rest, only elements whose start is known need it.
@@ -88,8 +98,31 @@ def pull_step(
         off = errors_at_end(end, made)
     y0, state0 = walk.settle(2 * index, tuple(begin))
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
+    if walk.divides:
+        pulled, begin = Pulled(ct, cursors), (y0, state0)
+        ct, cursors = pull_parts(
+            walk, solver, position, begin, parts, pulled, interpolation
+        )
     hidden = None if rest is None else rest.moving(2 * index, off)
-    return PulledStep(y0, state0, ct, cursors, probe, hidden)
+    return PulledStep(y0, state0, ct, cursors, probe, parts, hidden)
+
+
+def _if_moves(position: Position, also: BoolScalarLike) -> Position:
+    """The position, which moves only if this is `also` true."""
+    moves = also if position.moves is None else position.moves & also
+    return dataclasses.replace(position, moves=moves)
+
+
+def _parts(walk: Walk, position: Position) -> IntScalarLike:
+    """The number of parts through which a step is pulled back, see `Growth.parts`."""
+    growth, departure = position.growth, walk.departure
+    if growth is None or departure is None or not walk.divides:
+        return jnp.array(1)
+    terms, _ = walk.combine(walk.params)
+    ends = position.clock.start, position.clock.end
+    control = as_ode_term(walk.problem.solver, terms).contr(*ends)
+    before, steps = walk.before(position), walk.residuals.count
+    return growth.parts(control, departure, before, steps)
 
 
 def _needs_start(walk: Walk, position: Position) -> BoolScalarLike | None:

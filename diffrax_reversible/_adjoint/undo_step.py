@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._custom_types import BoolScalarLike, RealScalarLike, SolverState, Y
 from .._solver.capabilities import cross_jump, recall
-from .._solver.cotangent import Cotangent, Probe
+from .._solver.cotangent import Cotangent
 from .._solver.interrupted_solver import before_jump
 from .._tree import tree_add, tree_select
 from .growth import Growth
@@ -16,7 +16,7 @@ from .kept import Kept
 from .position import Position
 from .pull_change import pull_change
 from .pull_outputs import pull_step_outputs
-from .pull_step import pull_step
+from .pull_step import pull_step, PulledStep
 from .steps import Record
 from .walk import Walk
 
@@ -37,7 +37,7 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
     y0, state0 = pulled.y, pulled.solver_state
     # At the start of the solve, to restart would change nothing.
     begins = (step == 0) | restarted | crossed
-    growth, pending = _grow(walk, position.growth, pulled.probe, begins)
+    growth, pending = _grow(walk, position, pulled, begins)
     if walk.problem.with_jumps:
         state0, ct = lax.cond(
             eqxi.unvmap_any(crossed),
@@ -69,16 +69,17 @@ def undo_step(walk: Walk, position: Position, kept: Kept) -> Position:
 
 
 def _grow(
-    walk: Walk, growth: Growth | None, probe: Probe | None, begins: BoolScalarLike
+    walk: Walk, position: Position, pulled: PulledStep, begins: BoolScalarLike
 ) -> tuple[Growth | None, BoolScalarLike]:
     """The growth after a step was pulled back, and whether the backward pass restarts
     before it, unless the solve `begins` anew there."""
+    growth, probe, parts = position.growth, pulled.probe, pulled.parts
     if growth is None:
         return None, jnp.array(False)
     departure = walk.departure
     assert probe is not None and departure is not None
-    growth = growth.update(probe, departure)
-    pending = growth.spoils(probe, departure) & jnp.logical_not(begins)
+    growth = growth.update(probe, departure, walk.before(position)).count_parts(parts)
+    pending = (growth.spoils(probe, departure) | (parts > 1)) & jnp.logical_not(begins)
     return growth.count(pending), pending
 
 

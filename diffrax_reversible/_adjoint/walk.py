@@ -10,6 +10,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Float
 
 from .._custom_types import (
     Args,
@@ -30,7 +31,7 @@ from .._solver.pullback import HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals
-from .growth import Growth, Shares
+from .growth import Growth, Plan, Shares
 from .outputs import Output
 from .position import longest_reach, params_of, Position
 from .problem import Context, Problem
@@ -150,11 +151,14 @@ class Walk(eqx.Module):
         return self.replays or self.residuals.kept.holds
 
     def start(
-        self, position: Position, cures: BoolScalarLike, compares: BoolScalarLike
+        self,
+        position: Position,
+        plan: Plan,
+        rates: Float[Array, " stretches"] | None = None,
     ) -> Position:
         """The position at the start of the walk, with all fields.
 
-        - `cures`, `compares`: see `Growth`.
+        - `plan`, `rates`: see `Growth`. The rates are those of the walk before, if any.
         """
         if self.repeats:
             # What outputs have added so far is no part of the first segment, which may be
@@ -168,7 +172,7 @@ class Walk(eqx.Module):
             spread = None
             if not self.differentiates_start:
                 spread = Spread.start(*params_of(position))
-            growth = Growth.start(position.cotangent.y, cures, compares, spread)
+            growth = Growth.start(position.cotangent.y, plan, rates, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -240,13 +244,25 @@ class Walk(eqx.Module):
             return False
         return solver.with_other_derivatives(False) is not None
 
+    @property
+    def divides(self) -> bool:
+        """Whether the backward pass may divide steps, see `Growth.parts`."""
+        if self.departure is None or self.makes_steps or self.with_dense:
+            return False
+        interpolated = [output for output in self.outputs if output.sub.ts is not None]
+        return all(output.saves_state for output in interpolated)
+
+    def before(self, position: Position) -> RealScalarLike:
+        """The fraction of the steps of the solve that precede the next step to undo."""
+        return (position.step - 1) / jnp.maximum(self.residuals.count, 1)
+
     def solver_at(self, position: Position) -> AbstractReversibleSolver:
         """The solver, to pull back with."""
         solver, growth = self.problem.solver, position.growth
         if growth is None or not self.compares:
             return solver
         assert isinstance(solver, HasProbe)
-        return cast(HasProbe, solver.with_other_derivatives(growth.compares))
+        return cast(HasProbe, solver.with_other_derivatives(growth.plan.compares))
 
     def shares(self, position: Position) -> Shares:
         """See `Growth.shares`, at the start of the solve."""

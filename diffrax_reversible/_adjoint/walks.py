@@ -13,7 +13,7 @@ from .._custom_types import BoolScalarLike, IntScalarLike
 from .._precision import eps
 from .._tree import tree_add, tree_select, tree_zeros_of
 from .between_steps import go_on
-from .growth import any_grown, Growth
+from .growth import any_grown, Growth, Plan
 from .kept import Kept
 from .position import params_of, Position, with_params, without_params
 from .pull_change import pull_change
@@ -47,7 +47,7 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     different steps. If a solver has steps with other derivatives, there is a walk with
     those in between, with which the last one is compared.
     """
-    position = walk.start(end, jnp.array(False), jnp.array(False))
+    position = walk.start(end, Plan.nothing())
     meter = walk.problem.progress_meter.init()
     position = dataclasses.replace(position, meter=meter)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
@@ -115,7 +115,7 @@ def _agree(
 ) -> BoolScalarLike:
     """Whether this walk has come to the same gradient as the last one.
 
-    - `grown`: whether the gradient of this element of a batch has grown.
+    - `grown`: whether the gradient of this element of a batch has grown, or would have.
 
     Where the flow has contracted a lot, the cotangent of the state has vanished, and the
     rest of it is a matter of rounding. So an array of it may also differ by a tiny fraction
@@ -177,7 +177,7 @@ class _Walks(NamedTuple):
 
 def _most(walk: Walk) -> int:
     """The number of walks, if the gradient grows."""
-    return 3 if walk.compares else 2
+    return 2 + int(walk.compares) + 2 * int(walk.divides)
 
 
 def _again(
@@ -194,7 +194,9 @@ def _again(
         return position, walks._replace(left=jnp.array(0))
     growth, record = position.growth, kept.record
     assert growth is not None
-    first, last = walks.left == _most(walk), walks.left == 1
+    # Steps are divided in the last two walks, if at all.
+    left, to_divide = walks.left, 2 * int(walk.divides)
+    first, cured = left == _most(walk), left == 1 + to_divide
     proves = jnp.logical_not(first)
     if not walk.compares:
         # The second walk restarts where the two approximations depart, as they do in every
@@ -205,13 +207,18 @@ def _again(
     # Depends on the sketch, so that XLA need not copy what is sketched.
     grown = any_grown(walk.shares(position), walk.drift_tol)
     grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
-    agree = proves & _agree(walk, growth, walks, here, grown)
-    grown = jnp.where(first, grown, growth.cures)
-    again = jnp.logical_not(last) & eqxi.unvmap_any(grown)
+    divides = growth.plan.divides > 0
+    agree = proves & _agree(walk, growth, walks, here, grown | divides)
+    agree = jnp.where(cured | (divides & (left == 1)), agree, walks.agree)
+    cures = jnp.where(first, grown, growth.plan.cures)
+    doubtful = cures & grown & jnp.logical_not(agree) & _matters(growth, position)
+    divides |= cured & doubtful
+    again = eqxi.unvmap_any(jnp.where(left > 1 + to_divide, cures, divides) & (left > 1))
+    plan = Plan(cures, cures & first, jnp.where(divides, jnp.where(cured, 1, 2), 0))
     # Some of what was held and recorded is lost.
     there = record.reaches(end.step, walk.residuals.count - 1)
     begin = lambda: dataclasses.replace(
-        walk.start(end, grown, grown & first),
+        walk.start(end, plan, growth.rates),
         stop=jnp.where(there, end.stop, end.step),
         undone=position.undone,
         replayed=position.replayed,
@@ -223,5 +230,12 @@ def _again(
         again, lambda: without_params(begin()), lambda: without_params(position)
     )
     left = jnp.where(again, walks.left - 1, 0)
-    walks = _Walks(left, here, jnp.logical_not(again) & agree)
-    return with_params(position, params), walks
+    return with_params(position, params), _Walks(left, here, agree)
+
+
+def _matters(growth: Growth, position: Position) -> BoolScalarLike:
+    """See `Growth.matters`, at the start of the solve."""
+    if growth.spread is None:
+        return True
+    params_bar, earlier = params_of(position)
+    return growth.matters(params_bar if earlier is None else tree_add(params_bar, earlier))

@@ -104,7 +104,8 @@ def _of_dead_modes(explanation: Explanation) -> str | None:
     return (
         "The backward pass is done twice, with `McCallumFoster` three times, and restarts "
         "after the first: a fast mode that has died out in the solution would have spoilt "
-        "the gradient. This takes time, but there is nothing to correct."
+        "the gradient. If steps exceed the stability limit of that mode, two more passes "
+        "divide them. This takes time, but there is nothing to correct."
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from diffrax import AbstractTerm
 from jaxtyping import Array
 
-from .._custom_types import Combine, DenseInfo, Params, RealScalarLike, VF, Y
+from .._custom_types import Args, Combine, DenseInfo, Params, RealScalarLike, VF, Y
 from .._tree import read_row, sum_of_magnitudes, tree_add, tree_axpy, tree_scale
 from .alf_chain import SubStep
 from .alf_dense_pullback import AbstractALFDensePullback
@@ -112,6 +113,17 @@ class AbstractALFPullback(
             return None
         amplify = lambda z: np.abs(self.tableau.linear_response(z).solution)
         return Departure.of(self.tableau.departure, self.tableau.order + 1, amplify)
+
+    def slope(
+        self,
+        terms: AbstractTerm,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: ALFState,
+    ) -> VF:
+        del terms, t, y, args
+        return solver_state.v
 
     def probe(
         self,

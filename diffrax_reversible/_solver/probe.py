@@ -6,9 +6,20 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from .._custom_types import BoolScalarLike, Combine, DenseInfo, Params, RealScalarLike, Y
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    Combine,
+    DenseInfo,
+    Params,
+    RealScalarLike,
+    Terms,
+    VF,
+    Y,
+)
 from .base import AbstractReversibleSolver
 from .cotangent import Cotangent, Probe
+from .ode_term import as_ode_term
 
 
 _SolverState = TypeVar("_SolverState")
@@ -53,6 +64,18 @@ class HasProbe(AbstractReversibleSolver[_SolverState], Generic[_SolverState]):
         there is no such method."""
         del where
         return None
+
+    def slope(
+        self,
+        terms: Terms,
+        t: RealScalarLike,
+        y: Y,
+        args: Args,
+        solver_state: _SolverState,
+    ) -> VF:
+        """The vector field at the end of a step, up to the error of the step."""
+        del solver_state
+        return as_ode_term(self, terms).vf(t, y, args)
 
     @abc.abstractmethod
     def probe(

@@ -1,0 +1,145 @@
+"""Pulling a cotangent back through a step that is too large for a mode, in parts."""
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._custom_types import (
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    SolverState,
+    Y,
+)
+from .._solver.base import AbstractReversibleSolver
+from .._solver.cotangent import Cotangent
+from .._solver.interrupted_solver import CanRestart
+from .._solver.ode_term import as_ode_term
+from .._solver.probe import HasProbe
+from .._solver.pullback import backward_step_and_pullback
+from .._tree import tree_axpy, tree_select
+from .outputs import Cursor
+from .position import Position
+from .pull_change import change_and_pull
+from .pull_interpolated import pull_dense
+from .walk import Walk
+
+
+class Pulled(NamedTuple):
+    """The cotangent at some time in the solve, and the cursors."""
+
+    ct: Cotangent
+    cursors: list[Cursor]
+
+
+def pull_parts(
+    walk: Walk,
+    solver: AbstractReversibleSolver,
+    position: Position,
+    begin: tuple[Y, SolverState],
+    parts: IntScalarLike,
+    pulled: Pulled,
+    interpolation: tuple[list[int], DenseInfo] | None,
+) -> Pulled:
+    """Pull a cotangent back through the step that ends at a `position`, as through several
+    `parts` of equal length, each of which begins with a restart.
+
+    The states between the parts are those of the cubic polynomial through both ends of the
+    step. A step that is too large for a mode that has died out is a small one for the rest
+    of the solution, so that the polynomial is as accurate as the step.
+
+    - `begin`: the state and the solver state at the start of the step.
+    - `parts`: for a single part, `pulled` is returned as it is.
+    - `pulled`: for a single part, the cotangent and the cursors at the start of the step.
+        Otherwise, the sum of `params` so far, and the cursors at the end of the step.
+    - `interpolation`: the outputs that are interpolated, and the shapes of what they are
+        interpolated from; `None` if there are none.
+
+    Returns the cotangent and the cursors at the start of the step.
+    """
+    assert isinstance(solver, CanRestart)
+    t0, t1 = position.clock.start, position.clock.end
+    end, at_end = position.solver_state, position.cotangent
+    nondiff_state = eqx.filter(end, eqx.is_inexact_array, inverse=True)
+
+    def restart_at(t):
+        def restart(context, y, state):
+            return solver.restart(context.terms, t, y, context.args, state)
+
+        return restart
+
+    def pull(carry):
+        left, (ct, cursors) = carry
+        here = left > 0
+        # The others stay at the end of their step.
+        i = jnp.where(here, left, parts)
+        fraction = lambda i: (i / parts).astype(jnp.result_type(t0))
+        starts = jnp.where(here, t0 + (t1 - t0) * fraction(i - 1), t1)
+        ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
+        y = _between(walk, solver, position, begin, fraction(i))
+        bar, dense_bar = ct.where(here), None
+        if interpolation is not None:
+            part = _part(position, cursors, starts, ends, here, i == 1)
+            dense_bar, _, cursors = pull_dense(walk, part, *interpolation)
+        diff_state, bar = change_and_pull(walk, restart_at(ends), y, end, bar)
+        step = walk.combine, walk.params, starts, ends
+        state = eqx.combine(diff_state, nondiff_state)
+        made = backward_step_and_pullback(solver, *step, y, state, bar, dense_bar)[2]
+        bars = (made.y, made.solver_state), (ct.y, ct.solver_state)
+        bars = tree_select(here, *bars)
+        return left - 1, Pulled(Cotangent(*bars, made.params), cursors)
+
+    divides, ct = parts > 1, pulled.ct
+    bars = (at_end.y, at_end.solver_state), (ct.y, ct.solver_state)
+    pulled = pulled._replace(ct=Cotangent(*tree_select(divides, *bars), ct.params))
+    some = lambda carry: eqxi.unvmap_any(carry[0] > 0)
+    left = jnp.where(divides, parts, 0)
+    return lax.while_loop(some, pull, (left, pulled))[1]
+
+
+def _part(
+    position: Position,
+    cursors: list[Cursor],
+    start: RealScalarLike,
+    end: RealScalarLike,
+    here: BoolScalarLike,
+    first: BoolScalarLike,
+) -> Position:
+    """The position at the end of a part, of which only the outputs in it are asked."""
+    previous = jnp.where(first, position.clock.previous_end, start)
+    times = dict(start=start, end=end, previous_end=previous)
+    return dataclasses.replace(
+        position,
+        # The first step also has the outputs at its start.
+        step=jnp.where(first, position.step, position.step + 1),
+        clock=dataclasses.replace(position.clock, **times),
+        cursors=cursors,
+        moves=here if position.moves is None else here & position.moves,
+    )
+
+
+def _between(
+    walk: Walk,
+    solver: AbstractReversibleSolver,
+    position: Position,
+    begin: tuple[Y, SolverState],
+    s: RealScalarLike,
+) -> Y:
+    """The state at a fraction of the step that ends at a `position`."""
+    assert isinstance(solver, HasProbe)
+    terms, args = walk.combine(walk.params)
+    t0, t1 = position.clock.start, position.clock.end
+    (y0, state0), y1 = begin, position.y
+    slope0 = solver.slope(terms, t0, y0, args, state0)
+    slope1 = solver.slope(terms, t1, y1, args, position.solver_state)
+    control = as_ode_term(solver, terms).contr(t0, t1)
+    change = jtu.tree_map(jnp.subtract, y1, y0)
+    y = tree_axpy(s**2 * (3 - 2 * s), change, y0)
+    y = tree_axpy(control * (s * (1 - s) ** 2), slope0, y)
+    return tree_axpy(control * (-(s**2) * (1 - s)), slope1, y)
