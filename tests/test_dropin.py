@@ -269,8 +269,40 @@ def steady_state(solver):
 TRAININGS = cases(
     (neural_cde,),
     more=(kalman_filter,),
-    slow=(normalising_flow, neural_sde, neural_ode, latent_ode, forcing, steady_state),
+    slow=(normalising_flow, neural_sde, neural_ode, latent_ode, forcing),
 )
+
+
+@pytest.mark.slow
+def test_steady_state():
+    """Gradients are those of the default adjoint or, where the backward pass has restarted,
+    closer to that of the fixed point."""
+    reports = []
+    loss, params = steady_state(dr.ALF4())
+    adjoints = dr.ReversibleAdjoint(report=reports.append), STORE
+    ours, theirs = (
+        jax.jit(jax.grad(lambda p, adjoint=adjoint: loss(p, adjoint)))
+        for adjoint in adjoints
+    )
+
+    def at_rest(params):
+        weight, bias = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+        y = jnp.zeros(2)
+        for _ in range(200):
+            y = jnp.tanh(weight @ y + bias)
+        return jnp.sum((y - jnp.array([0.7, 0.2])) ** 2)
+
+    for _ in range(5):
+        grad = theirs(params)
+        exact, got, want = map(as_vector, (jax.grad(at_rest)(params), ours(params), grad))
+        jax.effects_barrier()
+        size = np.max(np.abs(want))
+        if reports[-1]["restarted_steps"] > 0:
+            assert np.max(np.abs(got - exact)) < np.max(np.abs(want - exact))
+        else:
+            assert np.max(np.abs(got - want)) < 1e-4 * size
+        params = jax.tree.map(lambda p, g, r=0.5 / size: p - single(r) * g, params, grad)
+    assert any(report["restarted_steps"] > 0 for report in reports)
 
 
 @pytest.mark.long
