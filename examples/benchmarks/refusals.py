@@ -19,8 +19,9 @@ Errors are Euclidean, and the larger one of those with respect to the initial st
 the parameters. Those of Kuramoto's oscillators are with respect to the parameters, which
 alone are differentiated.
 
-    python refusals.py          # 6 minutes on two cores
-    python refusals.py --quick  # one problem and solver
+    python refusals.py              # 6 minutes on two cores
+    python refusals.py --quick      # one problem and solver
+    python refusals.py --outputs 6  # a loss of so many outputs, most of them between steps
 """
 
 import argparse
@@ -138,21 +139,27 @@ SOLVERS = {
 }
 
 
-def gradients(problem: Problem, solver, adjoint, dtype, tol: float) -> np.ndarray:
-    """The gradients with respect to `y0` and `p`, one row per instance; zeros for an `y0`
-    that is not differentiated."""
+def gradients(
+    problem: Problem, solver, adjoint, dtype, tol: float, outputs: int
+) -> np.ndarray:
+    """The gradients of a mean over `outputs`, evenly spaced, with respect to `y0` and `p`,
+    one row per instance; zeros for an `y0` that is not differentiated."""
     # The same problems in both precisions.
     arrays = problem.p, problem.y0, problem.t1, problem.weights
     rows = [jnp.asarray(x.astype(np.float32), dtype) for x in arrays]
+    fractions = jnp.arange(1, outputs + 1, dtype=dtype) / outputs
 
     def of_instance(row):
         p, y0, t1, weights = row
 
         def loss(y0, p):
+            ts = None if outputs == 1 else t1 * fractions
+            saveat = dfx.SaveAt(t1=True) if ts is None else dfx.SaveAt(ts=ts)
             sol = dfx.diffeqsolve(
                 dfx.ODETerm(problem.field),
                 solver,
                 *(jnp.zeros((), dtype), t1, None, y0, p),
+                saveat=saveat,
                 adjoint=adjoint,
                 stepsize_controller=dfx.PIDController(rtol=tol, atol=1e-2 * tol),
                 max_steps=MAX_STEPS,
@@ -160,7 +167,8 @@ def gradients(problem: Problem, solver, adjoint, dtype, tol: float) -> np.ndarra
                 throw=False,
             )
             assert sol.ys is not None
-            return jnp.vdot(weights, problem.of_end(sol.ys[0]))
+            of_output = lambda y: jnp.vdot(weights, problem.of_end(y))
+            return jnp.mean(jax.vmap(of_output)(sol.ys))
 
         if problem.differentiates_y0:
             of_y0, of_p = jax.grad(loss, argnums=(0, 1))(y0, p)
@@ -186,7 +194,9 @@ def errors(problem: Problem, gradient: np.ndarray, exact: np.ndarray) -> np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--outputs", type=int, default=1)
+    args = parser.parse_args()
+    quick, outputs = args.quick, args.outputs
     count = 50 if quick else 1000
     cells = [(p, s) for p in PROBLEMS for s in SOLVERS][: 1 if quick else None]
     print("| problem | solver | useful | refused | off | wrong | stored |")
@@ -196,9 +206,13 @@ def main() -> None:
             PROBLEMS[name](np.random.default_rng(0), count),
             SOLVERS[solver_name],
         )
-        exact = gradients(problem, dfx.Dopri8(), STORE, jnp.float64, 1e-8)
+        exact = gradients(problem, dfx.Dopri8(), STORE, jnp.float64, 1e-8, outputs)
         ours, stored = (
-            errors(problem, gradients(problem, solver, adjoint, jnp.float32, 1e-3), exact)
+            errors(
+                problem,
+                gradients(problem, solver, adjoint, jnp.float32, 1e-3, outputs),
+                exact,
+            )
             for adjoint in (dr.ReversibleAdjoint(), STORE)
         )
         useful = stored < USEFUL
@@ -209,7 +223,8 @@ def main() -> None:
         tqdm.tqdm.write(f"| {' | '.join(row)} |")
         if solver_name != "ALF8":
             assert refused <= 0.01 * count, (refused, count)
-        assert off <= 0.01 * count, (off, count)
+        # The gradients of Kuramoto's oscillators are sensitive to where a step restarts.
+        assert off <= (0.01 if outputs == 1 else 0.03) * count, (off, count)
     print("OK")
 
 
