@@ -101,6 +101,20 @@ def test_dead_modes(solver, saveat):
     assert relative_error(got, want) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, reason="off by 21 %, as it grows too slowly in the second backward pass"
+)
+def test_slow_growth():
+    """Few steps between three outputs are unstable."""
+    reference = dfx.RecursiveCheckpointAdjoint()
+    settings = dict(saveat=dfx.SaveAt(ts=jnp.linspace(0, 0.5, 3)), sums=True)
+    start = 0.5 * GRID**2
+    want = gradient(heat, start, 0.5, dfx.Kvaerno5(), 1e-8, reference, **settings)
+    got = gradient(heat, start, 0.5, dr.ALF4(), **settings)
+    assert is_refused(got) or relative_error(got, want) < 1e-2
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("start", cases((0.0,), slow=(1e-5,)))
 def test_growth_in_a_step_with_outputs(start):

@@ -148,7 +148,8 @@ class Growth(eqx.Module):
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
     def update(self, probe: Probe, departure: Departure, when: RealScalarLike) -> "Growth":
-        """The growth after the pull-back of a step, or of its first part.
+        """The growth after the pull-back of a step. The probe of one that is divided is
+        zero.
 
         - `when`: the fraction of the steps of the solve that precede it.
         """

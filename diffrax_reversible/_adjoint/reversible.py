@@ -159,9 +159,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     a batch whose members share parameters, only the sum of theirs counts: members that
     differ may contribute 3 % to it. (If the number of devices divides that of the members,
     to the sum on each device. Of more than 1,024 parameters, the two sums have to agree to
-    a tenth.) `McCallumFoster` restarts in most steps where the flow
-    contracts, so that both passes may be the same. With it, there is a pass in between, by
-    derivatives of the embedded method, and the last two passes are compared.
+    a tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that both
+    passes may be the same. With it, there is a pass in between, by derivatives of the
+    embedded method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a
