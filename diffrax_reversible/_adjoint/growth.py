@@ -23,6 +23,7 @@ from .._solver.entry_scales import units
 from .._solver.probe import Departure
 from .._tree import largest, sum_of_magnitudes
 from .entry_growth import grow, remembered
+from .growth_rates import Rates
 from .spread import Spread
 
 
@@ -46,8 +47,6 @@ _stable = 4.0
 # The backward pass divides a step into parts of at most this fraction of the limit of
 # stability for the modes that have grown.
 _divided = 0.6
-# Their rates are remembered for so many stretches of the solve.
-_stretches = 16
 # The number of parts is limited to so many per step of the solve, and so many at least; to
 # twice as many where there are twice as many parts.
 _parts_per_step, _least_parts = 4, 256
@@ -100,8 +99,7 @@ class Growth(eqx.Module):
         have grown, and of those that have not. What parameters receive is an integral, too.
     - `plan`: what the backward pass does about it.
     - `restarts`: the number of these restarts.
-    - `rates`: the largest rate at which entries that have grown should decay, in stretches
-        of the solve.
+    - `rates`: the rates at which entries that have grown should decay.
     - `divided`: the number of parts into which steps were divided.
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
         the backward pass cures that; `None` if the initial state is differentiated, or if
@@ -116,17 +114,12 @@ class Growth(eqx.Module):
     integrals: PyTree[Float[Array, "2"]]
     plan: Plan
     restarts: IntScalarLike
-    rates: Float[Array, " stretches"]
+    rates: Rates
     divided: IntScalarLike
     spread: Spread | None
 
     @staticmethod
-    def start(
-        y_bar: Y,
-        plan: "Plan",
-        rates: Float[Array, " stretches"] | None,
-        spread: Spread | None,
-    ) -> "Growth":
+    def start(y_bar: Y, plan: Plan, rates: Rates, spread: Spread | None) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         most = largest(sizes)
@@ -135,7 +128,6 @@ class Growth(eqx.Module):
         none = jtu.tree_map(lambda m: jnp.zeros(2, dtype(m)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
         no = jnp.array(0)
-        rates = jnp.zeros(_stretches, jnp.float32) if rates is None else rates
         return Growth(sizes, ones, most, none, plan, no, rates, no, spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
@@ -182,15 +174,12 @@ class Growth(eqx.Module):
 
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
 
-        def with_rate(rates):
-            of_array = ft.partial(_rate, jnp.sign(jnp.asarray(probe.control)))
-            of_arrays = jtu.tree_map(of_array, probe.vf_bar, probe.pulled, factors)
-            rate = jnp.stack([jnp.zeros((), jnp.float32), *jtu.tree_leaves(of_arrays)])
-            return rates.at[_stretch(when)].max(jnp.max(rate))
+        def with_rates(rates):
+            return rates.update(probe, jtu.tree_map(lambda f: f > _least, factors), when)
 
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
         some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
-        rates = lax.cond(eqxi.unvmap_any(some), with_rate, lambda rates: rates, self.rates)
+        rates = lax.cond(eqxi.unvmap_any(some), with_rates, lambda rates: rates, self.rates)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
         return dataclasses.replace(self, **new, rates=rates)
@@ -210,8 +199,7 @@ class Growth(eqx.Module):
         """
 
         def parts():
-            near = lax.dynamic_slice_in_dim(jnp.pad(self.rates, 1), _stretch(when), 3)
-            size = jnp.abs(jnp.asarray(control)).astype(near.dtype) * jnp.max(near)
+            size = self.rates.size(control, when)
             most = jnp.maximum(_parts_per_step * steps, _least_parts)
             most = self.plan.divides * most - self.divided
             parts = jnp.ceil(jnp.minimum(size / (_divided * departure.stable), 1e6))
@@ -308,24 +296,6 @@ def any_grown(shares: Shares, drift_tol: float) -> Bool[Array, ""]:
     """Whether one of the `Growth.shares` is not accepted."""
     grown = [share > max(_least_share, drift_tol) for share in shares]
     return jnp.stack([jnp.array(False), *grown]).any()
-
-
-def _stretch(when: RealScalarLike) -> IntScalarLike:
-    """The stretch of the solve at a fraction of its steps."""
-    return jnp.clip(jnp.asarray(when * _stretches, jnp.int32), 0, _stretches - 1)
-
-
-def _rate(sign: Array, vf_bar: Array, pulled: Array, factor: Array) -> Float[Array, ""]:
-    """The rate at which the entries of an array that have grown should decay: their
-    Rayleigh quotient, which as they grow tends to that of the fastest mode."""
-    grown = factor > _least
-    vf_bar, pulled = (jnp.where(grown, x, 0) for x in (vf_bar, pulled))
-    scale = largest(vf_bar)
-    vf_bar, pulled = (x / jnp.where(scale == 0, 1, scale) for x in (vf_bar, pulled))
-    product = jnp.sum(jnp.real(pulled * jnp.conj(vf_bar)))
-    square = jnp.sum(jnp.real(vf_bar * jnp.conj(vf_bar)))
-    rate = -sign.astype(product.dtype) * product / jnp.where(square == 0, 1, square)
-    return jnp.where(jnp.isfinite(rate), rate, 0).astype(jnp.float32)
 
 
 def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:

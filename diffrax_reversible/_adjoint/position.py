@@ -106,6 +106,11 @@ class Position(eqx.Module):
         kept = here.step, here.y, diff_state
         return tree_replace(lambda p: (p.step, p.y, p.solver_state), nothing, kept)
 
+    def moves_if(self, pred: BoolScalarLike) -> "Position":
+        """This position, which also waits unless `pred`."""
+        moves = pred if self.moves is None else self.moves & pred
+        return dataclasses.replace(self, moves=moves)
+
     @property
     def least_reach(self) -> IntScalarLike:
         """The number of steps between known states, at least one."""

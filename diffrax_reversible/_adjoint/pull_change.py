@@ -19,18 +19,6 @@ def pull_change(
     solver_state: SolverState,
     ct: Cotangent,
     pred: BoolScalarLike = True,
-) -> Cotangent:
-    """See `change_and_pull`."""
-    return change_and_pull(walk, change, y, solver_state, ct, pred)[1]
-
-
-def change_and_pull(
-    walk: Walk,
-    change: Callable[[Context, Y, SolverState], SolverState],
-    y: Y,
-    solver_state: SolverState,
-    ct: Cotangent,
-    pred: BoolScalarLike = True,
 ) -> tuple[SolverState, Cotangent]:
     """The floating-point arrays of the solver state after a `change` of it, and the
     cotangent before that, if this element of a batch has it.

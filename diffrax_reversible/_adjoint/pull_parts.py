@@ -26,7 +26,7 @@ from .._solver.pullback import backward_step_and_pullback
 from .._tree import tree_axpy, tree_select
 from .outputs import Cursor
 from .position import Position
-from .pull_change import change_and_pull
+from .pull_change import pull_change
 from .pull_interpolated import pull_dense
 from .walk import Walk
 
@@ -63,16 +63,7 @@ def pull_parts(
 
     Returns the cotangent and the cursors at the start of the step.
     """
-    assert isinstance(solver, CanRestart)
     t0, t1 = position.clock.start, position.clock.end
-    end, at_end = position.solver_state, position.cotangent
-    nondiff_state = eqx.filter(end, eqx.is_inexact_array, inverse=True)
-
-    def restart_at(t):
-        def restart(context, y, state):
-            return solver.restart(context.terms, t, y, context.args, state)
-
-        return restart
 
     def pull(carry):
         left, (ct, cursors) = carry
@@ -82,25 +73,42 @@ def pull_parts(
         fraction = lambda i: (i / parts).astype(jnp.result_type(t0))
         starts = jnp.where(here, t0 + (t1 - t0) * fraction(i - 1), t1)
         ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
-        y = _between(walk, solver, position, begin, fraction(i))
         bar, dense_bar = ct.where(here), None
         if interpolation is not None:
             part = _part(position, cursors, starts, ends, here, i == 1)
             dense_bar, _, cursors = pull_dense(walk, part, *interpolation)
-        diff_state, bar = change_and_pull(walk, restart_at(ends), y, end, bar)
+        y = _between(walk, solver, position, begin, fraction(i))
+        state, bar = _restart(walk, solver, ends, y, position.solver_state, bar)
         step = walk.combine, walk.params, starts, ends
-        state = eqx.combine(diff_state, nondiff_state)
         made = backward_step_and_pullback(solver, *step, y, state, bar, dense_bar)[2]
         bars = (made.y, made.solver_state), (ct.y, ct.solver_state)
         bars = tree_select(here, *bars)
         return left - 1, Pulled(Cotangent(*bars, made.params), cursors)
 
-    divides, ct = parts > 1, pulled.ct
-    bars = (at_end.y, at_end.solver_state), (ct.y, ct.solver_state)
+    divides, ct, end = parts > 1, pulled.ct, position.cotangent
+    bars = (end.y, end.solver_state), (ct.y, ct.solver_state)
     pulled = pulled._replace(ct=Cotangent(*tree_select(divides, *bars), ct.params))
     some = lambda carry: eqxi.unvmap_any(carry[0] > 0)
     left = jnp.where(divides, parts, 0)
     return lax.while_loop(some, pull, (left, pulled))[1]
+
+
+def _restart(
+    walk: Walk,
+    solver: AbstractReversibleSolver,
+    t: RealScalarLike,
+    y: Y,
+    solver_state: SolverState,
+    ct: Cotangent,
+) -> tuple[SolverState, Cotangent]:
+    """The solver state after a restart at `t`, and the cotangent before it."""
+    assert isinstance(solver, CanRestart)
+
+    def restart(context, y, state):
+        return solver.restart(context.terms, t, y, context.args, state)
+
+    state, ct = pull_change(walk, restart, y, solver_state, ct)
+    return eqx.combine(state, solver_state), ct
 
 
 def _part(
@@ -120,8 +128,7 @@ def _part(
         step=jnp.where(first, position.step, position.step + 1),
         clock=dataclasses.replace(position.clock, **times),
         cursors=cursors,
-        moves=here if position.moves is None else here & position.moves,
-    )
+    ).moves_if(here)
 
 
 def _between(

@@ -34,4 +34,4 @@ def _pull(walk: Walk, position: Position, ct: Cotangent) -> Cotangent:
         return solver.restart(context.terms, context.times.of(t), y, context.args, state)
 
     states = position.y, position.solver_state
-    return pull_change(walk, restart, *states, ct, position.pending)
+    return pull_change(walk, restart, *states, ct, position.pending)[1]

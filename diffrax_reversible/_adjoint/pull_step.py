@@ -1,6 +1,5 @@
 """Undoing a step and pulling a cotangent back through it."""
 
-import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import NamedTuple
@@ -76,7 +75,7 @@ def pull_step(
     if len(interpolated) > 0 or walk.with_dense:
         dense_info = _dense_info(walk, position, interpolated, start)
         interpolation = interpolated, dense_info
-        whole = position if not walk.divides else _if_moves(position, parts == 1)
+        whole = position.moves_if(parts == 1) if walk.divides else position
         dense_bar, ct, cursors = pull_dense(walk, whole, *interpolation)
     if walk.divides:
         ct = ct.where(parts == 1)
@@ -105,12 +104,6 @@ def pull_step(
         )
     hidden = None if rest is None else rest.moving(2 * index, off)
     return PulledStep(y0, state0, ct, cursors, probe, parts, hidden)
-
-
-def _if_moves(position: Position, also: BoolScalarLike) -> Position:
-    """The position, which moves only if this is `also` true."""
-    moves = also if position.moves is None else position.moves & also
-    return dataclasses.replace(position, moves=moves)
 
 
 def _parts(walk: Walk, position: Position) -> IntScalarLike:

@@ -147,11 +147,13 @@ class ReversibleAdjoint(AbstractAdjoint):
     small one. This is the gradient of a solve with smaller steps, which differs from this
     one by about as little as the solution does: on the heat equation that of `ALF4` is
     right to 4 % at a tolerance of 1e-3, and to 1e-5 at 1e-6. These two passes have to agree
-    as well, or the gradient is an error that says how to bound the steps. A step in `n`
-    parts takes `n + 1` times the evaluations and pull-backs. The passes have at most four
-    and eight parts for each step of the solve, or 256 and 512. Steps are not divided if
-    times are differentiated, nor with a `SaveAt(dense=True)`, a root finder of an event, or
-    a `SaveAt(ts=..., fn=...)`.
+    as well, or the gradient is an error that says how to bound the steps. Steps are not
+    divided where the second pass finds no growth, although growth may be slow: on this heat
+    equation with three outputs, a gradient of `ALF4` is off by 21 %. A step in `n` parts
+    takes `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
+    evaluations for each part. The passes have at most four and eight parts for each step of
+    the solve, or 256 and 512. Steps are not divided if times or dense output are
+    differentiated, nor with a root finder of an event or a `SaveAt(ts=..., fn=...)`.
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`

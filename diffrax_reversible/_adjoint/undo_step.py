@@ -123,5 +123,5 @@ def _undo_jump(
         times = just_before(after), after
         return cross_jump(solver, context.terms, *times, y, context.args, state)[0]
 
-    ct = pull_change(walk, cross, y, before, ct, crossed)
+    _, ct = pull_change(walk, cross, y, before, ct, crossed)
     return tree_select(crossed, before, solver_state), ct

@@ -10,7 +10,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
 
 from .._custom_types import (
     Args,
@@ -32,6 +31,7 @@ from .._tree import tree_add, tree_zeros_like
 from .drift import Drift, drifts
 from .forward import Residuals
 from .growth import Growth, Plan, Shares
+from .growth_rates import Rates
 from .outputs import Output
 from .position import longest_reach, params_of, Position
 from .problem import Context, Problem
@@ -150,15 +150,10 @@ class Walk(eqx.Module):
         """Whether a known state, or a gap in the record, may interrupt the walk."""
         return self.replays or self.residuals.kept.holds
 
-    def start(
-        self,
-        position: Position,
-        plan: Plan,
-        rates: Float[Array, " stretches"] | None = None,
-    ) -> Position:
+    def start(self, position: Position, plan: Plan, rates: Rates) -> Position:
         """The position at the start of the walk, with all fields.
 
-        - `plan`, `rates`: see `Growth`. The rates are those of the walk before, if any.
+        - `plan`, `rates`: see `Growth`. The rates are those of the walk before.
         """
         if self.repeats:
             # What outputs have added so far is no part of the first segment, which may be

@@ -14,6 +14,7 @@ from .._precision import eps
 from .._tree import tree_add, tree_select, tree_zeros_of
 from .between_steps import go_on
 from .growth import any_grown, Growth, Plan
+from .growth_rates import Rates
 from .kept import Kept
 from .position import params_of, Position, with_params, without_params
 from .pull_change import pull_change
@@ -45,9 +46,11 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
 
     A spoilt gradient differs between the first and the second walk, as these restart at
     different steps. If a solver has steps with other derivatives, there is a walk with
-    those in between, with which the last one is compared.
+    those in between, with which the last one is compared. If they differ, two more walks
+    divide the steps that are unstable for what has grown, see `Growth.parts`, and are
+    compared.
     """
-    position = walk.start(end, Plan.nothing())
+    position = walk.start(end, Plan.nothing(), Rates.none())
     meter = walk.problem.progress_meter.init()
     position = dataclasses.replace(position, meter=meter)
     kept = dataclasses.replace(walk.residuals.kept, rest=None)
@@ -106,7 +109,7 @@ def _pull_init(walk: Walk, position: Position) -> Position:
         step = context.times.t0, context.times.of(problem.init_state.tnext)
         return problem.solver.init(context.terms, *step, y, context.args)
 
-    ct = pull_change(walk, init, *states, position.cotangent)
+    _, ct = pull_change(walk, init, *states, position.cotangent)
     return dataclasses.replace(position, cotangent=ct)
 
 
