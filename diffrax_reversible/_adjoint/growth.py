@@ -100,6 +100,8 @@ class Growth(eqx.Module):
     - `plan`: what the backward pass does about it.
     - `restarts`: the number of these restarts.
     - `rates`: the rates at which entries that have grown should decay.
+    - `unstable`: whether a step of a backward pass that cures exceeds the limit of
+        stability for such a rate.
     - `divided`: the number of parts into which steps were divided.
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
         the backward pass cures that; `None` if the initial state is differentiated, or if
@@ -115,6 +117,7 @@ class Growth(eqx.Module):
     plan: Plan
     restarts: IntScalarLike
     rates: Rates
+    unstable: BoolScalarLike
     divided: IntScalarLike
     spread: Spread | None
 
@@ -127,8 +130,8 @@ class Growth(eqx.Module):
         dtype = lambda m: m.dtype if m.dtype.itemsize >= 4 else jnp.float32
         none = jtu.tree_map(lambda m: jnp.zeros(2, dtype(m)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
-        no = jnp.array(0)
-        return Growth(sizes, ones, most, none, plan, no, rates, no, spread)
+        no = jnp.array(0), rates, jnp.array(False), jnp.array(0)
+        return Growth(sizes, ones, most, none, plan, *no, spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -180,9 +183,12 @@ class Growth(eqx.Module):
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
         some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
         rates = lax.cond(eqxi.unvmap_any(some), with_rates, lambda rates: rates, self.rates)
+        exceeds = lambda: self.unstable | (rates.size(control, when) > departure.stable)
+        cures = eqxi.unvmap_any(self.plan.cures)
+        unstable = lax.cond(cures, exceeds, lambda: self.unstable)
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        return dataclasses.replace(self, **new, rates=rates)
+        return dataclasses.replace(self, **new, rates=rates, unstable=unstable)
 
     def parts(
         self,
@@ -200,14 +206,23 @@ class Growth(eqx.Module):
 
         def parts():
             size = self.rates.size(control, when)
-            most = jnp.maximum(_parts_per_step * steps, _least_parts)
-            most = self.plan.divides * most - self.divided
+            most = self._most_parts(steps) - self.divided
             parts = jnp.ceil(jnp.minimum(size / (_divided * departure.stable), 1e6))
             parts = jnp.where(parts > 1, self.plan.divides * parts, 1)
             return jnp.clip(parts.astype(most.dtype), 1, jnp.maximum(most, 1))
 
         some = eqxi.unvmap_any(self.plan.divides > 0)
         return lax.cond(some, parts, lambda: jnp.ones_like(self.divided))
+
+    def _most_parts(self, steps: IntScalarLike) -> Array:
+        most = jnp.maximum(_parts_per_step * steps, _least_parts)
+        return jnp.asarray(self.plan.divides * most)
+
+    def lacks_parts(self, steps: IntScalarLike) -> BoolScalarLike:
+        """Whether steps were divided into too few parts, as these are limited."""
+        divides = self.plan.divides > 0
+        # A single one that is left divides nothing.
+        return divides & (self.divided >= self._most_parts(steps) - 1)
 
     def count_parts(self, parts: IntScalarLike) -> "Growth":
         more = jnp.where(parts > 1, parts, 0)

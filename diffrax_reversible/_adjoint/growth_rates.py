@@ -17,13 +17,22 @@ _stretches = 16
 
 
 class Rates(eqx.Module):
-    """The largest rate in each stretch of the solve, of equally many steps."""
+    """The rate in each stretch of the solve, of equally many steps.
 
-    largest: Float[Array, " stretches"]
+    What has grown need not be a mode yet, next to entries that have not, so that its
+    Rayleigh quotient may have any size. As it grows, it tends to that of the fastest mode.
+
+    - `rates`: the quotient where that beside all entries was largest.
+    - `beside_all`: the latter.
+    """
+
+    rates: Float[Array, " stretches"]
+    beside_all: Float[Array, " stretches"]
 
     @staticmethod
     def none() -> "Rates":
-        return Rates(jnp.zeros(_stretches, jnp.float32))
+        zeros = jnp.zeros(_stretches, jnp.float32)
+        return Rates(zeros, zeros)
 
     def update(
         self, probe: Probe, grown: PyTree[Bool[Array, "..."]], when: RealScalarLike
@@ -31,12 +40,16 @@ class Rates(eqx.Module):
         """The rates after a step, before which there is a fraction `when` of all steps."""
         of_array = ft.partial(_rate, jnp.sign(jnp.asarray(probe.control)))
         of_arrays = jtu.tree_map(of_array, probe.vf_bar, probe.pulled, grown)
-        rate = jnp.stack([jnp.zeros((), jnp.float32), *jtu.tree_leaves(of_arrays)])
-        return Rates(self.largest.at[_stretch(when)].max(jnp.max(rate)))
+        rates, beside_all = jnp.stack(jtu.tree_leaves(of_arrays)).reshape(-1, 2).T
+        which = jnp.argmax(beside_all)
+        i = _stretch(when)
+        larger = beside_all[which] > self.beside_all[i]
+        choose = lambda old, new: old.at[i].set(jnp.where(larger, new[which], old[i]))
+        return Rates(choose(self.rates, rates), choose(self.beside_all, beside_all))
 
     def size(self, control: RealScalarLike, when: RealScalarLike) -> Float[Array, ""]:
         """The `|h λ|` of a step, for the largest rate in its stretch and the two beside."""
-        near = lax.dynamic_slice_in_dim(jnp.pad(self.largest, 1), _stretch(when), 3)
+        near = lax.dynamic_slice_in_dim(jnp.pad(self.rates, 1), _stretch(when), 3)
         return jnp.abs(jnp.asarray(control)).astype(near.dtype) * jnp.max(near)
 
 
@@ -46,13 +59,13 @@ def _stretch(when: RealScalarLike) -> Array:
 
 def _rate(
     sign: Array, vf_bar: Array, pulled: Array, grown: Bool[Array, "..."]
-) -> Float[Array, ""]:
-    """The Rayleigh quotient of the entries of an array that have grown, which as they grow
-    tends to that of the fastest mode."""
-    vf_bar, pulled = (jnp.where(grown, x, 0) for x in (vf_bar, pulled))
-    scale = largest(vf_bar)
+) -> Float[Array, "2"]:
+    """The Rayleigh quotient of the entries of an array that have grown, and the same beside
+    all of its entries."""
+    scale = largest(jnp.abs(vf_bar))
     vf_bar, pulled = (x / jnp.where(scale == 0, 1, scale) for x in (vf_bar, pulled))
-    product = jnp.sum(jnp.real(pulled * jnp.conj(vf_bar)))
-    square = jnp.sum(jnp.real(vf_bar * jnp.conj(vf_bar)))
-    rate = -sign.astype(product.dtype) * product / jnp.where(square == 0, 1, square)
-    return jnp.where(jnp.isfinite(rate), rate, 0).astype(jnp.float32)
+    square = jnp.real(vf_bar * jnp.conj(vf_bar))
+    product = jnp.sum(jnp.where(grown, jnp.real(pulled * jnp.conj(vf_bar)), 0))
+    squares = jnp.stack([jnp.sum(jnp.where(grown, square, 0)), jnp.sum(square)])
+    rates = -sign.astype(product.dtype) * product / jnp.where(squares == 0, 1, squares)
+    return jnp.where(jnp.isfinite(rates), rates, 0).astype(jnp.float32)

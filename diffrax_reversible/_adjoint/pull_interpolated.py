@@ -1,6 +1,7 @@
 """The pull-back of outputs that are interpolated within a step."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 
 import equinox.internal as eqxi
@@ -28,9 +29,16 @@ def pull_dense(
     position: Position,
     interpolated: list[int],
     dense_info: DenseInfo,
+    whole: Position | None = None,
 ) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
-    """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step."""
+    """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step.
+
+    - `dense_info`: the interpolation data of the `whole` step, if the step that ends at the
+        `position` is a part of one. The cotangent is of those of the part.
+    """
     step, ends = position.step - 1, (position.clock.start, position.clock.end)
+    clock = position.clock if whole is None else whole.clock
+    longer = clock.start, clock.end, dense_info
     if walk.dense_rows is None:
         dense_bar = tree_zeros_of(dense_info)
     else:
@@ -56,7 +64,7 @@ def pull_dense(
         else:
             carry = dense_bar, params_bar, cursor
             dense_bar, params_bar, cursors[i] = _pull_ts(
-                walk, output, in_step, (*ends, dense_info), carry
+                walk, output, in_step, ends, longer, carry
             )
     ct = dataclasses.replace(position.cotangent, params=params_bar)
     return dense_bar, ct, cursors
@@ -87,11 +95,13 @@ def _pull_ts(
     walk: Walk,
     output: Output,
     in_step: Callable[[RealScalarLike], BoolScalarLike],
-    interpolation: tuple[RealScalarLike, RealScalarLike, DenseInfo],
+    ends: tuple[RealScalarLike, RealScalarLike],
+    longer: tuple[RealScalarLike, RealScalarLike, DenseInfo],
     carry: tuple[DenseInfo, Params, Cursor],
 ) -> tuple[DenseInfo, Params, Cursor]:
-    """Pull back every remaining output of `SaveAt(ts=...)` in the step."""
-    t0, t1, dense_info = interpolation
+    """Pull back every remaining output of `SaveAt(ts=...)` in the step with these `ends`.
+    Their states are those of the same or a `longer` step, with its interpolation data."""
+    *longer_ends, dense_info = longer
     ts = output.sub.ts
     assert ts is not None
 
@@ -110,24 +120,26 @@ def _pull_ts(
         def time(times):
             ts = times.ts[output.index]
             assert ts is not None
-            return jnp.where(here, ts[cursor.ts_index], t1)
+            return jnp.where(here, ts[cursor.ts_index], ends[1])
 
-        def evaluate(dense_info, params):
+        def evaluate(ends, dense_info, params):
             times = walk.context(params).times
-            ends = dict(t0=times.of(t0), t1=times.of(t1))
+            ends = dict(zip(("t0", "t1"), map(times.of, ends), strict=True))
             interpolation = walk.problem.solver.interpolation_cls(**ends, **dense_info)
             return interpolation.evaluate(time(times))
 
         row = output.row(cursor.save_index, here)
         if walk.differentiates_times:
-            y, pull_back = jax.vjp(evaluate, dense_info, walk.params)
+            evaluate_here = ft.partial(evaluate, ends)
+            y, pull_back = jax.vjp(evaluate_here, dense_info, walk.params)
             y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
             new_bar, more_bar = pull_back(y_bar)
             params_bar = tree_add(params_bar, more_bar)
         else:
-            y = evaluate(dense_info, walk.params)
+            y = evaluate(longer_ends, dense_info, walk.params)
             y_bar, params_bar = pull_output(walk, output, row, time, y, params_bar, here)
-            new_bar = _transpose(lambda info: evaluate(info, walk.params), dense_bar, y_bar)
+            linear = lambda info: evaluate(ends, info, walk.params)
+            new_bar = _transpose(linear, dense_bar, y_bar)
         return tree_add(dense_bar, new_bar), params_bar, cursor
 
     return lax.while_loop(more, pull, carry)

@@ -58,8 +58,8 @@ def pull_parts(
     - `parts`: for a single part, `pulled` is returned as it is.
     - `pulled`: for a single part, the cotangent and the cursors at the start of the step.
         Otherwise, the sum of `params` so far, and the cursors at the end of the step.
-    - `interpolation`: the outputs that are interpolated, and the shapes of what they are
-        interpolated from; `None` if there are none.
+    - `interpolation`: the outputs that are interpolated, and what they are interpolated
+        from; `None` if there are none.
 
     Returns the cotangent and the cursors at the start of the step.
     """
@@ -75,8 +75,8 @@ def pull_parts(
         ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
         bar, dense_bar = ct.where(here), None
         if interpolation is not None:
-            part = _part(position, cursors, starts, ends, here, i == 1)
-            dense_bar, _, cursors = pull_dense(walk, part, *interpolation)
+            part = _part(position, bar, cursors, starts, ends, here, i == 1)
+            dense_bar, bar, cursors = pull_dense(walk, part, *interpolation, position)
         y = _between(walk, solver, position, begin, fraction(i))
         state, bar = _restart(walk, solver, ends, y, position.solver_state, bar)
         step = walk.combine, walk.params, starts, ends
@@ -113,6 +113,7 @@ def _restart(
 
 def _part(
     position: Position,
+    cotangent: Cotangent,
     cursors: list[Cursor],
     start: RealScalarLike,
     end: RealScalarLike,
@@ -127,6 +128,7 @@ def _part(
         # The first step also has the outputs at its start.
         step=jnp.where(first, position.step, position.step + 1),
         clock=dataclasses.replace(position.clock, **times),
+        cotangent=cotangent,
         cursors=cursors,
     ).moves_if(here)
 

@@ -138,22 +138,29 @@ class ReversibleAdjoint(AbstractAdjoint):
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
     equation of 50 points that of `diffrax.Tsit5` is off by a factor of more than ten, at
-    all tolerances from 1e-3 to 1e-10. A gradient that seems to grow in the second backward
-    pass, too, is accepted if, in each array, both passes agree to a tenth of its norm, as a
-    spoilt gradient would differ between them. Otherwise two more passes divide these steps.
-    They pull back through parts of at most 0.6 and 0.3 times the limit, each of which
-    begins with a restart. Growing modes have shown the rate at which they should decay. The
-    states between the parts are interpolated, as for the rest of the solution the step is a
-    small one. This is the gradient of a solve with smaller steps, which differs from this
-    one by about as little as the solution does: on the heat equation that of `ALF4` is
-    right to 4 % at a tolerance of 1e-3, and to 1e-5 at 1e-6. These two passes have to agree
-    as well, or the gradient is an error that says how to bound the steps. Steps are not
-    divided where the second pass finds no growth, although growth may be slow: on this heat
-    equation with three outputs, a gradient of `ALF4` is off by 21 %. A step in `n` parts
+    all tolerances from 1e-3 to 1e-10. Growing modes have shown the rate at which they
+    should decay, and thus the limit. If the gradient seems to grow in the second backward
+    pass, too, or if that has such a step, in which growth may be too slow to be found, the
+    gradient is accepted if, in each array, both passes agree to a tenth of its norm, as a
+    spoilt gradient would differ between them. If they do not, or if there are both growth
+    and such a step, so that both may have grown by as much, two more passes divide these
+    steps. They pull back through parts of at most 0.6 and 0.3 times the limit, each of
+    which begins with a restart. The states between the parts are interpolated, as for the
+    rest of the solution the step is a small one. This is the gradient of a solve with
+    smaller steps, which differs from this one by about as little as the solution does: on
+    the heat equation that of `ALF4` is right to 4 % at a tolerance of 1e-3, and to 1e-5 at
+    1e-6. These two passes have to agree as well, or the gradient is an error that says how
+    to bound the steps.
+
+    If the first pass that divides steps comes to the cotangent of the initial state of the
+    pass before, that had not grown after all, and is done again instead of the last one:
+    interpolated states may be off by more than those within a step. The two have to be as
+    near as a hundredth, or a tenth if the first two passes agreed. A step in `n` parts
     takes `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
     evaluations for each part. The passes have at most four and eight parts for each step of
-    the solve, or 256 and 512. Steps are not divided if times or dense output are
-    differentiated, nor with a root finder of an event or a `SaveAt(ts=..., fn=...)`.
+    the solve, or 256 and 512; one that lacks some proves nothing. Steps are not divided if
+    times or dense output are differentiated, nor with a root finder of an event; slow
+    growth is then neither found nor corrected.
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`

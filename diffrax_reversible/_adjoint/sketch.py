@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._custom_types import RealScalarLike
+
 
 # The numbers for each array. With so many, the estimate of a distance is off by more than a
 # factor of two in one case of a hundred, and in five for matrices of rank one.
@@ -77,7 +79,7 @@ def norm(sketch: Sketch, scale: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(largest == 0, 0, size * (largest / scale))
 
 
-def alike(first: Sketch, second: Sketch, tol: float) -> Bool[Array, ""]:
+def alike(first: Sketch, second: Sketch, tol: RealScalarLike) -> Bool[Array, ""]:
     """Whether two arrays differ by no more than this fraction of the norm of the second."""
     scale = jnp.max(jnp.maximum(jnp.abs(first), jnp.abs(second)), initial=0)
     return norm(first - second, scale) <= tol * norm(second, scale)

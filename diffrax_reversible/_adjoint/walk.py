@@ -242,10 +242,8 @@ class Walk(eqx.Module):
     @property
     def divides(self) -> bool:
         """Whether the backward pass may divide steps, see `Growth.parts`."""
-        if self.departure is None or self.makes_steps or self.with_dense:
-            return False
-        interpolated = [output for output in self.outputs if output.sub.ts is not None]
-        return all(output.saves_state for output in interpolated)
+        whole = self.makes_steps or self.with_dense
+        return self.departure is not None and not whole
 
     def before(self, position: Position) -> RealScalarLike:
         """The fraction of the steps of the solve that precede the next step to undo."""

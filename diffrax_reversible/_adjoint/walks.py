@@ -8,8 +8,9 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Bool
 
-from .._custom_types import BoolScalarLike, IntScalarLike
+from .._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from .._precision import eps
 from .._tree import tree_add, tree_select, tree_zeros_of
 from .between_steps import go_on
@@ -30,6 +31,8 @@ from .walk import Walk
 # fraction from that of another walk: a spoilt gradient would differ more. Tuned on
 # `examples/benchmarks/refusals.py`.
 _alike = 0.1
+# If the gradients differ, their cotangents at the start of the solve have to be as near.
+_near = 0.01
 # An array of the cotangent of the state has vanished below this power of the machine
 # epsilon, as a fraction of the largest entry that it has had: 7e-5 in single precision.
 _vanished = 0.6
@@ -79,12 +82,24 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     return carry[0], carry[2].agree
 
 
-def _finish(walk: Walk, position: Position) -> tuple[Position, list[Sketch]]:
+class _Sketches(NamedTuple):
+    """Sketches of a gradient: of the cotangents of the initial state, whether or not it is
+    differentiated, and of the parameters."""
+
+    states: list[Sketch]
+    params: list[Sketch]
+
+    @staticmethod
+    def none() -> "_Sketches":
+        return _Sketches([], [])
+
+
+def _finish(walk: Walk, position: Position) -> tuple[Position, _Sketches]:
     """The position with the gradient at the start of the solve, and a sketch of that."""
     before = pull_start(walk, position)
     passed = walk.problem.passed_solver_state
     if walk.departure is None:
-        return before if passed else _pull_init(walk, before), []
+        return before if passed else _pull_init(walk, before), _Sketches.none()
     after = _pull_init(walk, before)
     # What `init` adds to many parameters would be another copy, as would the sum of both
     # parts, and sketches are linear.
@@ -93,8 +108,8 @@ def _finish(walk: Walk, position: Position) -> tuple[Position, list[Sketch]]:
     params = tree_add(params, earlier) if len(earlier) > 0 else params
     # If the solver state was passed, its cotangent counts as if `init` had made it: how a
     # cotangent is divided between the two approximations does not matter.
-    states = after.cotangent.y if walk.differentiates_start else []
-    return before if passed else after, [*sketch(states), *params]
+    sketches = _Sketches(sketch(after.cotangent.y), params)
+    return before if passed else after, sketches
 
 
 def _pull_init(walk: Walk, position: Position) -> Position:
@@ -114,32 +129,48 @@ def _pull_init(walk: Walk, position: Position) -> Position:
 
 
 def _agree(
-    walk: Walk, growth: Growth, walks: "_Walks", here: list[Sketch], grown: BoolScalarLike
+    walk: Walk, growth: Growth, last: _Sketches, here: _Sketches, grown: BoolScalarLike
 ) -> BoolScalarLike:
     """Whether this walk has come to the same gradient as the last one.
 
     - `grown`: whether the gradient of this element of a batch has grown, or would have.
 
-    Where the flow has contracted a lot, the cotangent of the state has vanished, and the
-    rest of it is a matter of rounding. So an array of it may also differ by a tiny fraction
-    of the largest entry that it has had, see `_vanished`. The members of a batch have a
-    single gradient of what they share, to which those that differ may contribute little.
+    The members of a batch have a single gradient of what they share, to which those that
+    differ may contribute little.
     """
-    sizes = jtu.tree_leaves(growth.largest) if walk.differentiates_start else []
-    flags = [False] * len(here)
+    flags = [False] * len(here.params)
     if walk.summed is not None and walk.shared is None:
-        flags[len(sizes) :] = jtu.tree_leaves(walk.summed.flags)
-    same = []
-    for i, (last, now) in enumerate(zip(walks.last, here, strict=True)):
-        agrees = alike(last, now, _alike)
-        if i < len(sizes):
-            vanished = norm(now - last, sizes[i]) <= eps(now) ** _vanished
-            agrees |= vanished & jnp.isfinite(sizes[i])
-        elif flags[i]:
+        flags = jtu.tree_leaves(walk.summed.flags)
+    starts = walk.differentiates_start
+    sizes = jtu.tree_leaves(growth.largest)
+    same = _alike_states(last, here, sizes) if starts else jnp.array(True)
+    for before, now, is_shared in zip(last.params, here.params, flags, strict=True):
+        agrees = alike(before, now, _alike)
+        if is_shared:
             assert walk.summed is not None
             differs = grown & jnp.logical_not(agrees)
-            agrees |= _hardly_differs(walk.summed, last, now, differs)
-        same.append(agrees)
+            agrees |= _hardly_differs(walk.summed, before, now, differs)
+        same &= agrees
+    return same
+
+
+def _alike_states(
+    last: _Sketches,
+    here: _Sketches,
+    sizes: list[Array] | None = None,
+    tol: RealScalarLike = _alike,
+) -> Bool[Array, ""]:
+    """Whether this walk has come to the same cotangent of the initial state.
+
+    Where the flow has contracted a lot, that has vanished, and the rest of it is a matter
+    of rounding. So an array of it may also differ by a tiny fraction of its largest entry
+    so far, see `_vanished`, if these `sizes` are given.
+    """
+    same = [alike(*both, tol) for both in zip(last.states, here.states, strict=True)]
+    for i, size in enumerate(sizes or []):
+        before, now = last.states[i], here.states[i]
+        vanished = norm(now - before, size) <= eps(now) ** _vanished
+        same[i] |= vanished & jnp.isfinite(size)
     return jnp.stack([jnp.array(True), *same]).all()
 
 
@@ -165,16 +196,15 @@ class _Walks(NamedTuple):
     """
 
     left: IntScalarLike
-    last: list[Sketch]
+    last: _Sketches
     agree: BoolScalarLike
 
     @staticmethod
     def start(walk: Walk, position: Position) -> "_Walks":
-        ct, here = position.cotangent, []
+        ct, here = position.cotangent, _Sketches.none()
         if walk.departure is not None:
             # The shapes of what `_finish` returns, which would trace `init`.
-            states = ct.y if walk.differentiates_start else []
-            here = jax.eval_shape(lambda: [*sketch(states), *sketch(ct.params)])
+            here = jax.eval_shape(lambda: _Sketches(sketch(ct.y), sketch(ct.params)))
         return _Walks(jnp.array(_most(walk)), tree_zeros_of(here), jnp.array(False))
 
 
@@ -187,37 +217,16 @@ def _again(
     walk: Walk,
     end: Position,
     position: Position,
-    here: list[Sketch],
+    here: _Sketches,
     kept: Kept,
     walks: _Walks,
 ) -> tuple[Position, _Walks]:
     """The position at the start of the solve, or the `end` if some element of the batch has
-    to begin again. `here` is a sketch of the gradient."""
-    if walk.departure is None:
-        return position, walks._replace(left=jnp.array(0))
+    to begin again. `here` are the sketches of the gradient."""
     growth, record = position.growth, kept.record
-    assert growth is not None
-    # Steps are divided in the last two walks, if at all.
-    left, to_divide = walks.left, 2 * int(walk.divides)
-    first, cured = left == _most(walk), left == 1 + to_divide
-    proves = jnp.logical_not(first)
-    if not walk.compares:
-        # The second walk restarts where the two approximations depart, as they do in every
-        # step beyond the limit of stability, unless the solve restarts there. If neither
-        # ever does, no step is unstable. If only the solve does, both walks are the same,
-        # which proves nothing.
-        proves &= (growth.restarts > 0) | (kept.restarts == 0)
-    # Depends on the sketch, so that XLA need not copy what is sketched.
-    grown = any_grown(walk.shares(position), walk.drift_tol)
-    grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
-    divides = growth.plan.divides > 0
-    agree = proves & _agree(walk, growth, walks, here, grown | divides)
-    agree = jnp.where(cured | (divides & (left == 1)), agree, walks.agree)
-    cures = jnp.where(first, grown, growth.plan.cures)
-    doubtful = cures & grown & jnp.logical_not(agree) & _matters(growth, position)
-    divides |= cured & doubtful
-    again = eqxi.unvmap_any(jnp.where(left > 1 + to_divide, cures, divides) & (left > 1))
-    plan = Plan(cures, cures & first, jnp.where(divides, jnp.where(cured, 1, 2), 0))
+    if growth is None:
+        return position, walks._replace(left=jnp.array(0))
+    again, plan, agree = _judge(walk, position, growth, here, kept, walks)
     # Some of what was held and recorded is lost.
     there = record.reaches(end.step, walk.residuals.count - 1)
     begin = lambda: dataclasses.replace(
@@ -234,6 +243,51 @@ def _again(
     )
     left = jnp.where(again, walks.left - 1, 0)
     return with_params(position, params), _Walks(left, here, agree)
+
+
+def _judge(
+    walk: Walk,
+    position: Position,
+    growth: Growth,
+    here: _Sketches,
+    kept: Kept,
+    walks: _Walks,
+) -> tuple[BoolScalarLike, Plan, BoolScalarLike]:
+    """Whether some element of the batch has to begin again, what the next walk does, and
+    whether two walks have come to the same gradient."""
+    # Steps are divided in the last two walks, if at all.
+    left, to_divide = walks.left, 2 * int(walk.divides)
+    first, cured, last = left == _most(walk), left == 1 + to_divide, left == 1
+    divided = jnp.logical_not(growth.lacks_parts(walk.residuals.count))
+    proves = divided & jnp.logical_not(first)
+    if not walk.compares:
+        # The second walk restarts where the two approximations depart, as they do in every
+        # step beyond the limit of stability, unless the solve restarts there. If neither
+        # ever does, no step is unstable. If only the solve does, both walks are the same,
+        # which proves nothing.
+        proves &= (growth.restarts > 0) | (kept.restarts == 0)
+    # Depends on the sketch, so that XLA need not copy what is sketched.
+    grown = any_grown(walk.shares(position), walk.drift_tol)
+    grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
+    cures = jnp.where(first, grown, growth.plan.cures)
+    divides, suspect = growth.plan.divides > 0, grown | growth.unstable
+    agree = proves & _agree(walk, growth, walks.last, here, suspect | divides)
+    agree = jnp.where(cured | (divides & last), agree, walks.agree)
+    # In unstable steps, what is too slow to be found may grow, and what is found may grow
+    # by as much in both walks.
+    proven = agree & jnp.logical_not(grown & growth.unstable)
+    doubtful = cures & suspect & jnp.logical_not(proven) & _matters(growth, position)
+    # A walk that divides shows whether that before it had come to the right cotangent, at
+    # the start of the solve. If so, its gradient is the better one: states within a step
+    # are those of the solver then, which are consistent with both ends.
+    tol = jnp.where(agree, _alike, _near)
+    tried = divides & divided & jnp.logical_not(last)
+    accepts = tried & _alike_states(walks.last, here, tol=tol)
+    divides |= cured & doubtful
+    again = eqxi.unvmap_any(jnp.where(left > 1 + to_divide, cures, divides)) & (left > 1)
+    parts = jnp.where(cured, 1, jnp.where(accepts, 0, 2))
+    plan = Plan(cures, cures & first, jnp.where(divides, parts, 0))
+    return again, plan, agree | accepts
 
 
 def _matters(growth: Growth, position: Position) -> BoolScalarLike:
