@@ -22,8 +22,8 @@ from .._solver.cotangent import Probe
 from .._solver.entry_scales import units
 from .._solver.probe import Departure
 from .._tree import largest, sum_of_magnitudes
+from .division import Division
 from .entry_growth import grow, remembered
-from .growth_rates import Rates
 from .spread import Spread
 
 
@@ -44,13 +44,6 @@ _spoils = 1e-3
 # Steps with larger `|h λ|` are hardly stable, so that the departure is no power of it.
 _stable = 4.0
 
-# The backward pass divides a step into parts of at most this fraction of the limit of
-# stability for the modes that have grown.
-_divided = 0.6
-# The number of parts is limited to so many per step of the solve, and so many at least; to
-# twice as many where there are twice as many parts.
-_parts_per_step, _least_parts = 4, 256
-
 # The share of what has grown in each array of a cotangent.
 Shares = list[Float[Array, ""]]
 
@@ -62,7 +55,7 @@ class Plan(NamedTuple):
         `Growth.spoils`.
     - `compares`: whether steps have other derivatives, if the solver has these. The
         gradient of the next backward pass is compared with this one.
-    - `divides`: whether it divides steps that are too large for a mode, see `Growth.parts`:
+    - `divides`: whether it divides steps that are too large for a mode, see `Division`:
         into as few parts as are stable, or into so many times as many. Zero if it does not.
     """
 
@@ -99,10 +92,8 @@ class Growth(eqx.Module):
         have grown, and of those that have not. What parameters receive is an integral, too.
     - `plan`: what the backward pass does about it.
     - `restarts`: the number of these restarts.
-    - `rates`: the rates at which entries that have grown should decay.
-    - `unstable`: whether a step of a backward pass that cures exceeds the limit of
-        stability for such a rate.
-    - `divided`: the number of parts into which steps were divided.
+    - `division`: the rates at which entries that have grown should decay, and the parts of
+        steps that are too large for these, if the backward pass cures that.
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
         the backward pass cures that; `None` if the initial state is differentiated, or if
         there are many parameters.
@@ -116,13 +107,11 @@ class Growth(eqx.Module):
     integrals: PyTree[Float[Array, "2"]]
     plan: Plan
     restarts: IntScalarLike
-    rates: Rates
-    unstable: BoolScalarLike
-    divided: IntScalarLike
+    division: Division
     spread: Spread | None
 
     @staticmethod
-    def start(y_bar: Y, plan: Plan, rates: Rates, spread: Spread | None) -> "Growth":
+    def start(y_bar: Y, plan: Plan, division: Division, spread: Spread | None) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         most = largest(sizes)
@@ -130,8 +119,8 @@ class Growth(eqx.Module):
         dtype = lambda m: m.dtype if m.dtype.itemsize >= 4 else jnp.float32
         none = jtu.tree_map(lambda m: jnp.zeros(2, dtype(m)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
-        no = jnp.array(0), rates, jnp.array(False), jnp.array(0)
-        return Growth(sizes, ones, most, none, plan, *no, spread)
+        no = jnp.array(0)
+        return Growth(sizes, ones, most, none, plan, no, division, spread)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -142,11 +131,18 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(lambda s, a: s.astype(a.dtype) + a, self.sizes, sizes)
         return dataclasses.replace(self, sizes=_few_digits(sizes))
 
-    def update(self, probe: Probe, departure: Departure, when: RealScalarLike) -> "Growth":
-        """The growth after the pull-back of a step. The probe of one that is divided is
-        zero.
+    def update(
+        self,
+        probe: Probe,
+        departure: Departure,
+        when: RealScalarLike,
+        parts: IntScalarLike,
+    ) -> "Growth":
+        """The growth after the pull-back of a step.
 
+        - `probe`: zero if the step is divided.
         - `when`: the fraction of the steps of the solve that precede it.
+        - `parts`: the number of parts that it was pulled back through.
         """
         # `first` is the better estimate, and the other one detects more.
         choose = lambda first, y: jnp.where(self.plan.cures, first, y)
@@ -177,56 +173,24 @@ class Growth(eqx.Module):
 
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
 
-        def with_rates(rates):
-            return rates.update(probe, jtu.tree_map(lambda f: f > _least, factors), when)
+        def with_rates(division):
+            grown = jtu.tree_map(lambda f: f > _least, factors)
+            return division.update(probe, grown, when)
 
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
         some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
-        rates = lax.cond(eqxi.unvmap_any(some), with_rates, lambda rates: rates, self.rates)
-        exceeds = lambda: self.unstable | (rates.size(control, when) > departure.stable)
-        cures = eqxi.unvmap_any(self.plan.cures)
-        unstable = lax.cond(cures, exceeds, lambda: self.unstable)
+        division = lax.cond(
+            eqxi.unvmap_any(some), with_rates, lambda division: division, self.division
+        )
+        division = lax.cond(
+            eqxi.unvmap_any(self.plan.cures),
+            lambda division: division.notice(control, departure.stable, when),
+            lambda division: division,
+            division,
+        )
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        return dataclasses.replace(self, **new, rates=rates, unstable=unstable)
-
-    def parts(
-        self,
-        control: RealScalarLike,
-        departure: Departure,
-        when: RealScalarLike,
-        steps: IntScalarLike,
-    ) -> IntScalarLike:
-        """The number of parts into which the backward pass divides a step.
-
-        A mode that has died out grows in steps beyond its limit of stability. In the solve
-        it has nothing to grow from, and steps average out to the limit: so the number of
-        parts is bounded, by the number of `steps` of the solve.
-        """
-
-        def parts():
-            size = self.rates.size(control, when)
-            most = self._most_parts(steps) - self.divided
-            parts = jnp.ceil(jnp.minimum(size / (_divided * departure.stable), 1e6))
-            parts = jnp.where(parts > 1, self.plan.divides * parts, 1)
-            return jnp.clip(parts.astype(most.dtype), 1, jnp.maximum(most, 1))
-
-        some = eqxi.unvmap_any(self.plan.divides > 0)
-        return lax.cond(some, parts, lambda: jnp.ones_like(self.divided))
-
-    def _most_parts(self, steps: IntScalarLike) -> Array:
-        most = jnp.maximum(_parts_per_step * steps, _least_parts)
-        return jnp.asarray(self.plan.divides * most)
-
-    def lacks_parts(self, steps: IntScalarLike) -> BoolScalarLike:
-        """Whether steps were divided into too few parts, as these are limited."""
-        divides = self.plan.divides > 0
-        # A single one that is left divides nothing.
-        return divides & (self.divided >= self._most_parts(steps) - 1)
-
-    def count_parts(self, parts: IntScalarLike) -> "Growth":
-        more = jnp.where(parts > 1, parts, 0)
-        return dataclasses.replace(self, divided=self.divided + more)
+        return dataclasses.replace(self, **new, division=division.count_parts(parts))
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""

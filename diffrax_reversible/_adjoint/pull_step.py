@@ -107,7 +107,7 @@ def pull_step(
 
 
 def _parts(walk: Walk, position: Position) -> IntScalarLike:
-    """The number of parts through which a step is pulled back, see `Growth.parts`."""
+    """The number of parts through which a step is pulled back, see `Division`."""
     growth, departure = position.growth, walk.departure
     if growth is None or departure is None or not walk.divides:
         return jnp.array(1)
@@ -115,7 +115,9 @@ def _parts(walk: Walk, position: Position) -> IntScalarLike:
     ends = position.clock.start, position.clock.end
     control = as_ode_term(walk.problem.solver, terms).contr(*ends)
     before, steps = walk.before(position), walk.residuals.count
-    return growth.parts(control, departure, before, steps)
+    return growth.division.parts(
+        growth.plan.divides, control, departure.stable, before, steps
+    )
 
 
 def _needs_start(walk: Walk, position: Position) -> BoolScalarLike | None:

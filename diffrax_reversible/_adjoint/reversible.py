@@ -159,8 +159,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     takes `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
     evaluations for each part. The passes have at most four and eight parts for each step of
     the solve, or 256 and 512; one that lacks some proves nothing. Steps are not divided if
-    times or dense output are differentiated, nor with a root finder of an event; slow
-    growth is then neither found nor corrected.
+    times or dense output are differentiated, nor with a root finder of an event: growth in
+    such steps is then an error, unless it is too slow to be found.
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`

@@ -78,7 +78,7 @@ def _grow(
         return None, jnp.array(False)
     departure = walk.departure
     assert probe is not None and departure is not None
-    growth = growth.update(probe, departure, walk.before(position)).count_parts(parts)
+    growth = growth.update(probe, departure, walk.before(position), parts)
     pending = (growth.spoils(probe, departure) | (parts > 1)) & jnp.logical_not(begins)
     return growth.count(pending), pending
 

@@ -28,10 +28,10 @@ from .._solver.interrupted_solver import CanRestart
 from .._solver.probe import Departure, HasProbe
 from .._solver.pullback import HasPullbackFromStart
 from .._tree import tree_add, tree_zeros_like
+from .division import Division
 from .drift import Drift, drifts
 from .forward import Residuals
 from .growth import Growth, Plan, Shares
-from .growth_rates import Rates
 from .outputs import Output
 from .position import longest_reach, params_of, Position
 from .problem import Context, Problem
@@ -150,10 +150,10 @@ class Walk(eqx.Module):
         """Whether a known state, or a gap in the record, may interrupt the walk."""
         return self.replays or self.residuals.kept.holds
 
-    def start(self, position: Position, plan: Plan, rates: Rates) -> Position:
+    def start(self, position: Position, plan: Plan, division: Division) -> Position:
         """The position at the start of the walk, with all fields.
 
-        - `plan`, `rates`: see `Growth`. The rates are those of the walk before.
+        - `plan`, `division`: see `Growth`.
         """
         if self.repeats:
             # What outputs have added so far is no part of the first segment, which may be
@@ -167,7 +167,7 @@ class Walk(eqx.Module):
             spread = None
             if not self.differentiates_start:
                 spread = Spread.start(*params_of(position))
-            growth = Growth.start(position.cotangent.y, plan, rates, spread)
+            growth = Growth.start(position.cotangent.y, plan, division, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -241,7 +241,7 @@ class Walk(eqx.Module):
 
     @property
     def divides(self) -> bool:
-        """Whether the backward pass may divide steps, see `Growth.parts`."""
+        """Whether the backward pass may divide steps, see `Division`."""
         whole = self.makes_steps or self.with_dense
         return self.departure is not None and not whole
 

@@ -1,0 +1,91 @@
+"""Whether two walks have come to the same gradient."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._custom_types import BoolScalarLike
+from .._precision import eps
+from .growth import Growth
+from .shared import Shared
+from .sketch import alike, norm, Sketch
+from .walk import Walk
+
+
+# A gradient that seems to have grown is accepted if it differs by no more than this
+# fraction from that of another walk: a spoilt gradient would differ more. Tuned on
+# `examples/benchmarks/refusals.py`.
+_alike = 0.1
+# If two walks differ, the cotangent of the initial state by a third one has to be as near
+# to that of the second one.
+_near = 0.01
+# An array of the cotangent of the state has vanished below this power of the machine
+# epsilon, as a fraction of the largest entry that it has had: 7e-5 in single precision.
+_vanished = 0.6
+# Members of a batch on which two walks differ may contribute this fraction of their sum.
+_hardly = 0.03
+
+
+class Sketches(NamedTuple):
+    """Sketches of a gradient: of the cotangents of the initial state, whether or not it is
+    differentiated, and of the parameters."""
+
+    states: list[Sketch]
+    params: list[Sketch]
+
+    @staticmethod
+    def none() -> "Sketches":
+        return Sketches([], [])
+
+
+def same_gradient(
+    walk: Walk, growth: Growth, last: Sketches, here: Sketches, grown: BoolScalarLike
+) -> BoolScalarLike:
+    """Whether this walk has come to the same gradient as the last one.
+
+    - `grown`: whether the gradient of this element of a batch has grown, or would have.
+
+    Where the flow has contracted a lot, the cotangent of the state has vanished, and the
+    rest of it is a matter of rounding. So an array of it may also differ by a tiny fraction
+    of the largest entry that it has had, see `_vanished`. The members of a batch have a
+    single gradient of what they share, to which those that differ may contribute little.
+    """
+    flags = [False] * len(here.params)
+    if walk.summed is not None and walk.shared is None:
+        flags = jtu.tree_leaves(walk.summed.flags)
+    same = []
+    if walk.differentiates_start:
+        sizes = jtu.tree_leaves(growth.largest)
+        for before, now, size in zip(last.states, here.states, sizes, strict=True):
+            vanished = norm(now - before, size) <= eps(now) ** _vanished
+            same.append(alike(before, now, _alike) | (vanished & jnp.isfinite(size)))
+    for before, now, is_shared in zip(last.params, here.params, flags, strict=True):
+        agrees = alike(before, now, _alike)
+        if is_shared:
+            assert walk.summed is not None
+            differs = grown & jnp.logical_not(agrees)
+            agrees |= _hardly_differs(walk.summed, before, now, differs)
+        same.append(agrees)
+    return jnp.stack([jnp.array(True), *same]).all()
+
+
+def same_at_start(last: Sketches, here: Sketches, agree: BoolScalarLike) -> BoolScalarLike:
+    """Whether this walk has come to the same cotangent of the initial state as the last
+    one, of which it is known whether it and the one before it `agree`."""
+    tol = jnp.where(agree, _alike, _near)
+    same = [alike(*both, tol) for both in zip(last.states, here.states, strict=True)]
+    return jnp.stack([jnp.array(True), *same]).all()
+
+
+def _hardly_differs(
+    summed: Shared, last: Sketch, now: Sketch, differs: BoolScalarLike
+) -> BoolScalarLike:
+    """Whether members that differ hardly contribute to the sum over a batch."""
+    # Half precision would overflow.
+    if now.dtype.itemsize < 4:
+        last, now = last.astype(jnp.float32), now.astype(jnp.float32)
+    scale = summed.total(jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0))
+    doubtful = jnp.where(differs, norm(last, scale) + norm(now, scale), 0)
+    hardly = summed.total(doubtful) <= _hardly * norm(summed.total(now), scale)
+    return hardly & jnp.isfinite(scale)
