@@ -130,6 +130,26 @@ def test_dead_modes_at_all_tolerances(solver, count):
     assert np.nanmax(errors / (100 * tols)) < 1
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("solver", cases(SOLVERS[:1], slow=(SOLVERS[3],)))
+def test_dead_modes_in_single_precision(solver):
+    """The cotangent of the first backward pass overflows."""
+
+    def loss(y0, k):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(heat),
+            solver,
+            *(jnp.float32(0), jnp.float32(1), None, y0, k),
+            stepsize_controller=dfx.PIDController(1e-4, 1e-4),
+            adjoint=dr.ReversibleAdjoint(),
+        )
+        return jnp.vdot(sol.ys[-1], WEIGHTS.astype(jnp.float32))
+
+    got = jax.jit(jax.grad(loss, (0, 1)))(jnp.float32(GRID**2), jnp.float32(1))
+    want = gradient(heat, GRID**2, 1.0, dfx.Kvaerno5(), 1e-8, DEFAULT)
+    assert relative_error(got, want) < 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", (False, True))
 def test_steps_that_are_not_divided(dense):

@@ -277,5 +277,12 @@ def any_grown(shares: Shares, drift_tol: float) -> Bool[Array, ""]:
     return jnp.stack([jnp.array(False), *grown]).any()
 
 
+def any_overflown(shares: Shares) -> Bool[Array, ""]:
+    """Whether one of the `Growth.shares` is not finite, as in single precision where a
+    cotangent grows over hundreds of steps."""
+    finite = [jnp.isfinite(share) for share in shares]
+    return jnp.logical_not(jnp.stack([jnp.array(True), *finite]).all())
+
+
 def _few_digits(x: PyTree[Array]) -> PyTree[BFloat16[Array, "..."]]:
     return jtu.tree_map(lambda x: x.astype(jnp.bfloat16), x)

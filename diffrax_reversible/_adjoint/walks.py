@@ -13,7 +13,7 @@ from .._tree import tree_add, tree_select, tree_zeros_of
 from .agreement import same_at_start, same_gradient, Sketches
 from .between_steps import go_on
 from .division import Division
-from .growth import any_grown, Growth, Plan
+from .growth import any_grown, any_overflown, Growth, Plan
 from .kept import Kept
 from .position import params_of, Position, with_params, without_params
 from .pull_change import pull_change
@@ -182,8 +182,10 @@ def _judge(
         # which proves nothing.
         proves &= (growth.restarts > 0) | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
-    grown = any_grown(walk.shares(position), walk.drift_tol)
-    grown |= first & any_grown(walk.shares_of_integrals(position), walk.drift_tol)
+    shares = walk.shares(position)
+    grown = any_grown(shares, walk.drift_tol)
+    in_integrals = any_grown(walk.shares_of_integrals(position), walk.drift_tol)
+    grown |= first & (in_integrals | any_overflown(shares))
     cures, divides = jnp.where(first, grown, plan.cures), plan.divides > 0
     suspect = grown | division.unstable
     same = proves & same_gradient(walk, growth, walks.last, here, suspect | divides)
