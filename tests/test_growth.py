@@ -181,6 +181,40 @@ def test_slow_growth(count):
     assert against_implicit(dr.ALF4(), 1e-6, 0.5 * GRID**2, 0.5, **settings) < 1e-4
 
 
+@pytest.mark.more
+def test_steps_are_divided_until_two_passes_agree():
+    """The first division into stable parts is off by 50 %, the second by 10 %, and the
+    third one agrees with that."""
+    t1, reports = 10.0, []
+
+    def loss(y0, rate, adjoint):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, rate: -rate * (y - jnp.cos(t))),
+            dr.ALF4(),
+            *(0.0, t1, None, y0, rate),
+            adjoint=adjoint,
+            stepsize_controller=dfx.PIDController(1e-3, 1e-3),
+        )
+        return jnp.sum(sol.ys**2), sol.stats["num_accepted_steps"]
+
+    def exact(rate):
+        # The initial transient has decayed by `exp(-250)`.
+        return 2 * (rate * (rate * jnp.cos(t1) + jnp.sin(t1)) / (1 + rate**2)) ** 2
+
+    def gradient(adjoint):
+        fn = functools.partial(loss, adjoint=adjoint)
+        return jax.jit(jax.grad(fn, (0, 1), has_aux=True))(jnp.ones(2), 25.0)
+
+    got, steps = gradient(dr.ReversibleAdjoint(report=reports.append))
+    stored, _ = gradient(dfx.RecursiveCheckpointAdjoint())
+    jax.effects_barrier()
+    assert reports[-1]["undone_steps"] == 5 * steps
+    expected = jax.grad(exact)(25.0)
+    assert relative_error(got[1], expected) < 0.05
+    assert relative_error(stored[1], expected) > 10
+    assert np.max(np.abs(got[0])) < 1e-50
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("start", cases((0.0,), slow=(1e-5,)))
 def test_growth_in_a_step_with_outputs(start):

@@ -173,7 +173,8 @@ def test_no_other_derivatives(solver):
 @pytest.mark.long
 def test_right_gradient_that_seems_to_grow():
     """Upwind advection, in 19 steps. There is a pass by derivatives of the embedded method,
-    and then another one, with which it agrees."""
+    and then another one, with which it agrees. As both might have grown by as much, a pass
+    that divides steps confirms them, before the gradient is that of the last one again."""
     speed = jnp.array([1.3, 1.9, 17.0, 3.3, 0.92, 0.86])
     y0 = jnp.array([0.68, -0.63, 1.1, 0.54, 0.83, -0.6])
     weights = jnp.array([-0.65, -0.39, 0.31, -1.8, 0.12, -0.47])
@@ -197,7 +198,7 @@ def test_right_gradient_that_seems_to_grow():
     solver, reports = dr.McCallumFoster(dfx.Tsit5()), []
     got, steps = gradient(solver, dr.ReversibleAdjoint(report=reports.append))
     jax.effects_barrier()
-    assert reports[-1]["undone_steps"] == 3 * steps
+    assert reports[-1]["undone_steps"] == 5 * steps
     stored, exact = (
         gradient(*of)[0]
         for of in (

@@ -50,11 +50,9 @@ def final_of(field, t1, dt0=None, solver=None, **kwargs):
     return final
 
 
-def gradient(final, adjoint):
+def gradient(final, adjoint, argnums=(0, 1)):
     """The compiled gradient of `final`, and the numbers of restarts and steps."""
-    return jax.jit(
-        lambda *inputs: jax.grad(final, argnums=(0, 1), has_aux=True)(*inputs, adjoint)
-    )
+    return jax.jit(lambda *inputs: jax.grad(final, argnums, has_aux=True)(*inputs, adjoint))
 
 
 STORE = dfx.RecursiveCheckpointAdjoint(checkpoints=4096)
@@ -133,11 +131,12 @@ def test_batch():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("problem", ("chaotic", "long", "contracting"))
+@pytest.mark.parametrize("problem", ("chaotic", "long", "contracting", "divided"))
 def test_evaluations_of_a_batch(problem):
     """Elements that restart, and are replayed, at their own steps wait for one another: a
-    batch takes some evaluations more than its longest element, and not those of all."""
-    counts = []
+    batch takes some evaluations more than its longest element, and not those of all. It
+    takes several times as many where elements divide their own steps, see `Division`."""
+    counts, argnums = [], (0, 1)
 
     def count(x):
         counts.append(1)
@@ -147,9 +146,9 @@ def test_evaluations_of_a_batch(problem):
         struct, x = jax.ShapeDtypeStruct(y[0].shape, y.dtype), jax.lax.stop_gradient(y[0])
         # One call for the whole batch.
         one = jax.pure_callback(count, struct, x, vmap_method="broadcast_all")
-        if problem != "contracting":
-            return rate * one * lorenz(t, y, None)
-        return one * relaxation(t, y, rate)
+        if problem in ("contracting", "divided"):
+            return one * relaxation(t, y, rate)
+        return rate * one * lorenz(t, y, None)
 
     if problem == "chaotic":
         most, t1, rates = 3, jnp.float32(3.0), jnp.ones(16, jnp.float32)
@@ -162,9 +161,11 @@ def test_evaluations_of_a_batch(problem):
         kwargs = dict(dt0=2 / 512, max_steps=512)
         y0 = jnp.array([[1.0, 1.0, 25.0]]) + jax.random.normal(jax.random.key(0), (64, 3))
     else:
-        most, t1, rates = 2, 10.0, jnp.linspace(0.0, 40.0, 41)
-        kwargs = dict(stepsize_controller=pid(1e-3))
-        y0 = jnp.ones((41, 2))
+        most, tol = (6, 1e-3) if problem == "divided" else (2, 1e-4)
+        # The cotangent of the initial state grows in many elements.
+        argnums = argnums if problem == "divided" else 1
+        t1, rates, y0 = 10.0, jnp.linspace(0.0, 40.0, 41), jnp.ones((41, 2))
+        kwargs = dict(stepsize_controller=pid(tol))
     final = final_of(counted, t1, **kwargs)
 
     def evaluations(fn, *inputs):
@@ -173,7 +174,7 @@ def test_evaluations_of_a_batch(problem):
         jax.effects_barrier()
         return len(counts)
 
-    one = gradient(final, dr.ReversibleAdjoint())
+    one = gradient(final, dr.ReversibleAdjoint(), argnums)
     # The fastest rates take the most.
     members = list(zip(y0, rates, strict=True))[-16:]
     alone = [evaluations(one, *inputs) for inputs in members]

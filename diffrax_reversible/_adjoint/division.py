@@ -20,7 +20,7 @@ _stretches = 16
 # stability for the modes that have grown.
 _divided = 0.6
 # The number of parts is limited to so many per step of the solve, and so many at least; to
-# twice as many where there are twice as many parts.
+# twice as many where parts are half as long.
 _parts_per_step, _least_parts = 4, 256
 
 

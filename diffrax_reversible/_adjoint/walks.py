@@ -24,6 +24,11 @@ from .undo_steps import undo_steps
 from .walk import Walk
 
 
+# The number of walks that divide steps, the last one into four times as many parts as the
+# first one.
+_dividing = 3
+
+
 def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     """The whole walk, from the `end` to the start.
 
@@ -34,9 +39,9 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     A spoilt gradient differs between the first and the second walk, as these restart at
     different steps. If a solver has steps with other derivatives, there is a walk with
     those in between, with which the last one is compared. If they differ, or prove nothing,
-    two more walks divide the steps that are unstable for what has grown, see `Division`,
-    and are compared. If the first of these confirms the walk before, that is done again
-    instead.
+    up to three more walks divide the steps that are unstable for what has grown, each into
+    twice as many parts, until two of them agree, see `Division`. If the first of these
+    confirms the walk before, that is done again instead.
     """
     position = walk.start(end, Plan.nothing(), Division.start(end.cotangent.y))
     meter = walk.problem.progress_meter.init()
@@ -124,7 +129,7 @@ class _Walks(NamedTuple):
 
 def _most(walk: Walk) -> int:
     """The number of walks, if the gradient grows."""
-    return 2 + int(walk.compares) + 2 * int(walk.divides)
+    return 2 + int(walk.compares) + _dividing * int(walk.divides)
 
 
 def _again(
@@ -169,9 +174,9 @@ def _judge(
 ) -> tuple[BoolScalarLike, Plan, BoolScalarLike]:
     """Whether some element of the batch has to begin again, what the next walk does, and
     whether two walks have come to the same gradient."""
-    # Steps are divided in the last two walks, if at all.
-    left, to_divide = walks.left, 2 * int(walk.divides)
-    first, cured, last = left == _most(walk), left == 1 + to_divide, left == 1
+    # Steps are divided in the last walks, if at all.
+    left, to_divide = walks.left, _dividing * int(walk.divides)
+    first, cured = left == _most(walk), left == 1 + to_divide
     plan, division = growth.plan, growth.division
     enough = jnp.logical_not(division.lacks_parts(plan.divides, walk.residuals.count))
     proves = enough & jnp.logical_not(first)
@@ -189,7 +194,8 @@ def _judge(
     cures, divides = jnp.where(first, grown, plan.cures), plan.divides > 0
     suspect = grown | division.unstable
     same = proves & same_gradient(walk, growth, walks.last, here, suspect | divides)
-    agree = jnp.where(cured | (divides & last), same, walks.agree)
+    finely = plan.divides > 1
+    agree = jnp.where(cured | finely, same, walks.agree)
     # In unstable steps, what is too slow to be found may grow, and what is found may have
     # grown by as much in both walks.
     proven = agree & jnp.logical_not(grown & division.unstable)
@@ -197,11 +203,12 @@ def _judge(
     # A walk that divides shows whether that before it had come to the right cotangent at
     # the start of the solve. If so, its gradient is the better one: states within a step
     # are those of the solver then, which are consistent with both ends.
-    confirms = divides & enough & same_at_start(walks.last, here, agree)
-    confirms &= jnp.logical_not(last)
+    confirms = (plan.divides == 1) & enough & same_at_start(walks.last, here, agree)
     divides |= cured & doubtful
-    again = eqxi.unvmap_any(jnp.where(left > 1 + to_divide, cures, divides)) & (left > 1)
-    parts = jnp.where(cured, 1, jnp.where(confirms, 0, 2))
+    goes_on = divides & jnp.logical_not(finely & same)
+    again = eqxi.unvmap_any(jnp.where(left > 1 + to_divide, cures, goes_on)) & (left > 1)
+    finer = plan.divides * jnp.where(goes_on, 2, 1)
+    parts = jnp.where(cured, 1, jnp.where(confirms, 0, finer))
     plan = Plan(cures, cures & first, jnp.where(divides, parts, 0))
     return again, plan, (agree if walk.divides else proven) | confirms
 
