@@ -181,10 +181,10 @@ def test_slow_growth(count):
     assert against_implicit(dr.ALF4(), 1e-6, 0.5 * GRID**2, 0.5, **settings) < 1e-4
 
 
-@pytest.mark.more
+@pytest.mark.long
 def test_steps_are_divided_until_two_passes_agree():
-    """The first division into stable parts is off by 50 %, the second by 10 %, and the
-    third one agrees with that."""
+    """The first two passes that divide steps differ by more than a tenth, and the third one
+    agrees with the second."""
     t1, reports = 10.0, []
 
     def loss(y0, rate, adjoint):

@@ -153,7 +153,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     that says how to bound the steps.
 
     If the first pass that divides steps comes to the cotangent of the initial state of the
-    pass before, that had not grown after all, and is done again instead of others:
+    pass before, that had not grown after all, and is done again instead of more of them:
     interpolated states may be off by more than those within a step. The two have to be as
     near as a hundredth, or a tenth if the first two passes agreed. A step in `n` parts
     takes `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more

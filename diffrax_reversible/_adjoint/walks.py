@@ -39,9 +39,9 @@ def run_walks(walk: Walk, end: Position) -> tuple[Position, BoolScalarLike]:
     A spoilt gradient differs between the first and the second walk, as these restart at
     different steps. If a solver has steps with other derivatives, there is a walk with
     those in between, with which the last one is compared. If they differ, or prove nothing,
-    up to three more walks divide the steps that are unstable for what has grown, each into
-    twice as many parts, until two of them agree, see `Division`. If the first of these
-    confirms the walk before, that is done again instead.
+    up to three more walks divide the steps that are unstable for what has grown, each later
+    one into twice as many parts, until two of them agree, see `Division`. If the first of
+    these confirms the walk before, that is done again instead.
     """
     position = walk.start(end, Plan.nothing(), Division.start(end.cotangent.y))
     meter = walk.problem.progress_meter.init()
