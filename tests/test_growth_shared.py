@@ -57,15 +57,20 @@ def test_many_parameters(solver, members):
 
 
 @pytest.mark.long
-def test_members_with_vanishing_gradients():
+@pytest.mark.parametrize("shares", [True, False])
+def test_members_with_vanishing_gradients(shares):
     """Where the flow has contracted a lot, the gradient of a member may be lost. Alone it
-    is refused. In a batch that shares parameters it hardly matters to their gradient, and
-    that of its initial state vanishes."""
+    is refused. In a batch it hardly matters to the gradient of parameters, whether or not
+    members share them, and that of its initial state vanishes."""
     rng = np.random.default_rng(162)
     matrix = rng.normal(size=(4, 4))
     matrix -= 1.2 * np.max(np.abs(np.linalg.eigvals(matrix).real)) * np.eye(4)
     inputs = 3 * matrix, rng.normal(size=(8, 4)), np.linspace(0.5, 5, 8)
     weights = rng.normal(size=4)
+    if not shares:
+        matrices = inputs[0] * rng.uniform(0.9, 1, (8, 1, 1))
+        inputs = matrices, *inputs[1:]
+    axes = (None if shares else 0), 0, 0
 
     def of_member(matrix, y0, t1, solver, adjoint, tol):
         sol = dfx.diffeqsolve(
@@ -81,8 +86,8 @@ def test_members_with_vanishing_gradients():
     def gradients(dtype, *how):
         """Of each member alone, and of the sum."""
         one = lambda *inputs: of_member(*inputs, *how)
-        every = jax.vmap(one, (None, 0, 0))
-        alone = jax.vmap(jax.grad(one, (0, 1)), (None, 0, 0))
+        every = jax.vmap(one, axes)
+        alone = jax.vmap(jax.grad(one, (0, 1)), axes)
         both = lambda *inputs: (
             alone(*inputs),
             jax.grad(lambda *inputs: jnp.sum(every(*inputs)), (0, 1))(*inputs),

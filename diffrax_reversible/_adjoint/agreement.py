@@ -1,14 +1,15 @@
 """Whether two walks have come to the same gradient."""
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._axes import total
 from .._custom_types import BoolScalarLike
 from .._precision import eps
 from .growth import Growth
-from .shared import Shared
 from .sketch import alike, norm, Sketch
 from .walk import Walk
 
@@ -23,8 +24,9 @@ _near = 0.01
 # An array of the cotangent of the state has vanished below this power of the machine
 # epsilon, as a fraction of the largest entry that it has had: 7e-5 in single precision.
 _vanished = 0.6
-# Members of a batch on which two walks differ may contribute this fraction of their sum.
-_hardly = 0.03
+# Members of a batch on which two walks differ may contribute this fraction of their sum,
+# and this one of an array of which each member has its own.
+_hardly_of_sum, _hardly_of_array = 0.03, 1e-3
 
 
 class Sketches(NamedTuple):
@@ -49,10 +51,12 @@ def same_gradient(
     Where the flow has contracted a lot, the cotangent of the state has vanished, and the
     rest of it is a matter of rounding. So an array of it may also differ by a tiny fraction
     of the largest entry that it has had, see `_vanished`. The members of a batch have a
-    single gradient of what they share, to which those that differ may contribute little.
+    single gradient of what they share, to which those that differ may contribute little. So
+    they may to an array of parameters of which each member has its own: next to the others
+    it is nothing, and where a solution has vanished, it is a matter of the solve's error.
     """
     flags = [False] * len(here.params)
-    if walk.summed is not None and walk.shared is None:
+    if walk.summed is not None:
         flags = jtu.tree_leaves(walk.summed.flags)
     same = []
     if walk.differentiates_start:
@@ -62,10 +66,10 @@ def same_gradient(
             same.append(alike(before, now, _alike) | (vanished & jnp.isfinite(size)))
     for before, now, is_shared in zip(last.params, here.params, flags, strict=True):
         agrees = alike(before, now, _alike)
-        if is_shared:
-            assert walk.summed is not None
+        in_batch = len(walk.axes) > 0
+        if in_batch and not (is_shared and walk.shared is not None):
             differs = grown & jnp.logical_not(agrees)
-            agrees |= _hardly_differs(walk.summed, before, now, differs)
+            agrees |= _hardly_differs(walk.axes, is_shared, before, now, differs)
         same.append(agrees)
     return jnp.stack([jnp.array(True), *same]).all()
 
@@ -79,13 +83,22 @@ def same_at_start(last: Sketches, here: Sketches, agree: BoolScalarLike) -> Bool
 
 
 def _hardly_differs(
-    summed: Shared, last: Sketch, now: Sketch, differs: BoolScalarLike
+    axes: tuple[Hashable, ...],
+    is_shared: bool,
+    last: Sketch,
+    now: Sketch,
+    differs: BoolScalarLike,
 ) -> BoolScalarLike:
-    """Whether members that differ hardly contribute to the sum over a batch."""
+    """Whether the members of a batch that differ hardly contribute to its gradient: of an
+    array that they share, to the sum; otherwise, to the array of all members."""
     # Half precision would overflow.
     if now.dtype.itemsize < 4:
         last, now = last.astype(jnp.float32), now.astype(jnp.float32)
-    scale = summed.total(jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0))
+    scale = jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0)
+    scale = total(scale, axes)
     doubtful = jnp.where(differs, norm(last, scale) + norm(now, scale), 0)
-    hardly = summed.total(doubtful) <= _hardly * norm(summed.total(now), scale)
-    return hardly & jnp.isfinite(scale)
+    if is_shared:
+        whole, least = norm(total(now, axes), scale), _hardly_of_sum
+    else:
+        whole, least = jnp.sqrt(total(norm(now, scale) ** 2, axes)), _hardly_of_array
+    return (total(doubtful, axes) <= least * whole) & jnp.isfinite(scale)

@@ -83,7 +83,7 @@ def walk_back(
         any(jtu.tree_leaves((perturbed.y0, perturbed.solver_state))),
         _differentiates_control(problem, params, nondiff),
         *(tolerance(drift_tol, states), replay_tolerance(drift_tol, states)),
-        *(watch, Shared.of(sharing, inputs, perturbed)),
+        *(watch, sharing[0], Shared.of(sharing, inputs, perturbed)),
     )
     pulled = pull_finish(walk, cotangent)
     walk = dataclasses.replace(

@@ -164,13 +164,17 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`
-    (7e-5 in float32) times the largest entry that its cotangent has had at any time. And in
-    a batch whose members share parameters, only the sum of theirs counts: members that
-    differ may contribute 3 % to it. (If the number of devices divides that of the members,
-    to the sum on each device. Of more than 1,024 parameters, the two sums have to agree to
-    a tenth.) `McCallumFoster` restarts in most steps where the flow contracts, so that both
-    passes may be the same. With it, there is a pass in between, by derivatives of the
-    embedded method, and the last two passes are compared.
+    (7e-5 in float32) times the largest entry that its cotangent has had at any time. And
+    where the sum over a batch is differentiated, as by `jax.grad` of a loss with `jax.vmap`
+    in it, only the gradient of the whole batch counts: members that differ may contribute
+    3 % to that of parameters that they share, and 0.1 % to the norm of an array of which
+    each member has its own part. (If the number of devices divides that of the members, to
+    that on each device. Of more than 1,024 shared parameters, the two sums have to agree to
+    a tenth.) `jax.vmap` of `jax.grad` judges each member by itself.
+
+    `McCallumFoster` restarts in most steps where the flow contracts, so that both passes
+    may be the same. With it, there is a pass in between, by derivatives of the embedded
+    method, and the last two passes are compared.
 
     If the initial state is not differentiated, such growth may not matter. A system that
     rests until its first input arrives adds nothing to the gradient of its parameters, as a

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import equinox as eqx
@@ -57,6 +57,8 @@ class Walk(eqx.Module):
     replay_tol: float = eqx.field(static=True)
     # Called at every known state.
     watch: Callable[[dict[str, Any]], None] | None = eqx.field(static=True)
+    # The axes of the batch, one for each `jax.vmap`.
+    axes: tuple[Hashable, ...] = eqx.field(static=True)
     # What the members of a batch share of the `params`, whose cotangent is summed over the
     # batch in the end.
     summed: Shared | None = eqx.field(static=True)
