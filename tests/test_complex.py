@@ -215,8 +215,8 @@ def test_restarts_and_vmap():
     "name",
     cases(
         (),
-        long=("BlanesMoan4",),
-        slow=("ALF6", "McCallumFoster", "ReversibleHeun", "Gauss4"),
+        long=("BlanesMoan4", "McCallumFoster"),
+        slow=("ALF6", "ReversibleHeun", "Gauss4"),
     ),
 )
 def test_strict_promotion(name):

@@ -133,7 +133,8 @@ def _rate(
     """The Rayleigh quotient of the entries of an array that have grown, and the same beside
     all of its entries."""
     scale = largest(vf_bar)
-    vf_bar, pulled = (x / jnp.where(scale == 0, 1, scale) for x in (vf_bar, pulled))
+    scale = jnp.where(scale == 0, 1, scale).astype(vf_bar.dtype)
+    vf_bar, pulled = vf_bar / scale, pulled / scale
     square = jnp.real(vf_bar * jnp.conj(vf_bar))
     product = jnp.sum(jnp.where(grown, jnp.real(pulled * jnp.conj(vf_bar)), 0))
     squares = jnp.stack([jnp.sum(jnp.where(grown, square, 0)), jnp.sum(square)])
