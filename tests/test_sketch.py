@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffrax_reversible._adjoint.agreement import same_together
 from diffrax_reversible._adjoint.sketch import alike as _alike, norm, sketch
 
 
@@ -36,7 +37,7 @@ def test_estimated_distance(shape, make):
     for _ in range(200):
         first, moved = make(rng, shape), make(rng, shape)
         a, b = both(jnp.asarray(first), jnp.asarray(first + moved))
-        ratios.append(np.sqrt(np.mean((a - b) ** 2)) / np.linalg.norm(moved))
+        ratios.append(np.linalg.norm(a - b) / np.linalg.norm(moved))
     within = (np.array(ratios) > 0.5) & (np.array(ratios) < 2)
     assert np.mean(within) >= 0.93
 
@@ -73,3 +74,20 @@ def test_nan_and_zero():
     assert not alike(sketch(nan), sketch(nan), 1.0)
     assert alike(sketch(zero), sketch(zero), 0.0)
     assert alike(sketch(()), sketch(()), 0.0)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.float32))
+def test_arrays_together(dtype):
+    """One array may differ by more than all of them do, but not by much more."""
+    large, small = 100.0 * jnp.ones((20, 10), dtype), jnp.ones(3, jnp.float32)
+    last = sketch((large, small))
+    for of_large, of_small, same in (
+        (0, 0.2, 1),
+        (0, 0.5, 0),
+        (0.08, 0, 0),
+        (0.02, 0.2, 1),
+    ):
+        here = sketch(((1 + of_large) * large, (1 + of_small) * small))
+        assert same_together(last, here) == bool(same)
+    nan = sketch((large, jnp.full(3, jnp.nan, jnp.float32)))
+    assert not same_together(nan, nan)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Bool
 
 from .._axes import total
 from .._custom_types import BoolScalarLike
@@ -18,6 +19,10 @@ from .walk import Walk
 # fraction from that of another walk: a spoilt gradient would differ more. Tuned on
 # `examples/benchmarks/refusals.py`.
 _alike = 0.1
+# If steps are divided, single arrays of parameters may differ by this fraction, if all of
+# them together differ by no more than that. Near the minimum of a loss, what is left of an
+# array is a matter of the solve's error, of which each of many arrays has its own.
+_alike_each, _alike_together = 0.3, 0.05
 # If two walks differ, the cotangent of the initial state by a third one has to be as near
 # to that of the second one.
 _near = 0.01
@@ -58,12 +63,12 @@ def same_gradient(
     flags = [False] * len(here.params)
     if walk.summed is not None:
         flags = jtu.tree_leaves(walk.summed.flags)
-    same = []
+    starts, same = [], []
     if walk.differentiates_start:
         sizes = jtu.tree_leaves(growth.largest)
         for before, now, size in zip(last.states, here.states, sizes, strict=True):
             vanished = norm(now - before, size) <= eps(now) ** _vanished
-            same.append(alike(before, now, _alike) | (vanished & jnp.isfinite(size)))
+            starts.append(alike(before, now, _alike) | (vanished & jnp.isfinite(size)))
     for before, now, is_shared in zip(last.params, here.params, flags, strict=True):
         agrees = alike(before, now, _alike)
         in_batch = len(walk.axes) > 0
@@ -71,15 +76,31 @@ def same_gradient(
             differs = grown & jnp.logical_not(agrees)
             agrees |= _hardly_differs(walk.axes, is_shared, before, now, differs)
         same.append(agrees)
+    agrees = _all(same)
+    if len(same) > 1:
+        agrees |= (growth.plan.divides > 1) & same_together(last.params, here.params)
+    return _all([agrees, *starts])
+
+
+def _all(same: list[Bool[Array, ""]]) -> Bool[Array, ""]:
     return jnp.stack([jnp.array(True), *same]).all()
+
+
+def same_together(last: list[Sketch], here: list[Sketch]) -> Bool[Array, ""]:
+    """Whether all arrays together are the same, and none differs by much."""
+    each = [alike(*both, _alike_each) for both in zip(last, here, strict=True)]
+    widest = max((x.dtype for x in here), key=lambda dtype: dtype.itemsize)
+    # Half precision would overflow.
+    widest = widest if widest.itemsize >= 4 else jnp.float32
+    join = lambda arrays: jnp.concatenate([x.astype(widest) for x in arrays])
+    return _all([*each, alike(join(last), join(here), _alike_together)])
 
 
 def same_at_start(last: Sketches, here: Sketches, agree: BoolScalarLike) -> BoolScalarLike:
     """Whether this walk has come to the same cotangent of the initial state as the last
     one, of which it is known whether it and the one before it `agree`."""
     tol = jnp.where(agree, _alike, _near)
-    same = [alike(*both, tol) for both in zip(last.states, here.states, strict=True)]
-    return jnp.stack([jnp.array(True), *same]).all()
+    return _all([alike(*both, tol) for both in zip(last.states, here.states, strict=True)])
 
 
 def _hardly_differs(

@@ -22,14 +22,15 @@ Sketch = Float[Array, " numbers"]
 
 
 def sketch(tree: PyTree[Array]) -> list[Sketch]:
-    """The sums of the entries of each array with random signs, always the same ones; small
-    arrays as they are.
+    """The sums of the entries of each array with random signs, always the same ones, over
+    the square root of their number; small arrays as they are.
 
     The mean square of such a sum is the square of the Euclidean norm of the array (Alon,
-    Matias & Szegedy 1996, DOI 10.1145/237814.237823), and sums are linear. So the
-    difference of two sketches tells the distance of the arrays, which need not both be in
-    memory. In a matrix, the sign of an entry is that of its row times that of its column,
-    which takes a product of matrices, and no copy of the array.
+    Matias & Szegedy 1996, DOI 10.1145/237814.237823), and sums are linear. So the norm of
+    the sketch estimates that of the array, and the difference of two sketches tells the
+    distance of the arrays, which need not both be in memory. In a matrix, the sign of an
+    entry is that of its row times that of its column, which takes a product of matrices,
+    and no copy of the array.
     """
     return [_of_array(x) for x in jtu.tree_leaves(tree)]
 
@@ -50,13 +51,13 @@ def _of_array(x: Array) -> Sketch:
         # XLA compiles no loop for small arrays, and holds no signs.
         of_all = jax.vmap if x.size <= _small else lambda fn: ft.partial(lax.map, fn)
         number = lambda i: jnp.sum(x * _signs(_count * index + i, x))
-        return of_all(number)(indices(_count))
+        return of_all(number)(indices(_count)) / math.sqrt(_count)
     left, right = (
         _signs(_count * (2 * indices(n)[:, None] + axis) + indices(_count)[None], x)
         for axis, n in enumerate(rows.shape)
     )
     sums = jnp.matmul(rows, right, precision=lax.Precision.HIGHEST)
-    return jnp.sum(left * sums, axis=0)
+    return jnp.sum(left * sums, axis=0) / math.sqrt(_count)
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -71,8 +72,7 @@ def _signs(h: Array, like: Array) -> Array:
 
 
 def norm(sketch: Sketch, scale: Float[Array, ""]) -> Float[Array, ""]:
-    """The Euclidean norm of the array, or four times as much of a large one, as a multiple
-    of the `scale`."""
+    """The Euclidean norm of the array, as a multiple of the `scale`."""
     largest = jnp.max(jnp.abs(sketch), initial=0)
     # Squares of small numbers would be zero.
     size = jnp.sqrt(jnp.sum((sketch / jnp.where(largest == 0, 1, largest)) ** 2))
