@@ -12,6 +12,7 @@ from .._custom_types import BoolScalarLike
 from .._precision import eps
 from .growth import Growth
 from .sketch import alike, norm, Sketch
+from .spread import many
 from .walk import Walk
 
 
@@ -19,9 +20,9 @@ from .walk import Walk
 # fraction from that of another walk: a spoilt gradient would differ more. Tuned on
 # `examples/benchmarks/refusals.py`.
 _alike = 0.1
-# If steps are divided, single arrays of parameters may differ by this fraction, if all of
-# them together differ by no more than that. Near the minimum of a loss, what is left of an
-# array is a matter of the solve's error, of which each of many arrays has its own.
+# If steps are divided, single arrays of many parameters may differ by this fraction, if all
+# of them together differ by no more than that. Near the minimum of a loss, what is left of
+# an array is a matter of the solve's error, of which each of many arrays has its own.
 _alike_each, _alike_together = 0.3, 0.05
 # If two walks differ, the cotangent of the initial state by a third one has to be as near
 # to that of the second one.
@@ -77,7 +78,7 @@ def same_gradient(
             agrees |= _hardly_differs(walk.axes, is_shared, before, now, differs)
         same.append(agrees)
     agrees = _all(same)
-    if len(same) > 1:
+    if many(walk.params) and len(same) > 1:
         agrees |= (growth.plan.divides > 1) & same_together(last.params, here.params)
     return _all([agrees, *starts])
 
