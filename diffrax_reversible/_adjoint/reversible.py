@@ -150,9 +150,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     with smaller steps, which differs from this one by about as little as the solution does:
     on the heat equation that of `ALF4` is right to 4 % at a tolerance of 1e-3, and to 1e-5
     at 1e-6. Two of these passes in a row have to agree as well, or the gradient is an error
-    that says how to bound the steps. Single arrays of more than 1,024 parameters may then
-    differ by 30 %, if all arrays of parameters together differ by no more than 5 %: near
-    the minimum of a loss, some of many arrays are as uncertain as the solution.
+    that says how to bound the steps. If more than 1,024 parameters are differentiated,
+    single arrays of them may then differ by 30 %, where all together differ by no more than
+    5 %: near the minimum of a loss, some of many arrays are as uncertain as the solution.
 
     If the first pass that divides steps comes to the cotangent of the initial state of the
     pass before, that had not grown after all, and is done again instead of more of them:

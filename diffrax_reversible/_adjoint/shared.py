@@ -51,10 +51,6 @@ class Shared:
 
         return jtu.tree_map(share_if, self.flags, params)
 
-    def total(self, x: Array) -> Array:
-        """The sum of `x` over the members."""
-        return total(x, self.names)
-
     def any(self, pred: BoolScalarLike) -> Bool[Array, ""]:
         """Whether `pred` holds for any member."""
         count = total(jnp.asarray(pred).astype(jnp.int32), self.names)
