@@ -4,6 +4,9 @@ Results are Python floats, which have no dtype: before NumPy 2, a power of a Num
 single precision has double precision.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
@@ -20,6 +23,16 @@ def as_floats(*times: ArrayLike) -> list[Float[Array, ""]]:
     floats = [t for t in times if is_float(t)]
     dtype = jnp.result_type(*floats) if len(floats) > 0 else float
     return [jnp.asarray(t, dtype) for t in times]
+
+
+def finest(xs: Iterable[Array]) -> Any:
+    """The dtype of the highest precision among arrays of real numbers."""
+    return max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
+
+
+def for_sums(dtype: Any) -> Any:
+    """The dtype for sums over many: half precision has too few digits and overflows."""
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def tiny(x: ArrayLike) -> float:

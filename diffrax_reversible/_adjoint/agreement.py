@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 
 from .._axes import total
 from .._custom_types import BoolScalarLike
-from .._precision import eps
+from .._precision import eps, finest, for_sums
 from .growth import Growth
 from .sketch import alike, norm, Sketch
 from .spread import many
@@ -90,10 +90,8 @@ def _all(same: list[Bool[Array, ""]]) -> Bool[Array, ""]:
 def same_together(last: list[Sketch], here: list[Sketch]) -> Bool[Array, ""]:
     """Whether all arrays together are the same, and none differs by much."""
     each = [alike(*both, _alike_each) for both in zip(last, here, strict=True)]
-    widest = max((x.dtype for x in here), key=lambda dtype: dtype.itemsize)
-    # Half precision would overflow.
-    widest = widest if widest.itemsize >= 4 else jnp.float32
-    join = lambda arrays: jnp.concatenate([x.astype(widest) for x in arrays])
+    dtype = for_sums(finest(here))
+    join = lambda arrays: jnp.concatenate([x.astype(dtype) for x in arrays])
     return _all([*each, alike(join(last), join(here), _alike_together)])
 
 

@@ -18,6 +18,7 @@ from .._custom_types import (
     RealScalarLike,
     Y,
 )
+from .._precision import for_sums
 from .._solver.cotangent import Probe
 from .._solver.entry_scales import units
 from .._solver.probe import Departure
@@ -115,9 +116,7 @@ class Growth(eqx.Module):
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         most = largest(sizes)
-        # Half precision has too few digits for a sum over the steps.
-        dtype = lambda m: m.dtype if m.dtype.itemsize >= 4 else jnp.float32
-        none = jtu.tree_map(lambda m: jnp.zeros(2, dtype(m)), most)
+        none = jtu.tree_map(lambda m: jnp.zeros(2, for_sums(m.dtype)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
         no = jnp.array(0)
         return Growth(sizes, ones, most, none, plan, no, division, spread)

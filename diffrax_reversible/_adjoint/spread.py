@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import BoolScalarLike, Params
+from .._precision import finest
 
 
 # The accepted part of every entry of the gradient.
@@ -78,5 +79,5 @@ def _flat(tree: PyTree[Array]) -> Float[Array, " parameters"]:
     parts = []
     for x in map(jnp.ravel, jtu.tree_leaves(tree)):
         parts += [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-    dtype = max((x.dtype for x in parts), key=lambda dtype: dtype.itemsize)
+    dtype = finest(parts)
     return jnp.concatenate([x.astype(dtype) for x in parts])
