@@ -1,6 +1,5 @@
 """Whether two walks have come to the same gradient."""
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ from jaxtyping import Array, Bool
 
 from .._axes import total
 from .._custom_types import BoolScalarLike
-from .._precision import eps, finest, for_sums
+from .._precision import eps
 from .growth import Growth
-from .sketch import alike, norm, Sketch
+from .sketch import alike, largest_number, norm, Sketch, sketch
 from .spread import many
 from .walk import Walk
 
@@ -39,12 +38,12 @@ class Sketches(NamedTuple):
     """Sketches of a gradient: of the cotangents of the initial state, whether or not it is
     differentiated, and of the parameters."""
 
-    states: list[Sketch]
-    params: list[Sketch]
+    states: Sketch
+    params: Sketch
 
     @staticmethod
     def none() -> "Sketches":
-        return Sketches([], [])
+        return Sketches(sketch(()), sketch(()))
 
 
 def same_gradient(
@@ -61,64 +60,49 @@ def same_gradient(
     they may to an array of parameters of which each member has its own: next to the others
     it is nothing, and where a solution has vanished, it is a matter of the solve's error.
     """
-    flags = [False] * len(here.params)
-    if walk.summed is not None:
-        flags = jtu.tree_leaves(walk.summed.flags)
-    starts, same = [], []
+    same = alike(last.params, here.params, _alike)
+    if len(walk.axes) > 0:
+        differs = jnp.logical_not(same) & grown
+        same |= _hardly_differ(walk, last.params, here.params, differs)
+    same = same.all()
+    if many(walk.params) and len(here.params) > 1:
+        same |= (growth.plan.divides > 1) & same_together(last.params, here.params)
     if walk.differentiates_start:
-        sizes = jtu.tree_leaves(growth.largest)
-        for before, now, size in zip(last.states, here.states, sizes, strict=True):
-            vanished = norm(now - before, size) <= eps(now) ** _vanished
-            starts.append(alike(before, now, _alike) | (vanished & jnp.isfinite(size)))
-    for before, now, is_shared in zip(last.params, here.params, flags, strict=True):
-        agrees = alike(before, now, _alike)
-        in_batch = len(walk.axes) > 0
-        if in_batch and not (is_shared and walk.shared is not None):
-            differs = grown & jnp.logical_not(agrees)
-            agrees |= _hardly_differs(walk.axes, is_shared, before, now, differs)
-        same.append(agrees)
-    agrees = _all(same)
-    if many(walk.params) and len(same) > 1:
-        agrees |= (growth.plan.divides > 1) & same_together(last.params, here.params)
-    return _all([agrees, *starts])
+        largest = jtu.tree_leaves(growth.largest)
+        sizes = jnp.array([*largest], here.states.dtype)
+        change = norm(here.states - last.states, sizes)
+        vanished = change <= jnp.array([eps(x) ** _vanished for x in largest], change.dtype)
+        vanished &= jnp.isfinite(sizes)
+        same &= (alike(last.states, here.states, _alike) | vanished).all()
+    return same
 
 
-def _all(same: list[Bool[Array, ""]]) -> Bool[Array, ""]:
-    return jnp.stack([jnp.array(True), *same]).all()
-
-
-def same_together(last: list[Sketch], here: list[Sketch]) -> Bool[Array, ""]:
+def same_together(last: Sketch, here: Sketch) -> BoolScalarLike:
     """Whether all arrays together are the same, and none differs by much."""
-    each = [alike(*both, _alike_each) for both in zip(last, here, strict=True)]
-    dtype = for_sums(finest(here))
-    join = lambda arrays: jnp.concatenate([x.astype(dtype) for x in arrays])
-    return _all([*each, alike(join(last), join(here), _alike_together)])
+    together = alike(last.ravel(), here.ravel(), _alike_together)
+    return alike(last, here, _alike_each).all() & together
 
 
 def same_at_start(last: Sketches, here: Sketches, agree: BoolScalarLike) -> BoolScalarLike:
     """Whether this walk has come to the same cotangent of the initial state as the last
     one, of which it is known whether it and the one before it `agree`."""
-    tol = jnp.where(agree, _alike, _near)
-    return _all([alike(*both, tol) for both in zip(last.states, here.states, strict=True)])
+    return alike(last.states, here.states, jnp.where(agree, _alike, _near)).all()
 
 
-def _hardly_differs(
-    axes: tuple[Hashable, ...],
-    is_shared: bool,
-    last: Sketch,
-    now: Sketch,
-    differs: BoolScalarLike,
-) -> BoolScalarLike:
+def _hardly_differ(
+    walk: Walk, last: Sketch, now: Sketch, differs: Bool[Array, " arrays"]
+) -> Bool[Array, " arrays"]:
     """Whether the members of a batch that differ hardly contribute to its gradient: of an
     array that they share, to the sum; otherwise, to the array of all members."""
-    # Half precision would overflow.
-    if now.dtype.itemsize < 4:
-        last, now = last.astype(jnp.float32), now.astype(jnp.float32)
-    scale = jnp.max(jnp.maximum(jnp.abs(last), jnp.abs(now)), initial=0)
-    scale = total(scale, axes)
+    flags = [False] * len(now)
+    if walk.summed is not None:
+        flags = jtu.tree_leaves(walk.summed.flags)
+    axes, is_shared = walk.axes, jnp.array(flags, bool)
+    scale = total(largest_number(last, now), axes)
     doubtful = jnp.where(differs, norm(last, scale) + norm(now, scale), 0)
-    if is_shared:
-        whole, least = norm(total(now, axes), scale), _hardly_of_sum
-    else:
-        whole, least = jnp.sqrt(total(norm(now, scale) ** 2, axes)), _hardly_of_array
-    return (total(doubtful, axes) <= least * whole) & jnp.isfinite(scale)
+    of_sum = _hardly_of_sum * norm(total(now, axes), scale)
+    of_array = _hardly_of_array * jnp.sqrt(total(norm(now, scale) ** 2, axes))
+    hardly = total(doubtful, axes) <= jnp.where(is_shared, of_sum, of_array)
+    # What is summed as it arises is the same for all members.
+    has_members = jnp.logical_not(is_shared) | (walk.shared is None)
+    return hardly & jnp.isfinite(scale) & has_members

@@ -16,7 +16,7 @@ from .._custom_types import (
     Y,
 )
 from .._solver.cotangent import Cotangent
-from .._tree import tree_replace
+from .._tree import tree_add, tree_replace
 from .clock import Clock
 from .growth import Growth
 from .outputs import Cursor
@@ -134,6 +134,12 @@ class Position(eqx.Module):
 def params_of(position: Position) -> tuple[Params, Params | None]:
     """The cotangents of the parameters, since the last known state and before."""
     return position.cotangent.params, position.params_cotangent
+
+
+def all_params_of(position: Position) -> Params:
+    """The whole cotangent of the parameters."""
+    params, earlier = params_of(position)
+    return params if earlier is None else tree_add(params, earlier)
 
 
 def with_params(position: Position, params: tuple[Params | None, ...]) -> Position:

@@ -9,13 +9,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 
 from .._custom_types import BoolScalarLike, IntScalarLike
-from .._tree import tree_add, tree_select, tree_zeros_of
+from .._tree import tree_select, tree_zeros_of
 from .agreement import same_at_start, same_gradient, Sketches
 from .between_steps import go_on
 from .division import Division
 from .growth import any_grown, any_overflown, Growth, Plan
 from .kept import Kept
-from .position import params_of, Position, with_params, without_params
+from .position import all_params_of, params_of, Position, with_params, without_params
 from .pull_change import pull_change
 from .pull_outputs import pull_start
 from .sketch import sketch
@@ -79,11 +79,13 @@ def _finish(walk: Walk, position: Position) -> tuple[Position, Sketches]:
     if walk.departure is None:
         return before if passed else _pull_init(walk, before), Sketches.none()
     after = _pull_init(walk, before)
-    # What `init` adds to many parameters would be another copy, as would the sum of both
-    # parts, and sketches are linear.
-    parts = params_of(before if many(walk.params) else after)
-    params, earlier = map(sketch, parts)
-    params = tree_add(params, earlier) if len(earlier) > 0 else params
+    if many(walk.params):
+        # What `init` adds would be another copy, as would the sum of both parts, and
+        # sketches are linear.
+        params, earlier = params_of(before)
+        params = sketch(params) if earlier is None else sketch(params) + sketch(earlier)
+    else:
+        params = sketch(all_params_of(after))
     # If the solver state was passed, its cotangent counts as if `init` had made it: how a
     # cotangent is divided between the two approximations does not matter.
     sketches = Sketches(sketch(after.cotangent.y), params)
@@ -217,5 +219,4 @@ def _matters(growth: Growth, position: Position) -> BoolScalarLike:
     """See `Growth.matters`, at the start of the solve."""
     if growth.spread is None:
         return True
-    params_bar, earlier = params_of(position)
-    return growth.matters(params_bar if earlier is None else tree_add(params_bar, earlier))
+    return growth.matters(all_params_of(position))
