@@ -734,6 +734,72 @@ def test_residuals_of_an_orbit(eccentricity):
     assert relative_error(gradients(dr.ReversibleAdjoint()), gradients(default)) < 1e-6
 
 
+def at_rates(field, y0, args, solver, tol, dtype, adjoint=DEFAULT, dtmax=None):
+    """The gradients with respect to `y0` and `args` of the sum of the squares at `t=3`, one
+    row for each of twelve rates: `field(t, y, args, rate)`."""
+
+    def loss(y0, args, rate):
+        def vector_field(t, y, args):
+            return field(t, y, args, rate)
+
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(vector_field),
+            solver,
+            *(jnp.zeros((), dtype), jnp.array(3.0, dtype), None, y0, args),
+            stepsize_controller=dfx.PIDController(tol, tol, dtmax=dtmax),
+            adjoint=adjoint,
+            max_steps=2**14,
+            throw=False,
+        )
+        return sum(jnp.sum(y[-1] ** 2) for y in jax.tree.leaves(sol.ys))
+
+    convert = lambda x: jnp.asarray(x, dtype)
+    y0, args = jax.tree.map(convert, (y0, args))
+    of_rate = lambda rate: jax.grad(loss, (0, 1))(y0, args, rate)
+    rates = jnp.linspace(60, 300, 12, dtype=dtype)
+    rows = jax.jit(lambda rates: jax.lax.map(of_rate, rates))(rates)
+    return np.concatenate([x.reshape(12, -1) for x in jax.tree.leaves(rows)], axis=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "solver, most",
+    cases(((dr.ALF4(), 0.01),), more=((dr.McCallumFoster(dfx.Tsit5()), 0.15),)),
+)
+def test_state_that_contracts_beside_an_integral(solver, most):
+    """The integral passes its cotangent on to the state, so that the quotient of an entry
+    of the latter may have any size where it passes through zero. The rates of its mode were
+    found too large, so that the division of steps ran out of parts."""
+
+    def field(t, y, factor, rate):
+        y, _ = y
+        rate = factor * rate
+        return -rate * (y - jnp.cos(t)), rate * jnp.sum(y**2)
+
+    problem = field, (np.zeros(2), np.zeros(())), 1.0
+    want = at_rates(*problem, dfx.Dopri8(), 1e-9, jnp.float64, dtmax=2e-3)
+    got = at_rates(*problem, solver, 1e-3, jnp.float32, dr.ReversibleAdjoint())
+    errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert np.max(errors) < most
+
+
+@pytest.mark.long
+def test_passes_that_restart_only_with_the_solve():
+    """If only the solve restarts, the first two backward passes are the same, and prove
+    nothing. Those that divide steps are not."""
+
+    def field(t, y, matrix, rate):
+        return matrix @ jnp.tanh(y + 1) - rate * y
+
+    rng = np.random.default_rng(0)
+    problem = field, 3 * rng.normal(size=8), rng.normal(size=(8, 8)) / 3
+    got, stored = (
+        at_rates(*problem, dr.ALF4(), 1e-3, jnp.float32, adjoint)
+        for adjoint in (dr.ReversibleAdjoint(), DEFAULT)
+    )
+    assert np.all(np.isfinite(got)) and np.all(np.isfinite(stored))
+
+
 @pytest.mark.long
 def test_growth_that_is_passed_on():
     """Kuramoto's oscillators come to an equilibrium after a transient. In large steps

@@ -19,6 +19,8 @@ _stretches = 16
 # The backward pass divides a step into parts of at most this fraction of the limit of
 # stability for the modes that have grown.
 _divided = 0.6
+# After a step, the sums over the steps before it count by so much.
+_kept = 0.5
 # The number of parts is limited to so many per step of the solve, and so many at least; to
 # twice as many where parts are half as long.
 _parts_per_step, _least_parts = 4, 256
@@ -34,41 +36,58 @@ class Division(eqx.Module):
 
     - `rates`: the quotient where that beside all entries of the array was largest.
     - `beside_all`: the latter.
+    - `sums`: the numerator of both quotients, and the denominators, over the latest steps.
+        In a single step an entry may be next to zero, where its quotient may have any size.
     - `unstable`: whether a step exceeds the limit of stability for such a rate.
     - `count`: the number of parts into which steps were divided.
     """
 
     rates: Float[Array, "arrays stretches"]
     beside_all: Float[Array, "arrays stretches"]
+    sums: Float[Array, "arrays 3"]
     unstable: BoolScalarLike
     count: IntScalarLike
 
     @staticmethod
     def start(y: Y) -> "Division":
         # A state may have no array.
-        zeros = jnp.zeros((1 + len(jtu.tree_leaves(y)), _stretches), jnp.float32)
-        return Division(zeros, zeros, jnp.array(False), jnp.array(0))
+        arrays = 1 + len(jtu.tree_leaves(y))
+        rates = jnp.zeros((arrays, _stretches), jnp.float32)
+        sums = jnp.zeros((arrays, 3), jnp.float32)
+        return Division(rates, rates, sums, jnp.array(False), jnp.array(0))
 
     def again(self) -> "Division":
         """For another backward pass, which begins with the rates of this one."""
-        none = dict(unstable=jnp.array(False), count=jnp.array(0))
+        sums = jnp.zeros_like(self.sums)
+        none = dict(sums=sums, unstable=jnp.array(False), count=jnp.array(0))
         return dataclasses.replace(self, **none)
 
     def update(
-        self, probe: Probe, grown: PyTree[Bool[Array, "..."]], when: RealScalarLike
+        self,
+        probe: Probe,
+        sizes: PyTree[Array],
+        grown: PyTree[Bool[Array, "..."]],
+        when: RealScalarLike,
     ) -> "Division":
-        """With the rates after a step, before which there is a fraction `when` of all."""
-        of_array = ft.partial(_rate, jnp.sign(jnp.asarray(probe.control)))
-        of_arrays = jtu.tree_map(of_array, probe.vf_bar, probe.pulled, grown)
-        of_arrays = [jnp.zeros(2, jnp.float32), *jtu.tree_leaves(of_arrays)]
-        rates, beside_all = jnp.stack(of_arrays, axis=1)
+        """With the rates after a step, before which there is a fraction `when` of all.
+
+        - `sizes`: see `Growth`.
+        """
+        control = jnp.asarray(probe.control)
+        of_array = ft.partial(_squares, control)
+        of_arrays = jtu.tree_map(of_array, probe.vf_bar, probe.pulled, sizes, grown)
+        of_arrays = [jnp.zeros(3, jnp.float32), *jtu.tree_leaves(of_arrays)]
+        sums = _kept * self.sums + jnp.stack(of_arrays)
+        product, *squares = sums.T
+        product *= -jnp.sign(control).astype(sums.dtype)
+        rates, beside_all = [product / jnp.where(s == 0, 1, s) for s in squares]
         i = _stretch(when)
         more = beside_all > self.beside_all[:, i]
         choose = lambda old, new: old.at[:, i].set(jnp.where(more, new, old[:, i]))
         new = dict(
             rates=choose(self.rates, rates), beside_all=choose(self.beside_all, beside_all)
         )
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(self, sums=sums, **new)
 
     def notice(
         self, control: RealScalarLike, stable: float, when: RealScalarLike
@@ -127,16 +146,17 @@ def _stretch(when: RealScalarLike) -> Array:
     return jnp.clip(jnp.asarray(when * _stretches, jnp.int32), 0, _stretches - 1)
 
 
-def _rate(
-    sign: Array, vf_bar: Array, pulled: Array, grown: Bool[Array, "..."]
-) -> Float[Array, "2"]:
-    """The Rayleigh quotient of the entries of an array that have grown, and the same beside
-    all of its entries."""
-    scale = largest(vf_bar)
-    scale = jnp.where(scale == 0, 1, scale).astype(vf_bar.dtype)
+def _squares(
+    control: Array, vf_bar: Array, pulled: Array, size: Array, grown: Bool[Array, "..."]
+) -> Float[Array, "3"]:
+    """The numerator of the Rayleigh quotient of the entries of an array that have grown,
+    its denominator, and that beside all entries, relative to the largest `size`."""
+    # A cotangent of the vector field is one of the state times the length of the step.
+    scale = (control * largest(size)).astype(vf_bar.dtype)
+    scale = jnp.where(scale == 0, 1, scale)
     vf_bar, pulled = vf_bar / scale, pulled / scale
     square = jnp.real(vf_bar * jnp.conj(vf_bar))
-    product = jnp.sum(jnp.where(grown, jnp.real(pulled * jnp.conj(vf_bar)), 0))
-    squares = jnp.stack([jnp.sum(jnp.where(grown, square, 0)), jnp.sum(square)])
-    rates = -sign.astype(product.dtype) * product / jnp.where(squares == 0, 1, squares)
-    return jnp.where(jnp.isfinite(rates), rates, 0).astype(jnp.float32)
+    product = jnp.where(grown, jnp.real(pulled * jnp.conj(vf_bar)), 0)
+    terms = product, jnp.where(grown, square, 0), square
+    squares = jnp.stack([jnp.sum(term) for term in terms])
+    return jnp.where(jnp.isfinite(squares).all(), squares, 0).astype(jnp.float32)

@@ -174,7 +174,7 @@ class Growth(eqx.Module):
 
         def with_rates(division):
             grown = jtu.tree_map(lambda f: f > _least, factors)
-            return division.update(probe, grown, when)
+            return division.update(probe, sizes, grown, when)
 
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
         some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()

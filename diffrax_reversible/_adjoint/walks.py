@@ -186,8 +186,9 @@ def _judge(
         # The second walk restarts where the two approximations depart, as they do in every
         # step beyond the limit of stability, unless the solve restarts there. If neither
         # ever does, no step is unstable. If only the solve does, both walks are the same,
-        # which proves nothing.
-        proves &= (growth.restarts > 0) | (kept.restarts == 0)
+        # which proves nothing, unless this one divides steps.
+        differs = (growth.restarts > 0) | (growth.division.count > 0)
+        proves &= differs | (kept.restarts == 0)
     # Depends on the sketch, so that XLA need not copy what is sketched.
     shares = walk.shares(position)
     grown = any_grown(shares, walk.drift_tol)
