@@ -24,7 +24,7 @@ _decayed = math.exp(-_contracts)
 # that are barely accurate prove nothing.
 _most_lag = 2.0
 # In an unstable step, growth beyond this is no matter of accuracy.
-_leap = 4.0
+_leap = 100.0
 # If the backward pass restarts, so that the second approximation does not spoil the
 # cotangent, only steps with more than this fraction of the stability limit count.
 _unstable = 0.75

@@ -167,9 +167,10 @@ class ReversibleAdjoint(AbstractAdjoint):
     in the first steps grows in the first two passes alike. A step in `n` parts takes
     `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
     evaluations for each part. The passes have at most four, eight and sixteen parts for
-    each step of the solve, or 256, 512 and 1,024; one that lacks some proves nothing. Steps
-    are not divided if times or dense output are differentiated, nor with a root finder of
-    an event: growth in such steps is then an error, unless it is too slow to be found.
+    each step of the solve, or 256, 512 and 1,024; one that lacks some proves nothing. What
+    dense output, or an event with a root finder, reads of such a step is pulled back
+    through the whole step. Steps are not divided if times are differentiated: growth in
+    such steps is then an error, unless it is too slow to be found.
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`

@@ -248,8 +248,7 @@ class Walk(eqx.Module):
     @property
     def divides(self) -> bool:
         """Whether the backward pass may divide steps, see `Division`."""
-        whole = self.makes_steps or self.with_dense
-        return self.departure is not None and not whole
+        return self.departure is not None and not self.makes_steps
 
     def before(self, position: Position) -> RealScalarLike:
         """The fraction of the steps of the solve that precede the next step to undo."""
