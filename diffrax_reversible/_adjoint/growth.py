@@ -178,15 +178,9 @@ class Growth(eqx.Module):
         division = lax.cond(
             eqxi.unvmap_any(some), with_rates, lambda division: division, self.division
         )
-        division = lax.cond(
-            eqxi.unvmap_any(self.plan.cures),
-            lambda division: division.notice(control, departure.stable, when),
-            lambda division: division,
-            division,
-        )
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        division = division.count_parts(parts)
+        division = division.notice(control, when).count_parts(parts)
         return dataclasses.replace(self, **new, division=division, strain=strain)
 
     def after_step(self, params_bar: Params) -> "Growth":
