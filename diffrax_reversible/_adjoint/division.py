@@ -97,9 +97,7 @@ class Division(eqx.Module):
 
     def unstable(self, stable: float) -> BoolScalarLike:
         """Whether a step exceeds the limit of stability for one of the rates."""
-        rates = jnp.pad(jnp.max(self.rates, axis=0), 1)
-        near = jnp.maximum(jnp.maximum(rates[:-2], rates[1:-1]), rates[2:])
-        return jnp.any(self.longest * near > stable)
+        return jnp.any(self.longest * self._largest_rates > stable)
 
     def parts(
         self,
@@ -137,10 +135,15 @@ class Division(eqx.Module):
         return (times > 0) & (self.count >= _most(times, steps) - 1)
 
     def _size(self, control: RealScalarLike, when: RealScalarLike) -> Float[Array, ""]:
-        """The `|h λ|` of a step, for the largest rate in its stretch and the two beside."""
+        """The `|h λ|` of a step."""
+        rate = self._largest_rates[_stretch(when)]
+        return jnp.abs(jnp.asarray(control)).astype(rate.dtype) * rate
+
+    @property
+    def _largest_rates(self) -> Float[Array, " stretches"]:
+        """The largest rate in each stretch and the two beside."""
         rates = jnp.pad(jnp.max(self.rates, axis=0), 1)
-        near = lax.dynamic_slice_in_dim(rates, _stretch(when), 3)
-        return jnp.abs(jnp.asarray(control)).astype(near.dtype) * jnp.max(near)
+        return jnp.maximum(jnp.maximum(rates[:-2], rates[1:-1]), rates[2:])
 
 
 def _most(times: IntScalarLike, steps: IntScalarLike) -> Array:

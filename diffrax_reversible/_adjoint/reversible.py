@@ -130,15 +130,15 @@ class ReversibleAdjoint(AbstractAdjoint):
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. If the initial state is
     differentiated, a cotangent that consists of fast modes, as it shows when it is pulled
-    back through the vector field, counts as grown: in the first steps of a solve, a single
-    one may be too large for these, and on a heat equation gradients of `ALF4` and
-    `McCallumFoster` in float32 were off by up to a factor of 1e3 without it
-    (`tests/test_growth.py::test_growth_in_the_first_steps`). Growth that is not detected is
-    not corrected, as in two or three steps, or of entries below a tenth of the largest of
-    their array, if that does not contract: put such a large entry, as an integral may be,
-    into an array of its own. Entries that have grown are corrected if, at the start of the
-    solve, they exceed a hundredth of the largest, or if they amount to 0.3 times the others
-    in an integral over time, as parameters receive.
+    back through the vector field, counts as grown where a step exceeds their limit of
+    stability: in the first steps of a solve, a single such step may spoil it, and on a heat
+    equation gradients of `ALF4` and `McCallumFoster` in float32 were off by up to a factor
+    of 1e3 without it (`tests/test_growth.py::test_growth_in_the_first_steps`). Growth that
+    is not detected is not corrected, as in two or three steps, or of entries below a tenth
+    of the largest of their array, if that does not contract: put such a large entry, as an
+    integral may be, into an array of its own. Entries that have grown are corrected if, at
+    the start of the solve, they exceed a hundredth of the largest, or if they amount to 0.3
+    times the others in an integral over time, as parameters receive.
 
     Explicit adaptive solvers also take steps beyond the stability limit of such modes. A
     gradient grows in each such step, whatever the solver and the adjoint: on a heat
