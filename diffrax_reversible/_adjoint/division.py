@@ -38,14 +38,14 @@ class Division(eqx.Module):
     - `beside_all`: the latter.
     - `sums`: the numerator of both quotients, and the denominators, over the latest steps.
         In a single step an entry may be next to zero, where its quotient may have any size.
-    - `unstable`: whether a step exceeds the limit of stability for such a rate.
+    - `longest`: the longest step in each stretch, unless it was divided.
     - `count`: the number of parts into which steps were divided.
     """
 
     rates: Float[Array, "arrays stretches"]
     beside_all: Float[Array, "arrays stretches"]
     sums: Float[Array, "arrays 3"]
-    unstable: BoolScalarLike
+    longest: Float[Array, " stretches"]
     count: IntScalarLike
 
     @staticmethod
@@ -54,12 +54,12 @@ class Division(eqx.Module):
         arrays = 1 + len(jtu.tree_leaves(y))
         rates = jnp.zeros((arrays, _stretches), jnp.float32)
         sums = jnp.zeros((arrays, 3), jnp.float32)
-        return Division(rates, rates, sums, jnp.array(False), jnp.array(0))
+        return Division(rates, rates, sums, rates[0], jnp.array(0))
 
     def again(self) -> "Division":
         """For another backward pass, which begins with the rates of this one."""
-        sums = jnp.zeros_like(self.sums)
-        none = dict(sums=sums, unstable=jnp.array(False), count=jnp.array(0))
+        sums, longest = jnp.zeros_like(self.sums), jnp.zeros_like(self.longest)
+        none = dict(sums=sums, longest=longest, count=jnp.array(0))
         return dataclasses.replace(self, **none)
 
     def update(
@@ -89,12 +89,15 @@ class Division(eqx.Module):
         )
         return dataclasses.replace(self, sums=sums, **new)
 
-    def notice(
-        self, control: RealScalarLike, stable: float, when: RealScalarLike
-    ) -> "Division":
+    def notice(self, control: RealScalarLike, when: RealScalarLike) -> "Division":
         """After a step, which may be unstable."""
-        unstable = self.unstable | (self._size(control, when) > stable)
-        return dataclasses.replace(self, unstable=unstable)
+        length = jnp.abs(jnp.asarray(control)).astype(jnp.float32)
+        longest = self.longest.at[_stretch(when)].max(length)
+        return dataclasses.replace(self, longest=longest)
+
+    def unstable(self, stable: float) -> BoolScalarLike:
+        """Whether a step exceeds the limit of stability for one of the rates."""
+        return jnp.any(self.longest * self._largest_rates > stable)
 
     def parts(
         self,
@@ -132,10 +135,15 @@ class Division(eqx.Module):
         return (times > 0) & (self.count >= _most(times, steps) - 1)
 
     def _size(self, control: RealScalarLike, when: RealScalarLike) -> Float[Array, ""]:
-        """The `|h λ|` of a step, for the largest rate in its stretch and the two beside."""
+        """The `|h λ|` of a step."""
+        rate = self._largest_rates[_stretch(when)]
+        return jnp.abs(jnp.asarray(control)).astype(rate.dtype) * rate
+
+    @property
+    def _largest_rates(self) -> Float[Array, " stretches"]:
+        """The largest rate in each stretch and the two beside."""
         rates = jnp.pad(jnp.max(self.rates, axis=0), 1)
-        near = lax.dynamic_slice_in_dim(rates, _stretch(when), 3)
-        return jnp.abs(jnp.asarray(control)).astype(near.dtype) * jnp.max(near)
+        return jnp.maximum(jnp.maximum(rates[:-2], rates[1:-1]), rates[2:])
 
 
 def _most(times: IntScalarLike, steps: IntScalarLike) -> Array:

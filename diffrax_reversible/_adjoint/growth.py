@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools as ft
-from typing import NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -25,7 +24,9 @@ from .._solver.probe import Departure
 from .._tree import largest, sum_of_magnitudes
 from .division import Division
 from .entry_growth import grow, remembered
+from .plan import Plan
 from .spread import Spread
+from .strain import Strain
 
 
 # An entry counts as grown above this factor, over steps in which it should decay. Any
@@ -47,26 +48,6 @@ _stable = 4.0
 
 # The share of what has grown in each array of a cotangent.
 Shares = list[Float[Array, ""]]
-
-
-class Plan(NamedTuple):
-    """What the backward pass does about growth.
-
-    - `cures`: whether it restarts where the gradient would grow otherwise, see
-        `Growth.spoils`.
-    - `compares`: whether steps have other derivatives, if the solver has these. The
-        gradient of the next backward pass is compared with this one.
-    - `divides`: whether it divides steps that are too large for a mode, see `Division`:
-        into as few parts as are stable, or into so many times as many. Zero if it does not.
-    """
-
-    cures: BoolScalarLike
-    compares: BoolScalarLike
-    divides: IntScalarLike
-
-    @staticmethod
-    def nothing() -> "Plan":
-        return Plan(jnp.array(False), jnp.array(False), jnp.array(0))
 
 
 class Growth(eqx.Module):
@@ -98,6 +79,8 @@ class Growth(eqx.Module):
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
         the backward pass cures that; `None` if the initial state is differentiated, or if
         there are many parameters.
+    - `strain`: how much of the cotangent consists of modes that should decay; `None` if the
+        initial state is not differentiated.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -110,16 +93,23 @@ class Growth(eqx.Module):
     restarts: IntScalarLike
     division: Division
     spread: Spread | None
+    strain: Strain | None
 
     @staticmethod
-    def start(y_bar: Y, plan: Plan, division: Division, spread: Spread | None) -> "Growth":
+    def start(
+        y_bar: Y,
+        plan: Plan,
+        division: Division,
+        spread: Spread | None,
+        strain: Strain | None,
+    ) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         most = largest(sizes)
         none = jtu.tree_map(lambda m: jnp.zeros(2, for_sums(m.dtype)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
         no = jnp.array(0)
-        return Growth(sizes, ones, most, none, plan, no, division, spread)
+        return Growth(sizes, ones, most, none, plan, no, division, spread, strain)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -172,24 +162,26 @@ class Growth(eqx.Module):
 
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
 
+        strain, strained = self.strain, jtu.tree_map(lambda _: False, factors)
+        if strain is not None:
+            strain = strain.update(probe)
+            treedef = jtu.tree_structure(factors)
+            strained = jtu.tree_unflatten(treedef, strain.strained)
+
         def with_rates(division):
-            grown = jtu.tree_map(lambda f: f > _least, factors)
+            grown = jtu.tree_map(lambda f, s: (f > _least) | s, factors, strained)
             return division.update(probe, sizes, grown, when)
 
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
-        some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
+        some = [jnp.array(False), *jtu.tree_leaves(more), *jtu.tree_leaves(strained)]
+        some = jnp.array(some).any()
         division = lax.cond(
             eqxi.unvmap_any(some), with_rates, lambda division: division, self.division
         )
-        division = lax.cond(
-            eqxi.unvmap_any(self.plan.cures),
-            lambda division: division.notice(control, departure.stable, when),
-            lambda division: division,
-            division,
-        )
         sizes, factors = _few_digits(sizes), _few_digits(factors)
         new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        return dataclasses.replace(self, **new, division=division.count_parts(parts))
+        division = division.notice(control, when).count_parts(parts)
+        return dataclasses.replace(self, **new, division=division, strain=strain)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""
@@ -235,6 +227,12 @@ class Growth(eqx.Module):
         leaves = probe.vf_bar, probe.pulled, probe.second
         spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
         return self.plan.cures & jnp.stack([jnp.array(False), *spoilt]).any()
+
+    @property
+    def strained(self) -> BoolScalarLike:
+        """Whether the gradient of the initial state consists of modes that should decay."""
+        arrays = [] if self.strain is None else self.strain.strained
+        return jnp.array([False, *arrays]).any()
 
     def matters(self, gradient: Params) -> BoolScalarLike:
         """Whether what has grown may have spoilt the gradient of the parameters."""

@@ -24,21 +24,12 @@ from .walk import Walk
 _at_once, _most_entries = 8, 4096
 
 
-def pull_dense(
-    walk: Walk,
-    position: Position,
-    interpolated: list[int],
-    dense_info: DenseInfo,
-    whole: Position | None = None,
-) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
-    """Pull back outputs of `SaveAt(ts=..., dense=...)`, interpolated within the step.
-
-    - `dense_info`: the interpolation data of the `whole` step, if the step that ends at the
-        `position` is a part of one. The cotangent is of those of the part.
-    """
-    step, ends = position.step - 1, (position.clock.start, position.clock.end)
-    clock = position.clock if whole is None else whole.clock
-    longer = clock.start, clock.end, dense_info
+def dense_cotangent(walk: Walk, position: Position, dense_info: DenseInfo) -> DenseInfo:
+    """The cotangent of the interpolation data of the step that ends at a `position`, as
+    `SaveAt(dense=True)` or an event have it, of which `dense_info` are the shapes."""
+    if not walk.with_dense:
+        return tree_zeros_of(dense_info)
+    step = position.step - 1
     if walk.dense_rows is None:
         dense_bar = tree_zeros_of(dense_info)
     else:
@@ -47,12 +38,30 @@ def pull_dense(
         last = position.step == walk.residuals.count
         end_dense = jtu.tree_map(lambda e: jnp.where(last, e, 0), walk.end_dense)
         dense_bar = tree_add(dense_bar, end_dense)
-    if walk.with_dense:
-        # A member of a batch without any step may have NaN, as it has no interpolation.
-        moves = position.step > 0
-        if position.moves is not None:
-            moves &= position.moves
-        dense_bar = jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
+    # A member of a batch without any step may have NaN, as it has no interpolation.
+    moves = position.step > 0
+    if position.moves is not None:
+        moves &= position.moves
+    return jtu.tree_map(lambda d: jnp.where(moves, d, 0), dense_bar)
+
+
+def pull_dense(
+    walk: Walk,
+    position: Position,
+    interpolated: list[int],
+    dense_info: DenseInfo,
+    dense_bar: DenseInfo,
+    whole: Position | None = None,
+) -> tuple[DenseInfo, Cotangent, list[Cursor]]:
+    """Pull back outputs of `SaveAt(ts=...)`, interpolated within the step.
+
+    - `dense_info`: the interpolation data of the `whole` step, if the step that ends at the
+        `position` is a part of one. The cotangent is of those of the part.
+    - `dense_bar`: the cotangent so far.
+    """
+    ends = position.clock.start, position.clock.end
+    clock = position.clock if whole is None else whole.clock
+    longer = clock.start, clock.end, dense_info
     cursors = list(position.cursors)
     params_bar, in_step = position.cotangent.params, _in_step(position)
     for i in interpolated:

@@ -23,7 +23,7 @@ from .._solver.interrupted_solver import CanRestart
 from .._solver.ode_term import as_ode_term
 from .._solver.probe import HasProbe
 from .._solver.pullback import backward_step_and_pullback
-from .._tree import tree_axpy, tree_select
+from .._tree import tree_add, tree_axpy, tree_select, tree_zeros_of
 from .outputs import Cursor
 from .position import Position
 from .pull_change import pull_change
@@ -57,7 +57,8 @@ def pull_parts(
     - `begin`: the state and the solver state at the start of the step.
     - `parts`: for a single part, `pulled` is returned as it is.
     - `pulled`: for a single part, the cotangent and the cursors at the start of the step.
-        Otherwise, the sum of `params` so far, and the cursors at the end of the step.
+        Otherwise, what is due to a cotangent of the interpolation data of the whole step,
+        the sum of `params` so far, and the cursors at the end of the step.
     - `interpolation`: the outputs that are interpolated, and what they are interpolated
         from; `None` if there are none.
 
@@ -74,9 +75,12 @@ def pull_parts(
         starts = jnp.where(here, t0 + (t1 - t0) * fraction(i - 1), t1)
         ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
         bar, dense_bar = ct.where(here), None
-        if interpolation is not None:
+        if interpolation is not None and len(interpolation[0]) > 0:
             part = _part(position, bar, cursors, starts, ends, here, i == 1)
-            dense_bar, bar, cursors = pull_dense(walk, part, *interpolation, position)
+            zeros = tree_zeros_of(interpolation[1])
+            dense_bar, bar, cursors = pull_dense(
+                walk, part, *interpolation, zeros, position
+            )
         y = _between(walk, solver, position, begin, fraction(i))
         state, bar = _restart(walk, solver, ends, y, position.solver_state, bar)
         step = walk.combine, walk.params, starts, ends
@@ -86,11 +90,17 @@ def pull_parts(
         return left - 1, Pulled(Cotangent(*bars, made.params), cursors)
 
     divides, ct, end = parts > 1, pulled.ct, position.cotangent
+    of_dense = ct.where(divides)
     bars = (end.y, end.solver_state), (ct.y, ct.solver_state)
     pulled = pulled._replace(ct=Cotangent(*tree_select(divides, *bars), ct.params))
     some = lambda carry: eqxi.unvmap_any(carry[0] > 0)
     left = jnp.where(divides, parts, 0)
-    return lax.while_loop(some, pull, (left, pulled))[1]
+    pulled = lax.while_loop(some, pull, (left, pulled))[1]
+    if not walk.with_dense:
+        return pulled
+    ct, of_dense = pulled.ct, (of_dense.y, of_dense.solver_state)
+    y, state = tree_add((ct.y, ct.solver_state), of_dense)
+    return pulled._replace(ct=Cotangent(y, state, ct.params))
 
 
 def _restart(

@@ -25,7 +25,7 @@ from .._tree import tree_select, tree_zeros_of
 from .kept import Kept
 from .outputs import Cursor
 from .position import Position
-from .pull_interpolated import any_in_step, is_linear, pull_dense
+from .pull_interpolated import any_in_step, dense_cotangent, is_linear, pull_dense
 from .pull_parts import pull_parts, Pulled
 from .walk import Walk
 
@@ -74,9 +74,10 @@ def pull_step(
     parts, interpolation = _parts(walk, position), None
     if len(interpolated) > 0 or walk.with_dense:
         dense_info = _dense_info(walk, position, interpolated, start)
+        dense_bar = dense_cotangent(walk, position, dense_info)
         interpolation = interpolated, dense_info
         whole = position.moves_if(parts == 1) if walk.divides else position
-        dense_bar, ct, cursors = pull_dense(walk, whole, *interpolation)
+        dense_bar, ct, cursors = pull_dense(walk, whole, *interpolation, dense_bar)
     if walk.divides:
         ct = ct.where(parts == 1)
     if not walk.makes_steps:
@@ -98,6 +99,8 @@ def pull_step(
     y0, state0 = walk.settle(2 * index, tuple(begin))
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
     if walk.divides:
+        if probe is not None and walk.with_dense:
+            probe = probe.where(parts == 1)
         pulled, begin = Pulled(ct, cursors), (y0, state0)
         ct, cursors = pull_parts(
             walk, solver, position, begin, parts, pulled, interpolation

@@ -122,15 +122,20 @@ class ReversibleAdjoint(AbstractAdjoint):
     solve both approximations agree there, so that it has no reason to restart. If the
     gradient seems to grow in steps in which the vector field contracts the growing mode, or
     such a mode does not decay where the cotangent of the second approximation prevails, the
-    backward pass is done once more, with restarts in place of the solve wherever the
-    second approximation would otherwise add more than a thousandth to an entry of the
-    cotangent. (With `ALF4` and its like each takes an evaluation and a pull-back, with
+    backward pass is done once more, with restarts in place of the solve wherever the second
+    approximation would otherwise add more than a thousandth to an entry of the cotangent.
+    (With `ALF4` and its like each takes an evaluation and a pull-back, with
     `McCallumFoster` none.) This is the gradient of a solve that restarts at these steps: on
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
-    adjoint with the same solver is off by several percent or more. Growth that is not
-    detected is not corrected, as in two or three steps, or of entries below a tenth of the
-    largest of their array, if that does not contract: put such a large entry, as an
+    adjoint with the same solver is off by several percent or more. If the initial state is
+    differentiated, a cotangent that consists of fast modes, as it shows when it is pulled
+    back through the vector field, counts as grown where a step exceeds their limit of
+    stability: in the first steps of a solve, a single such step may spoil it, and on a heat
+    equation gradients of `ALF4` and `McCallumFoster` in float32 were off by up to a factor
+    of 1e3 without it (`tests/test_growth.py::test_growth_in_the_first_steps`). Growth that
+    is not detected is not corrected, as in two or three steps, or of entries below a tenth
+    of the largest of their array, if that does not contract: put such a large entry, as an
     integral may be, into an array of its own. Entries that have grown are corrected if, at
     the start of the solve, they exceed a hundredth of the largest, or if they amount to 0.3
     times the others in an integral over time, as parameters receive.
@@ -157,12 +162,15 @@ class ReversibleAdjoint(AbstractAdjoint):
     If the first pass that divides steps comes to the cotangent of the initial state of the
     pass before, that had not grown after all, and is done again instead of more of them:
     interpolated states may be off by more than those within a step. The two have to be as
-    near as a hundredth, or a tenth if the first two passes agreed. A step in `n` parts
-    takes `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
+    near as a hundredth, or a tenth if the first two passes agreed. If the initial state is
+    differentiated and some step is too large, these passes are always made, as what grows
+    in the first steps grows in the first two passes alike. A step in `n` parts takes
+    `n + 1` times the evaluations and pull-backs, and with `McCallumFoster` two more
     evaluations for each part. The passes have at most four, eight and sixteen parts for
-    each step of the solve, or 256, 512 and 1,024; one that lacks some proves nothing. Steps
-    are not divided if times or dense output are differentiated, nor with a root finder of
-    an event: growth in such steps is then an error, unless it is too slow to be found.
+    each step of the solve, or 256, 512 and 1,024; one that lacks some proves nothing. What
+    dense output, or an event with a root finder, reads of such a step is pulled back
+    through the whole step. Steps are not divided if times are differentiated: growth in
+    such steps is then an error, unless it is too slow to be found.
 
     Two kinds of gradients need not agree between two passes. That of an initial state may
     have vanished, where the flow has contracted a lot: each array may differ by `eps^0.6`

@@ -31,13 +31,15 @@ from .._tree import tree_add, tree_zeros_like
 from .division import Division
 from .drift import Drift, drifts
 from .forward import Residuals
-from .growth import Growth, Plan, Shares
+from .growth import Growth, Shares
 from .outputs import Output
+from .plan import Plan
 from .position import longest_reach, params_of, Position
 from .problem import Context, Problem
 from .replay import Replayer
 from .shared import Shared
 from .spread import many, Spread
+from .strain import Strain
 
 
 class Walk(eqx.Module):
@@ -166,10 +168,12 @@ class Walk(eqx.Module):
                 position, cotangent=zeros, params_cotangent=ct.params
             )
         if self.departure is not None:
-            spread = None
-            if not self.differentiates_start:
+            y_bar, spread, strain = position.cotangent.y, None, None
+            if self.differentiates_start:
+                strain = Strain.start(y_bar)
+            else:
                 spread = Spread.start(*params_of(position))
-            growth = Growth.start(position.cotangent.y, plan, division, spread)
+            growth = Growth.start(y_bar, plan, division, spread, strain)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,
@@ -244,8 +248,7 @@ class Walk(eqx.Module):
     @property
     def divides(self) -> bool:
         """Whether the backward pass may divide steps, see `Division`."""
-        whole = self.makes_steps or self.with_dense
-        return self.departure is not None and not whole
+        return self.departure is not None and not self.makes_steps
 
     def before(self, position: Position) -> RealScalarLike:
         """The fraction of the steps of the solve that precede the next step to undo."""

@@ -13,8 +13,9 @@ from .._tree import tree_select, tree_zeros_of
 from .agreement import same_at_start, same_gradient, Sketches
 from .between_steps import go_on
 from .division import Division
-from .growth import any_grown, any_overflown, Growth, Plan
+from .growth import any_grown, any_overflown, Growth
 from .kept import Kept
+from .plan import Plan
 from .position import all_params_of, params_of, Position, with_params, without_params
 from .pull_change import pull_change
 from .pull_outputs import pull_start
@@ -180,6 +181,8 @@ def _judge(
     left, to_divide = walks.left, _dividing * int(walk.divides)
     first, cured = left == _most(walk), left == 1 + to_divide
     plan, division = growth.plan, growth.division
+    assert walk.departure is not None
+    unstable = division.unstable(walk.departure.stable)
     enough = jnp.logical_not(division.lacks_parts(plan.divides, walk.residuals.count))
     proves = enough & jnp.logical_not(first)
     if not walk.compares:
@@ -193,15 +196,18 @@ def _judge(
     shares = walk.shares(position)
     grown = any_grown(shares, walk.drift_tol)
     in_integrals = any_grown(walk.shares_of_integrals(position), walk.drift_tol)
-    grown |= first & (in_integrals | any_overflown(shares))
+    strained = growth.strained & unstable
+    grown |= first & (in_integrals | any_overflown(shares) | strained)
     cures, divides = jnp.where(first, grown, plan.cures), plan.divides > 0
-    suspect = grown | division.unstable
+    suspect = grown | unstable
     same = proves & same_gradient(walk, growth, walks.last, here, suspect | divides)
     finely = plan.divides > 1
     agree = jnp.where(cured | finely, same, walks.agree)
     # In unstable steps, what is too slow to be found may grow, and what is found may have
-    # grown by as much in both walks.
-    proven = agree & jnp.logical_not(grown & division.unstable)
+    # grown by as much in both walks. In the gradient of the initial state it is not found
+    # where slow modes hide it.
+    doubted = grown | (walk.differentiates_start and walk.divides)
+    proven = agree & jnp.logical_not(doubted & unstable)
     doubtful = cures & suspect & jnp.logical_not(proven) & _matters(growth, position)
     # A walk that divides shows whether that before it had come to the right cotangent at
     # the start of the solve. If so, its gradient is the better one: states within a step

@@ -32,6 +32,11 @@ class Probe(eqx.Module):
     first: Y
     second: Y
 
+    def where(self, pred: BoolScalarLike) -> "Probe":
+        """This one where `pred`, and zero otherwise, except the `control`."""
+        zero = jtu.tree_map(lambda x: jnp.where(pred, x, 0), self)
+        return dataclasses.replace(zero, control=self.control)
+
 
 class Cotangent(eqx.Module):
     """The cotangent of all inputs of a step.
