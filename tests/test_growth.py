@@ -12,6 +12,8 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
+from diffrax_reversible._adjoint.strain import Strain
+from diffrax_reversible._solver.cotangent import Probe
 
 from .problems import cases, kepler, lorenz, relative_error, slow_manifold
 
@@ -893,3 +895,22 @@ def test_growth_that_is_passed_on():
         for adjoint in (dr.ReversibleAdjoint(), DEFAULT)
     )
     assert np.max(got) < 0.01 and np.max(stored) > 0.1
+
+
+@pytest.mark.parametrize("part, strained", ((0.3, True), (1e-4, False)))
+def test_strain_where_an_array_passes_through_zero(part, strained):
+    """The Rayleigh quotient of an orbit's velocity is then arbitrary. `part` is what is left
+    of the cotangent at the start of the step, relative to that after it."""
+    h, y_bar = jnp.array(0.05), jnp.ones(2)
+    vf_bar, pulled = part * h * y_bar, -y_bar
+    zeros = jnp.zeros(2)
+    probe = Probe(
+        control=h,
+        vf_bar=vf_bar,
+        pulled=pulled,
+        y_bar=y_bar,
+        outputs=zeros,
+        first=y_bar,
+        second=zeros,
+    )
+    assert Strain.start(y_bar).update(probe).strained == [strained]
