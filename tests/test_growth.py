@@ -899,8 +899,8 @@ def test_growth_that_is_passed_on():
 
 @pytest.mark.parametrize("part, strained", ((0.3, True), (1e-4, False)))
 def test_strain_where_an_array_passes_through_zero(part, strained):
-    """The Rayleigh quotient of an orbit's velocity is then arbitrary. `part` is what is left
-    of the cotangent at the start of the step, relative to that after it."""
+    """The Rayleigh quotient of an orbit's velocity is then arbitrary. `part` is what is
+    left of the cotangent at the start of the step, relative to that after it."""
     h, y_bar = jnp.array(0.05), jnp.ones(2)
     vf_bar, pulled = part * h * y_bar, -y_bar
     zeros = jnp.zeros(2)
