@@ -153,35 +153,39 @@ class Growth(eqx.Module):
 
         rights = jtu.tree_map(right, sizes, factors, self.largest)
         control = jnp.abs(jnp.asarray(probe.control))
-
-        def integrate(y_bar, factor, so_far):
-            grown, size = factor > _least, jnp.abs(y_bar)
-            parts = jnp.where(grown, size, 0), jnp.where(grown, 0, size)
-            sums = jnp.stack([jnp.sum(part, dtype=so_far.dtype) for part in parts])
-            return so_far + control.astype(sums.dtype) * sums
-
+        integrate = ft.partial(_integrate, control)
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
+        new = dict(largest=rights, integrals=integrals)
+        if self.strain is not None:
+            new |= dict(strain=self.strain.update(probe))
+        growth = dataclasses.replace(self, **new)
+        more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
+        division = growth._with_rates(probe, sizes, factors, more, when)
+        division = division.notice(control, when).count_parts(parts)
+        sizes, factors = _few_digits(sizes), _few_digits(factors)
+        return dataclasses.replace(growth, sizes=sizes, factors=factors, division=division)
 
-        strain, strained = self.strain, jtu.tree_map(lambda _: False, factors)
-        if strain is not None:
-            strain = strain.update(probe)
+    def _with_rates(
+        self,
+        probe: Probe,
+        sizes: PyTree[Array],
+        factors: PyTree[Array],
+        more: PyTree[Bool[Array, ""]],
+        when: RealScalarLike,
+    ) -> Division:
+        """The division with the rates of what has grown, if there is `more` of that."""
+        strained = jtu.tree_map(lambda _: False, factors)
+        if self.strain is not None:
             treedef = jtu.tree_structure(factors)
-            strained = jtu.tree_unflatten(treedef, strain.strained)
+            strained = jtu.tree_unflatten(treedef, self.strain.strained)
 
         def with_rates(division):
             grown = jtu.tree_map(lambda f, s: (f > _least) | s, factors, strained)
             return division.update(probe, sizes, grown, when)
 
-        more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
         some = [jnp.array(False), *jtu.tree_leaves(more), *jtu.tree_leaves(strained)]
-        some = jnp.array(some).any()
-        division = lax.cond(
-            eqxi.unvmap_any(some), with_rates, lambda division: division, self.division
-        )
-        sizes, factors = _few_digits(sizes), _few_digits(factors)
-        new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
-        division = division.notice(control, when).count_parts(parts)
-        return dataclasses.replace(self, **new, division=division, strain=strain)
+        some = eqxi.unvmap_any(jnp.array(some).any())
+        return lax.cond(some, with_rates, lambda division: division, self.division)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""
@@ -266,6 +270,16 @@ class Growth(eqx.Module):
             return grown / jnp.where(rest == 0, 1, rest) * (_least_share / _share_of_all)
 
         return [share(integrals) for integrals in jtu.tree_leaves(self.integrals)]
+
+
+def _integrate(
+    length: Array, y_bar: Array, factor: Array, so_far: Float[Array, "2"]
+) -> Float[Array, "2"]:
+    """The `Growth.integrals` of an array after a step."""
+    grown, size = factor > _least, jnp.abs(y_bar)
+    parts = jnp.where(grown, size, 0), jnp.where(grown, 0, size)
+    sums = jnp.stack([jnp.sum(part, dtype=so_far.dtype) for part in parts])
+    return so_far + length.astype(sums.dtype) * sums
 
 
 def any_grown(shares: Shares, drift_tol: float) -> Bool[Array, ""]:

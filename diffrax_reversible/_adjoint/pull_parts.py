@@ -64,38 +64,14 @@ def pull_parts(
 
     Returns the cotangent and the cursors at the start of the step.
     """
-    t0, t1 = position.clock.start, position.clock.end
-
-    def pull(carry):
-        left, (ct, cursors) = carry
-        here = left > 0
-        # The others stay at the end of their step.
-        i = jnp.where(here, left, parts)
-        fraction = lambda i: (i / parts).astype(jnp.result_type(t0))
-        starts = jnp.where(here, t0 + (t1 - t0) * fraction(i - 1), t1)
-        ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
-        bar, dense_bar = ct.where(here), None
-        if interpolation is not None and len(interpolation[0]) > 0:
-            part = _part(position, bar, cursors, starts, ends, here, i == 1)
-            zeros = tree_zeros_of(interpolation[1])
-            dense_bar, bar, cursors = pull_dense(
-                walk, part, *interpolation, zeros, position
-            )
-        y = _between(walk, solver, position, begin, fraction(i))
-        state, bar = _restart(walk, solver, ends, y, position.solver_state, bar)
-        step = walk.combine, walk.params, starts, ends
-        made = backward_step_and_pullback(solver, *step, y, state, bar, dense_bar)[2]
-        bars = (made.y, made.solver_state), (ct.y, ct.solver_state)
-        bars = tree_select(here, *bars)
-        return left - 1, Pulled(Cotangent(*bars, made.params), cursors)
-
+    divided = _Divided(walk, solver, position, begin, parts, interpolation)
     divides, ct, end = parts > 1, pulled.ct, position.cotangent
     of_dense = ct.where(divides)
     bars = (end.y, end.solver_state), (ct.y, ct.solver_state)
     pulled = pulled._replace(ct=Cotangent(*tree_select(divides, *bars), ct.params))
     some = lambda carry: eqxi.unvmap_any(carry[0] > 0)
     left = jnp.where(divides, parts, 0)
-    pulled = lax.while_loop(some, pull, (left, pulled))[1]
+    pulled = lax.while_loop(some, divided.pull, (left, pulled))[1]
     if not walk.with_dense:
         return pulled
     ct, of_dense = pulled.ct, (of_dense.y, of_dense.solver_state)
@@ -103,62 +79,87 @@ def pull_parts(
     return pulled._replace(ct=Cotangent(y, state, ct.params))
 
 
-def _restart(
-    walk: Walk,
-    solver: AbstractReversibleSolver,
-    t: RealScalarLike,
-    y: Y,
-    solver_state: SolverState,
-    ct: Cotangent,
-) -> tuple[SolverState, Cotangent]:
-    """The solver state after a restart at `t`, and the cotangent before it."""
-    assert isinstance(solver, CanRestart)
+class _Divided(NamedTuple):
+    """The arguments of `pull_parts`."""
 
-    def restart(context, y, state):
-        return solver.restart(context.terms, t, y, context.args, state)
+    walk: Walk
+    solver: AbstractReversibleSolver
+    position: Position
+    begin: tuple[Y, SolverState]
+    parts: IntScalarLike
+    interpolation: tuple[list[int], DenseInfo] | None
 
-    state, ct = pull_change(walk, restart, y, solver_state, ct)
-    return eqx.combine(state, solver_state), ct
+    def pull(self, carry: tuple[IntScalarLike, Pulled]) -> tuple[IntScalarLike, Pulled]:
+        """Pull back through the last part of those that are `left`."""
+        left, (ct, cursors) = carry
+        solver, clock = self.solver, self.position.clock
+        t0, t1, parts, here = clock.start, clock.end, self.parts, left > 0
+        # The others stay at the end of their step.
+        i = jnp.where(here, left, parts)
+        fraction = lambda i: (i / parts).astype(jnp.result_type(t0))
+        starts = jnp.where(here, t0 + (t1 - t0) * fraction(i - 1), t1)
+        ends = jnp.where(i == parts, t1, t0 + (t1 - t0) * fraction(i))
+        bar, dense_bar = ct.where(here), None
+        if self.interpolation is not None and len(self.interpolation[0]) > 0:
+            part = self._part(bar, cursors, starts, ends, here, i == 1)
+            zeros = tree_zeros_of(self.interpolation[1])
+            dense_bar, bar, cursors = pull_dense(
+                self.walk, part, *self.interpolation, zeros, self.position
+            )
+        y = self._between(fraction(i))
+        state, bar = self._restart(ends, y, bar)
+        step = self.walk.combine, self.walk.params, starts, ends
+        made = backward_step_and_pullback(solver, *step, y, state, bar, dense_bar)[2]
+        bars = (made.y, made.solver_state), (ct.y, ct.solver_state)
+        bars = tree_select(here, *bars)
+        return left - 1, Pulled(Cotangent(*bars, made.params), cursors)
 
+    def _restart(
+        self, t: RealScalarLike, y: Y, ct: Cotangent
+    ) -> tuple[SolverState, Cotangent]:
+        """The solver state after a restart at `t`, and the cotangent before it."""
+        solver, solver_state = self.solver, self.position.solver_state
+        assert isinstance(solver, CanRestart)
 
-def _part(
-    position: Position,
-    cotangent: Cotangent,
-    cursors: list[Cursor],
-    start: RealScalarLike,
-    end: RealScalarLike,
-    here: BoolScalarLike,
-    first: BoolScalarLike,
-) -> Position:
-    """The position at the end of a part, of which only the outputs in it are asked."""
-    previous = jnp.where(first, position.clock.previous_end, start)
-    times = dict(start=start, end=end, previous_end=previous)
-    return dataclasses.replace(
-        position,
-        # The first step also has the outputs at its start.
-        step=jnp.where(first, position.step, position.step + 1),
-        clock=dataclasses.replace(position.clock, **times),
-        cotangent=cotangent,
-        cursors=cursors,
-    ).moves_if(here)
+        def restart(context, y, state):
+            return solver.restart(context.terms, t, y, context.args, state)
 
+        state, ct = pull_change(self.walk, restart, y, solver_state, ct)
+        return eqx.combine(state, solver_state), ct
 
-def _between(
-    walk: Walk,
-    solver: AbstractReversibleSolver,
-    position: Position,
-    begin: tuple[Y, SolverState],
-    s: RealScalarLike,
-) -> Y:
-    """The state at a fraction of the step that ends at a `position`."""
-    assert isinstance(solver, HasProbe)
-    terms, args = walk.combine(walk.params)
-    t0, t1 = position.clock.start, position.clock.end
-    (y0, state0), y1 = begin, position.y
-    slope0 = solver.slope(terms, t0, y0, args, state0)
-    slope1 = solver.slope(terms, t1, y1, args, position.solver_state)
-    control = as_ode_term(solver, terms).contr(t0, t1)
-    change = jtu.tree_map(jnp.subtract, y1, y0)
-    y = tree_axpy(s**2 * (3 - 2 * s), change, y0)
-    y = tree_axpy(control * (s * (1 - s) ** 2), slope0, y)
-    return tree_axpy(control * (-(s**2) * (1 - s)), slope1, y)
+    def _part(
+        self,
+        cotangent: Cotangent,
+        cursors: list[Cursor],
+        start: RealScalarLike,
+        end: RealScalarLike,
+        here: BoolScalarLike,
+        first: BoolScalarLike,
+    ) -> Position:
+        """The position at the end of a part, of which only the outputs in it are asked."""
+        position = self.position
+        previous = jnp.where(first, position.clock.previous_end, start)
+        times = dict(start=start, end=end, previous_end=previous)
+        return dataclasses.replace(
+            position,
+            # The first step also has the outputs at its start.
+            step=jnp.where(first, position.step, position.step + 1),
+            clock=dataclasses.replace(position.clock, **times),
+            cotangent=cotangent,
+            cursors=cursors,
+        ).moves_if(here)
+
+    def _between(self, s: RealScalarLike) -> Y:
+        """The state at a fraction of the step."""
+        solver, position = self.solver, self.position
+        assert isinstance(solver, HasProbe)
+        terms, args = self.walk.combine(self.walk.params)
+        t0, t1 = position.clock.start, position.clock.end
+        (y0, state0), y1 = self.begin, position.y
+        slope0 = solver.slope(terms, t0, y0, args, state0)
+        slope1 = solver.slope(terms, t1, y1, args, position.solver_state)
+        control = as_ode_term(solver, terms).contr(t0, t1)
+        change = jtu.tree_map(jnp.subtract, y1, y0)
+        y = tree_axpy(s**2 * (3 - 2 * s), change, y0)
+        y = tree_axpy(control * (s * (1 - s) ** 2), slope0, y)
+        return tree_axpy(control * (-(s**2) * (1 - s)), slope1, y)

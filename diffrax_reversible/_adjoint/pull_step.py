@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, SolverState, Y
+from .._solver.base import AbstractReversibleSolver
 from .._solver.cotangent import Cotangent, Probe
 from .._solver.interrupted_solver import advance_densely, interrupt
 from .._solver.ode_term import as_ode_term
@@ -62,8 +63,6 @@ def pull_step(
     """
     solver, index = walk.solver_at(position), position.step - 1
     rest = walk.residuals.kept.rest
-    t0, t1 = position.clock.start, position.clock.end
-    step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
     interpolated = [i for i, output in enumerate(walk.outputs) if output.sub.ts is not None]
     known = ft.partial(_known_start, walk, position, kept)
     start = ft.partial(_start, walk, position, solver_state, known)
@@ -80,23 +79,10 @@ def pull_step(
         dense_bar, ct, cursors = pull_dense(walk, whole, *interpolation, dense_bar)
     if walk.divides:
         ct = ct.where(parts == 1)
-    if not walk.makes_steps:
-        needs = _needs_start(walk, position)
-        # Without entries at rest, only elements whose start is known need it.
-        begins = (known, None) if rest is None else (start, end)
-        *begin, ct, off = backward_step_and_pullback(
-            *(solver, *step, position.y, solver_state, ct, dense_bar),
-            None if needs is None else StepStart(needs, *begins),
-        )
-    else:
-
-        def step_times(params):
-            return walk.context(params).times.of_step(t0, t1)
-
-        begin = start()
-        ct, made = pull_through_step(solver, *step, begin, ct, dense_bar, step_times)
-        off = errors_at_end(end, made)
-    y0, state0 = walk.settle(2 * index, tuple(begin))
+    begin, ct, off = _undo(
+        walk, solver, position, solver_state, ct, dense_bar, start, known
+    )
+    y0, state0 = walk.settle(2 * index, begin)
     ct, probe = _with_probe(walk, position, y0, ct, dense_bar)
     if walk.divides:
         if probe is not None and walk.with_dense:
@@ -107,6 +93,38 @@ def pull_step(
         )
     hidden = None if rest is None else rest.moving(2 * index, off)
     return PulledStep(y0, state0, ct, cursors, probe, parts, hidden)
+
+
+def _undo(
+    walk: Walk,
+    solver: AbstractReversibleSolver,
+    position: Position,
+    solver_state: SolverState,
+    ct: Cotangent,
+    dense_bar: DenseInfo | None,
+    start: Callable[[], tuple[Y, SolverState]],
+    known: Callable[[], tuple[Y, SolverState]],
+) -> tuple[tuple[Y, SolverState], Cotangent, PyTree]:
+    """The start of a step, the cotangent there, and the errors at the end of the step, if
+    it was made again. `start` reconstructs its start, which may be `known`."""
+    t0, t1 = position.clock.start, position.clock.end
+    step, end = (walk.combine, walk.params, t0, t1), (position.y, position.solver_state)
+    if walk.makes_steps:
+
+        def step_times(params):
+            return walk.context(params).times.of_step(t0, t1)
+
+        begin = start()
+        ct, made = pull_through_step(solver, *step, begin, ct, dense_bar, step_times)
+        return begin, ct, errors_at_end(end, made)
+    needs = _needs_start(walk, position)
+    # Without entries at rest, only elements whose start is known need it.
+    begins = (known, None) if walk.residuals.kept.rest is None else (start, end)
+    y, state, ct, off = backward_step_and_pullback(
+        *(solver, *step, position.y, solver_state, ct, dense_bar),
+        None if needs is None else StepStart(needs, *begins),
+    )
+    return (y, state), ct, off
 
 
 def _parts(walk: Walk, position: Position) -> IntScalarLike:

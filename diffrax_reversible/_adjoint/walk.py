@@ -269,12 +269,6 @@ class Walk(eqx.Module):
         beside_all = not self.differentiates_start
         return position.growth.shares(position.cotangent.y, beside_all)
 
-    def shares_of_integrals(self, position: Position) -> Shares:
-        """See `Growth.shares_of_integrals`, if parameters are differentiated."""
-        if position.growth is None or len(jtu.tree_leaves(self.params)) == 0:
-            return []
-        return position.growth.shares_of_integrals()
-
     def drifts(
         self,
         position: Position,

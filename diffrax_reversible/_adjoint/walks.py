@@ -7,6 +7,7 @@ import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
 from .._tree import tree_select, tree_zeros_of
@@ -192,12 +193,7 @@ def _judge(
         # which proves nothing, unless this one divides steps.
         differs = (growth.restarts > 0) | (growth.division.count > 0)
         proves &= differs | (kept.restarts == 0)
-    # Depends on the sketch, so that XLA need not copy what is sketched.
-    shares = walk.shares(position)
-    grown = any_grown(shares, walk.drift_tol)
-    in_integrals = any_grown(walk.shares_of_integrals(position), walk.drift_tol)
-    strained = growth.strained & unstable
-    grown |= first & (in_integrals | any_overflown(shares) | strained)
+    grown = _grown(walk, position, growth, first, unstable)
     cures, divides = jnp.where(first, grown, plan.cures), plan.divides > 0
     suspect = grown | unstable
     same = proves & same_gradient(walk, growth, walks.last, here, suspect | divides)
@@ -220,6 +216,23 @@ def _judge(
     parts = jnp.where(cured, 1, jnp.where(confirms, 0, finer))
     plan = Plan(cures, cures & first, jnp.where(divides, parts, 0))
     return again, plan, (agree if walk.divides else proven) | confirms
+
+
+def _grown(
+    walk: Walk,
+    position: Position,
+    growth: Growth,
+    first: BoolScalarLike,
+    unstable: BoolScalarLike,
+) -> BoolScalarLike:
+    """Whether the gradient has grown where it should not, in the `first` walk also if that
+    is hidden at the start of the solve."""
+    shares = walk.shares(position)
+    grown = any_grown(shares, walk.drift_tol)
+    hidden = any_overflown(shares) | (growth.strained & unstable)
+    if len(jtu.tree_leaves(walk.params)) > 0:
+        hidden |= any_grown(growth.shares_of_integrals(), walk.drift_tol)
+    return grown | (first & hidden)
 
 
 def _matters(growth: Growth, position: Position) -> BoolScalarLike:

@@ -3,9 +3,10 @@
 Random problems, with random weights of the final state in the loss, are solved in float32
 with `PIDController(rtol=1e-3, atol=1e-5)`, in some ten to thirty steps, as in training.
 Linear systems with stable, non-normal matrices; contracting tanh networks; advection with
-different speeds; decay chains whose entries have units over eight orders of magnitude; and
+different speeds; decay chains whose entries have units over eight orders of magnitude;
 Kuramoto's oscillators, which come to an equilibrium after a transient, so that what grows
-there is passed on to all entries. For each solver the table has
+there is passed on to all entries; and heat conduction with a reaction, whose fast modes
+have died out from the start. For each solver the table has
 
 - `useful`: the stored gradients, of the same solver under `RecursiveCheckpointAdjoint`,
     that are within 3 % of the gradient of the exact solution;
@@ -19,12 +20,14 @@ Errors are Euclidean, and the larger one of those with respect to the initial st
 the parameters. Those of Kuramoto's oscillators are with respect to the parameters, which
 alone are differentiated.
 
-    python refusals.py              # 6 minutes on two cores
+    python refusals.py              # 15 minutes on two cores
     python refusals.py --quick      # one problem and solver
+    python refusals.py heat         # one of the problems, or some
     python refusals.py --outputs 6  # a loss of so many outputs, most of them between steps
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,6 +61,8 @@ class Problem(NamedTuple):
     weights: np.ndarray
     of_end: Callable = lambda y: y
     differentiates_y0: bool = True
+    # In which the reference is stable.
+    longest_step: float | None = None
 
 
 def linear(rng, count: int) -> Problem:
@@ -119,6 +124,23 @@ def kuramoto(rng, count: int) -> Problem:
     return Problem(field, p, phases, t1, np.ones(count), synchrony, False)
 
 
+def heat(rng, count: int) -> Problem:
+    size = 4 * SIZE
+    x = np.linspace(0, 1, size + 2)[1:-1]
+    waves = np.sin(np.pi * np.outer(np.arange(1, 4), x))
+    y0 = rng.normal(size=(count, 3)) @ waves
+    p, t1 = 10 ** rng.uniform(-0.5, 0.5, (count, 2)), 10 ** rng.uniform(-2, -0.5, count)
+
+    def field(t, y, p):
+        padded = jnp.pad(y, 1)
+        laplacian = (padded[2:] - 2 * y + padded[:-2]) * (size + 1) ** 2
+        return p[0] * laplacian + p[1] * (y - y**3)
+
+    weights = 1 + rng.normal(size=(count, size)) * rng.integers(0, 2, (count, 1))
+    longest = 1 / (4 * p[:, 0].max() * (size + 1) ** 2)
+    return Problem(field, p, y0, t1, weights, longest_step=longest)
+
+
 def _states(rng, count: int, longest: float):
     y0, weights = rng.normal(size=(2, count, SIZE))
     return y0, rng.uniform(1, longest, count), weights
@@ -130,6 +152,7 @@ PROBLEMS = {
     "advection": advection,
     "decay chain": decay_chain,
     "Kuramoto": kuramoto,
+    "heat": heat,
 }
 SOLVERS = {
     "ALF4": dr.ALF4(),
@@ -140,10 +163,12 @@ SOLVERS = {
 
 
 def gradients(
-    problem: Problem, solver, adjoint, dtype, tol: float, outputs: int
+    problem: Problem, solver, adjoint, dtype, tol: float, outputs: int, **options
 ) -> np.ndarray:
     """The gradients of a mean over `outputs`, evenly spaced, with respect to `y0` and `p`,
-    one row per instance; zeros for an `y0` that is not differentiated."""
+    one row per instance; zeros for an `y0` that is not differentiated. The `options` are
+    of the controller."""
+    controller = dfx.PIDController(rtol=tol, atol=1e-2 * tol, **options)
     # The same problems in both precisions.
     arrays = problem.p, problem.y0, problem.t1, problem.weights
     rows = [jnp.asarray(x.astype(np.float32), dtype) for x in arrays]
@@ -161,7 +186,7 @@ def gradients(
                 *(jnp.zeros((), dtype), t1, None, y0, p),
                 saveat=saveat,
                 adjoint=adjoint,
-                stepsize_controller=dfx.PIDController(rtol=tol, atol=1e-2 * tol),
+                stepsize_controller=controller,
                 max_steps=MAX_STEPS,
                 # A refused gradient is NaN.
                 throw=False,
@@ -191,22 +216,27 @@ def errors(problem: Problem, gradient: np.ndarray, exact: np.ndarray) -> np.ndar
     return np.max([norm(gradient - exact, p) / norm(exact, p) for p in parts], axis=0)
 
 
+def with_exact(make: Callable, count: int, outputs: int) -> tuple[Problem, np.ndarray]:
+    """A problem, and the gradients of the exact solution."""
+    problem = make(np.random.default_rng(0), count)
+    precise = dfx.Dopri8(), STORE, jnp.float64, 1e-8, outputs
+    return problem, gradients(problem, *precise, dtmax=problem.longest_step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--outputs", type=int, default=1)
+    parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=", ".join(PROBLEMS))
     args = parser.parse_args()
     quick, outputs = args.quick, args.outputs
     count = 50 if quick else 1000
-    cells = [(p, s) for p in PROBLEMS for s in SOLVERS][: 1 if quick else None]
+    cells = [(p, s) for p in args.problems or PROBLEMS for s in SOLVERS]
+    of_problem = functools.cache(lambda name: with_exact(PROBLEMS[name], count, outputs))
     print("| problem | solver | useful | refused | off | wrong | stored |")
     print("|---|---|--:|--:|--:|--:|--:|")
-    for name, solver_name in tqdm.tqdm(cells):
-        problem, solver = (
-            PROBLEMS[name](np.random.default_rng(0), count),
-            SOLVERS[solver_name],
-        )
-        exact = gradients(problem, dfx.Dopri8(), STORE, jnp.float64, 1e-8, outputs)
+    for name, solver_name in tqdm.tqdm(cells[: 1 if quick else None]):
+        (problem, exact), solver = of_problem(name), SOLVERS[solver_name]
         ours, stored = (
             errors(
                 problem,
