@@ -372,11 +372,11 @@ EVENT = dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.4, optx.Newton(1e-8, 1e-
     "solver, adjoint, more",
     cases(
         ((dr.ALF4(), dr.ReversibleAdjoint(), {}),),
-        long=(
+        long=((dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),),
+        more=(
             (dr.McCallumFoster(dfx.Tsit5()), dr.ReversibleAdjoint(), {}),
-            (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),
+            (dr.ALF4(), dr.ReversibleAdjoint(checkpoints=1), dict(saveat=INTERPOLATED)),
         ),
-        more=((dr.ALF4(), dr.ReversibleAdjoint(checkpoints=1), dict(saveat=INTERPOLATED)),),
         slow=(
             (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=FUNCTION)),
             (dr.ALF4(), dr.ReversibleAdjoint(), dict(controller=JUMPS)),

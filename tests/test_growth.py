@@ -12,8 +12,7 @@ import optimistix as optx
 import pytest
 
 import diffrax_reversible as dr
-from diffrax_reversible._adjoint.strain import Strain
-from diffrax_reversible._solver.cotangent import Probe
+from diffrax_reversible._adjoint.strain import _share_and_rate
 
 from .problems import cases, kepler, lorenz, relative_error, slow_manifold
 
@@ -813,7 +812,7 @@ def test_passes_that_restart_only_with_the_solve():
 @pytest.mark.long
 @pytest.mark.parametrize(
     "solver, most",
-    cases(((dr.ALF4(), 0.15),), more=((dr.McCallumFoster(dfx.Tsit5()), 0.3),)),
+    cases(((dr.ALF4(), 0.06),), more=((dr.McCallumFoster(dfx.Tsit5()), 0.15),)),
 )
 @pytest.mark.parametrize("tol", cases((1e-3,), more=(1e-4,)))
 def test_growth_in_the_first_steps(solver, most, tol):
@@ -897,20 +896,18 @@ def test_growth_that_is_passed_on():
     assert np.max(got) < 0.01 and np.max(stored) > 0.1
 
 
-@pytest.mark.parametrize("part, strained", ((0.3, True), (1e-4, False)))
-def test_strain_where_an_array_passes_through_zero(part, strained):
-    """The Rayleigh quotient of an orbit's velocity is then arbitrary. `part` is what is
-    left of the cotangent at the start of the step, relative to that after it."""
-    h, y_bar = jnp.array(0.05), jnp.ones(2)
-    vf_bar, pulled = part * h * y_bar, -y_bar
-    zeros = jnp.zeros(2)
-    probe = Probe(
-        control=h,
-        vf_bar=vf_bar,
-        pulled=pulled,
-        y_bar=y_bar,
-        outputs=zeros,
-        first=y_bar,
-        second=zeros,
-    )
-    assert Strain.start(y_bar).update(probe).strained == [strained]
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.float32, jnp.complex128))
+@pytest.mark.parametrize("fast", (0.0, 0.2))
+def test_share_and_rate_of_fast_modes(dtype, fast):
+    """The cotangent pulled back twice shows a mode that decays beside one that
+    oscillates."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    modes = np.array([[-100, 0, 0], [0, 0, 0.1], [0, -0.1, 0]])
+    matrix, w = basis @ modes @ basis.T, basis @ np.array([fast, 1, 0])
+    once = matrix.T @ w
+    arrays = [jnp.asarray(x, dtype) for x in (w, once, matrix.T @ once)]
+    share, rate = map(float, _share_and_rate(jnp.array(1.0), *arrays))
+    if fast == 0:
+        assert rate < 1
+    else:
+        assert abs(rate - 100) < 1 and abs(share - fast / np.sqrt(1 + fast**2)) < 0.01

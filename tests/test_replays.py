@@ -130,8 +130,9 @@ def test_batch():
         assert relative_error(grad, expected) < 1e-8
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("problem", ("chaotic", "long", "contracting", "divided"))
+@pytest.mark.parametrize(
+    "problem", cases((), long=("contracting", "divided"), more=("chaotic", "long"))
+)
 def test_evaluations_of_a_batch(problem):
     """Elements that restart, and are replayed, at their own steps wait for one another: a
     batch takes some evaluations more than its longest element, and not those of all. It

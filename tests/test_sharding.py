@@ -155,8 +155,8 @@ CHECKS = {
     "name",
     cases(
         (),
-        long=("batch with many parameters", "state", "shard_map"),
-        more=("batch",),
+        long=("batch with many parameters", "shard_map"),
+        more=("batch", "state"),
     ),
 )
 def test_eight_devices(name):

@@ -51,7 +51,8 @@ def test_evaluations(solver, stages, extra, controller, ts):
     gradient = jax.jit(jax.value_and_grad(final, argnums=(0, 1), has_aux=True))
     both, _ = field.during(gradient, y0, scale)
     # For the mid-point, `ALF6` takes another backward step and evaluates both ends again.
-    assert forward < both <= (3 if extra == 3 else 2) * forward
+    # One evaluation at the start shows the fast modes of the gradient.
+    assert forward < both <= (3 if extra == 3 else 2) * forward + 1
 
 
 @pytest.mark.parametrize("batched", (False, True))

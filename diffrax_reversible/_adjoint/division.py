@@ -95,6 +95,18 @@ class Division(eqx.Module):
         longest = self.longest.at[_stretch(when)].max(length)
         return dataclasses.replace(self, longest=longest)
 
+    def at_start(
+        self, rates: Float[Array, " arrays"], stable: float
+    ) -> tuple["Division", Bool[Array, ""]]:
+        """With the rates of modes at the start of the solve, up to the first step that is
+        unstable for them, and whether there is one."""
+        unstable = self.longest[None] * rates[:, None] > stable
+        some = jnp.any(unstable, axis=1, keepdims=True)
+        before = jnp.arange(_stretches)[None] <= jnp.argmax(unstable, axis=1, keepdims=True)
+        rates = jnp.where(some & before, rates[:, None], 0)
+        new = dataclasses.replace(self, rates=self.rates.at[1:].max(rates))
+        return new, jnp.any(some)
+
     def unstable(self, stable: float) -> BoolScalarLike:
         """Whether a step exceeds the limit of stability for one of the rates."""
         return jnp.any(self.longest * self._largest_rates > stable)

@@ -26,7 +26,6 @@ from .division import Division
 from .entry_growth import grow, remembered
 from .plan import Plan
 from .spread import Spread
-from .strain import Strain
 
 
 # An entry counts as grown above this factor, over steps in which it should decay. Any
@@ -79,8 +78,8 @@ class Growth(eqx.Module):
     - `spread`: the cotangent that the parameters have received since an entry has grown, if
         the backward pass cures that; `None` if the initial state is differentiated, or if
         there are many parameters.
-    - `strain`: how much of the cotangent consists of modes that should decay; `None` if the
-        initial state is not differentiated.
+    - `strained`: whether the cotangent of the initial state consists of modes that should
+        decay, at the start of the solve. See `with_strain`.
 
     The former two are kept to two or three digits, in a quarter of the memory.
     """
@@ -93,7 +92,7 @@ class Growth(eqx.Module):
     restarts: IntScalarLike
     division: Division
     spread: Spread | None
-    strain: Strain | None
+    strained: BoolScalarLike
 
     @staticmethod
     def start(
@@ -101,15 +100,14 @@ class Growth(eqx.Module):
         plan: Plan,
         division: Division,
         spread: Spread | None,
-        strain: Strain | None,
     ) -> "Growth":
         sizes = jtu.tree_map(jnp.abs, y_bar)
         ones = jtu.tree_map(jnp.ones_like, sizes)
         most = largest(sizes)
         none = jtu.tree_map(lambda m: jnp.zeros(2, for_sums(m.dtype)), most)
         sizes, ones = _few_digits(sizes), _few_digits(ones)
-        no = jnp.array(0)
-        return Growth(sizes, ones, most, none, plan, no, division, spread, strain)
+        no, strained = jnp.array(0), jnp.array(False)
+        return Growth(sizes, ones, most, none, plan, no, division, spread, strained)
 
     def count(self, restart: BoolScalarLike) -> "Growth":
         return dataclasses.replace(self, restarts=self.restarts + jnp.where(restart, 1, 0))
@@ -155,37 +153,20 @@ class Growth(eqx.Module):
         control = jnp.abs(jnp.asarray(probe.control))
         integrate = ft.partial(_integrate, control)
         integrals = jtu.tree_map(integrate, probe.y_bar, factors, self.integrals)
-        new = dict(largest=rights, integrals=integrals)
-        if self.strain is not None:
-            new |= dict(strain=self.strain.update(probe))
-        growth = dataclasses.replace(self, **new)
         more = jtu.tree_map(lambda new, old: new[0] > old[0], integrals, self.integrals)
-        division = growth._with_rates(probe, sizes, factors, more, when)
-        division = division.notice(control, when).count_parts(parts)
-        sizes, factors = _few_digits(sizes), _few_digits(factors)
-        return dataclasses.replace(growth, sizes=sizes, factors=factors, division=division)
-
-    def _with_rates(
-        self,
-        probe: Probe,
-        sizes: PyTree[Array],
-        factors: PyTree[Array],
-        more: PyTree[Bool[Array, ""]],
-        when: RealScalarLike,
-    ) -> Division:
-        """The division with the rates of what has grown, if there is `more` of that."""
-        strained = jtu.tree_map(lambda _: False, factors)
-        if self.strain is not None:
-            treedef = jtu.tree_structure(factors)
-            strained = jtu.tree_unflatten(treedef, self.strain.strained)
+        some = jnp.stack([jnp.array(False), *jtu.tree_leaves(more)]).any()
 
         def with_rates(division):
-            grown = jtu.tree_map(lambda f, s: (f > _least) | s, factors, strained)
+            grown = jtu.tree_map(lambda f: f > _least, factors)
             return division.update(probe, sizes, grown, when)
 
-        some = [jnp.array(False), *jtu.tree_leaves(more), *jtu.tree_leaves(strained)]
-        some = eqxi.unvmap_any(jnp.array(some).any())
-        return lax.cond(some, with_rates, lambda division: division, self.division)
+        division = lax.cond(
+            eqxi.unvmap_any(some), with_rates, lambda division: division, self.division
+        )
+        division = division.notice(control, when).count_parts(parts)
+        sizes, factors = _few_digits(sizes), _few_digits(factors)
+        new = dict(sizes=sizes, factors=factors, largest=rights, integrals=integrals)
+        return dataclasses.replace(self, **new, division=division)
 
     def after_step(self, params_bar: Params) -> "Growth":
         """The growth at the end of a step."""
@@ -231,12 +212,6 @@ class Growth(eqx.Module):
         leaves = probe.vf_bar, probe.pulled, probe.second
         spoilt = jtu.tree_leaves(jtu.tree_map(spoils, self.sizes, *leaves))
         return self.plan.cures & jnp.stack([jnp.array(False), *spoilt]).any()
-
-    @property
-    def strained(self) -> BoolScalarLike:
-        """Whether the gradient of the initial state consists of modes that should decay."""
-        arrays = [] if self.strain is None else self.strain.strained
-        return jnp.array([False, *arrays]).any()
 
     def matters(self, gradient: Params) -> BoolScalarLike:
         """Whether what has grown may have spoilt the gradient of the parameters."""

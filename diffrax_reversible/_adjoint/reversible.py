@@ -129,12 +129,13 @@ class ReversibleAdjoint(AbstractAdjoint):
     a slow manifold (`tests/test_growth.py::test_slow_manifold`) that of `ALF4` is right to
     six digits, and with a `SaveAt(ts=...)` to at least two, where that of the default
     adjoint with the same solver is off by several percent or more. If the initial state is
-    differentiated, a cotangent that consists of fast modes, as it shows when it is pulled
-    back through the vector field, counts as grown where a step exceeds their limit of
-    stability: in the first steps of a solve, a single such step may spoil it, and on a heat
-    equation gradients of `ALF4` and `McCallumFoster` in float32 were off by up to a factor
-    of 1e3 without it (`tests/test_growth.py::test_growth_in_the_first_steps`). Growth that
-    is not detected is not corrected, as in two or three steps, or of entries below a tenth
+    differentiated, its cotangent is pulled back through the vector field at the start of
+    the solve, twice. It counts as grown if that shows more than 3 % of modes for which a
+    step exceeds the limit of stability: in the first steps of a solve, a single such step
+    may spoil it, and on a heat equation gradients of `ALF4` and `McCallumFoster` in float32
+    were off by up to a factor of 1e3 without it
+    (`tests/test_growth.py::test_growth_in_the_first_steps`). Other growth that is not
+    detected is not corrected, as in two or three steps, or of entries below a tenth
     of the largest of their array, if that does not contract: put such a large entry, as an
     integral may be, into an array of its own. Entries that have grown are corrected if, at
     the start of the solve, they exceed a hundredth of the largest, or if they amount to 0.3
@@ -232,7 +233,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     field and one pull-back through it for each evaluation of the forward pass. If times, or
     the control of a term of your own, are differentiated, half as much again; for `ALF6`
     also in steps with interpolated outputs. Twice as much in steps in which a
-    `SaveAt(fn=...)` interpolates, or anything does while times are differentiated. Each
+    `SaveAt(fn=...)` interpolates, or anything does while times are differentiated. The
+    gradient of an initial state takes an evaluation and two pull-backs more, at the start.
+    Each
     known state costs one evaluation or one step, but none with `ALF4` and its like. A
     replay takes the evaluations of a solve: on `y' = -40 (y - cos t)` over a time of 10,
     `ALF4` restarts 76 times in 400 steps. There 8 checkpoints take 1.6 times the

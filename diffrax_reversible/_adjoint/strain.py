@@ -1,78 +1,77 @@
 """Detecting a gradient of the initial state that consists of modes that should decay."""
 
-import equinox as eqx
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import BoolScalarLike, Y
-from .._solver.cotangent import Probe
+from .._custom_types import Y
+from .._precision import for_sums
+from .._solver.ode_term import as_ode_term
 from .._tree import largest
+from .growth import Growth
+from .walk import Walk
 
 
-# A cotangent pulled back through the vector field counts beside so many times what outputs
-# within the step have added, which need not have decayed yet.
-_beside_outputs = 4.0
-# Tuned on a heat equation in single precision, with `ALF4` and `McCallumFoster(Tsit5())` at
-# tolerances from 1e-5 to 1e-2: of the gradients below, 3 % were off by more than 10 %.
-_most = 0.5
-# Where an array passes through zero, its Rayleigh quotient may have any size. Its cotangent
-# in the vector field is then small beside what it is after the step.
-_crosses = 0.02
+# The accepted share of modes that should have decayed. On heat equations in single
+# precision, see `examples/benchmarks/refusals.py`, all gradients off by more than 3 % have
+# more than this share, and hardly one of the others has a fifth of it.
+_most = 0.03
 
 
-class Strain(eqx.Module):
-    """How much of each array of the state's cotangent consists of modes that should decay.
+def with_strain(walk: Walk, growth: Growth, y_bar: Y) -> Growth:
+    """The growth at the start of the solve, with whether the cotangent of the initial state
+    is strained, and by which rates: whether modes that should decay in a single step, for
+    which some step is unstable, make up much of an array of it.
 
-    In a step with `h λ < -1`, the cotangent of a mode decays to a third or less. If the
-    step is unstable, it grows instead. Where a solve still finds its step size, a single
-    such step is enough to spoil the gradient of the initial state, in which slow modes may
-    hide that no entry has grown by much. Fast modes show where the cotangent is pulled back
-    through the vector field, as that multiplies each by its `λ`. Afterwards, they decay at
-    that rate.
+    - `y_bar`: that cotangent, without what outputs at the start of the solve have added.
 
-    - `sizes`: the size of what was pulled back, relative to that of the cotangent.
-    - `rates`: the Rayleigh quotient at the step where the former was largest.
+    A mode with `h λ < -4` decays to a fiftieth in a step. If the step is unstable, it grows
+    instead. Where a solve still finds its step size, one such step is enough to spoil the
+    gradient of the initial state, in which slow modes may hide that no entry has grown by
+    much. Pulling back through the vector field multiplies each mode by its `λ`. So the
+    Rayleigh quotient of `Jᵀ w` is that of the fastest modes of `w` (the power method), and
+    the size of `Jᵀ w` beside it is their share of `w`.
     """
+    problem = walk.problem
+    if not walk.differentiates_start or walk.departure is None:
+        return growth
+    terms, args = walk.combine(walk.params)
+    term, (y0, _) = as_ode_term(problem.solver, terms), walk.start_states
 
-    sizes: Float[Array, " arrays"]
-    rates: Float[Array, " arrays"]
+    def slope(y):
+        # A vector field may broadcast.
+        vf = term.vf(problem.t0, y, args)
+        return jtu.tree_map(lambda f, y: jnp.zeros_like(y) + jnp.asarray(f, y.dtype), vf, y)
 
-    @staticmethod
-    def start(y: Y) -> "Strain":
-        zeros = jnp.zeros(len(jtu.tree_leaves(y)), jnp.float32)
-        return Strain(zeros, zeros)
-
-    def update(self, probe: Probe) -> "Strain":
-        """After the pull-back of a step."""
-        control = jnp.asarray(probe.control)
-        leaves = probe.vf_bar, probe.pulled, probe.y_bar, probe.outputs
-        leaves = zip(*map(jtu.tree_leaves, leaves), strict=True)
-        both = [_size_and_rate(control, *leaf) for leaf in leaves]
-        sizes, rates = jnp.array(both, jnp.float32).reshape(-1, 2).T
-        length = jnp.abs(control).astype(jnp.float32)
-        left = self.sizes * jnp.exp(-length * self.rates)
-        more = (length * rates > 1) & (sizes > left)
-        return Strain(jnp.where(more, sizes, left), jnp.where(more, rates, self.rates))
-
-    @property
-    def strained(self) -> list[BoolScalarLike]:
-        """Whether each array is strained."""
-        return [size > _most for size in self.sizes]
+    scale = jnp.array([0, *jtu.tree_leaves(largest(y_bar))], jnp.float32).max()
+    scale = jnp.where(scale == 0, 1, scale)
+    w = jtu.tree_map(lambda x: x / scale.astype(x.dtype), y_bar)
+    _, pull = jax.vjp(slope, y0)
+    (once,) = pull(w)
+    (twice,) = pull(once)
+    control = term.contr(problem.t0, walk.residuals.end.tprev)
+    leaves = zip(*map(jtu.tree_leaves, (w, once, twice)), strict=True)
+    both = [_share_and_rate(jnp.sign(jnp.asarray(control)), *leaf) for leaf in leaves]
+    shares, rates = jnp.array(both, jnp.float32).reshape(-1, 2).T
+    rates = jnp.where(shares > _most, rates, 0)
+    division, strained = growth.division.at_start(rates, walk.departure.stable)
+    return dataclasses.replace(growth, division=division, strained=strained)
 
 
-def _size_and_rate(
-    control: Array, vf_bar: Array, pulled: Array, y_bar: Array, outputs: Array
-) -> list[Array]:
-    """The size and the rate of an array, see `Strain`."""
-    total = lambda x: jnp.sum(jnp.abs(x))
-    beside = total(y_bar) + _beside_outputs * total(outputs)
-    size = total(pulled) / jnp.where(beside == 0, 1, beside)
-    crosses = total(vf_bar) < _crosses * jnp.abs(control) * total(y_bar)
-    size = jnp.where(crosses, 0, size)
-    scale = largest(vf_bar)
-    scale = jnp.where(scale == 0, 1, scale).astype(vf_bar.dtype)
-    vf_bar, pulled = vf_bar / scale, pulled / scale
-    product = jnp.sum(jnp.real(pulled * jnp.conj(vf_bar)))
-    square = jnp.sum(jnp.real(vf_bar * jnp.conj(vf_bar)))
-    return [size, -jnp.sign(control) * product / jnp.where(square == 0, 1, square)]
+def _share_and_rate(
+    sign: Array, w: Array, once: Array, twice: Array
+) -> list[Float[Array, ""]]:
+    """The share of the fastest modes in an array, and the rate at which they decay."""
+    total = lambda x: jnp.sum(x, dtype=for_sums(x.dtype))
+    size = largest(once)
+    scale = jnp.where(size == 0, 1, size).astype(once.dtype)
+    once, twice = once / scale, twice / scale
+    square = total(jnp.abs(once) ** 2)
+    product = total(jnp.real(twice * jnp.conj(once)))
+    rate = -sign.astype(square.dtype) * product / jnp.where(square == 0, 1, square)
+    beside = rate * jnp.sqrt(total(jnp.abs(w) ** 2))
+    share = size.astype(square.dtype) * jnp.sqrt(square)
+    return [share / jnp.where(beside > 0, beside, jnp.inf), rate]

@@ -39,7 +39,6 @@ from .problem import Context, Problem
 from .replay import Replayer
 from .shared import Shared
 from .spread import many, Spread
-from .strain import Strain
 
 
 class Walk(eqx.Module):
@@ -168,12 +167,10 @@ class Walk(eqx.Module):
                 position, cotangent=zeros, params_cotangent=ct.params
             )
         if self.departure is not None:
-            y_bar, spread, strain = position.cotangent.y, None, None
-            if self.differentiates_start:
-                strain = Strain.start(y_bar)
-            else:
+            spread = None
+            if not self.differentiates_start:
                 spread = Spread.start(*params_of(position))
-            growth = Growth.start(y_bar, plan, division, spread, strain)
+            growth = Growth.start(position.cotangent.y, plan, division, spread)
             position = dataclasses.replace(position, growth=growth)
         position = dataclasses.replace(
             position,

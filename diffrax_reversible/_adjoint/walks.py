@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import BoolScalarLike, IntScalarLike
-from .._tree import tree_select, tree_zeros_of
+from .._tree import tree_add, tree_select, tree_zeros_of
 from .agreement import same_at_start, same_gradient, Sketches
 from .between_steps import go_on
 from .division import Division
@@ -22,6 +22,7 @@ from .pull_change import pull_change
 from .pull_outputs import pull_start
 from .sketch import sketch
 from .spread import many
+from .strain import with_strain
 from .undo_steps import undo_steps
 from .walk import Walk
 
@@ -81,6 +82,12 @@ def _finish(walk: Walk, position: Position) -> tuple[Position, Sketches]:
     if walk.departure is None:
         return before if passed else _pull_init(walk, before), Sketches.none()
     after = _pull_init(walk, before)
+    assert before.growth is not None
+    # Without the outputs at the start of the solve.
+    added = jtu.tree_map(jnp.subtract, after.cotangent.y, before.cotangent.y)
+    y_bar = tree_add(position.cotangent.y, added)
+    growth = with_strain(walk, before.growth, y_bar)
+    before, after = (dataclasses.replace(p, growth=growth) for p in (before, after))
     if many(walk.params):
         # What `init` adds would be another copy, as would the sum of both parts, and
         # sketches are linear.
@@ -193,17 +200,16 @@ def _judge(
         # which proves nothing, unless this one divides steps.
         differs = (growth.restarts > 0) | (growth.division.count > 0)
         proves &= differs | (kept.restarts == 0)
-    grown = _grown(walk, position, growth, first, unstable)
+    grown = _grown(walk, position, growth, first)
     cures, divides = jnp.where(first, grown, plan.cures), plan.divides > 0
     suspect = grown | unstable
     same = proves & same_gradient(walk, growth, walks.last, here, suspect | divides)
     finely = plan.divides > 1
     agree = jnp.where(cured | finely, same, walks.agree)
     # In unstable steps, what is too slow to be found may grow, and what is found may have
-    # grown by as much in both walks. In the gradient of the initial state it is not found
-    # where slow modes hide it.
-    doubted = grown | (walk.differentiates_start and walk.divides)
-    proven = agree & jnp.logical_not(doubted & unstable)
+    # grown by as much in both walks.
+    doubted = (grown | growth.strained) & unstable
+    proven = agree & jnp.logical_not(doubted)
     doubtful = cures & suspect & jnp.logical_not(proven) & _matters(growth, position)
     # A walk that divides shows whether that before it had come to the right cotangent at
     # the start of the solve. If so, its gradient is the better one: states within a step
@@ -223,13 +229,12 @@ def _grown(
     position: Position,
     growth: Growth,
     first: BoolScalarLike,
-    unstable: BoolScalarLike,
 ) -> BoolScalarLike:
     """Whether the gradient has grown where it should not, in the `first` walk also if that
     is hidden at the start of the solve."""
     shares = walk.shares(position)
     grown = any_grown(shares, walk.drift_tol)
-    hidden = any_overflown(shares) | (growth.strained & unstable)
+    hidden = any_overflown(shares) | growth.strained
     if len(jtu.tree_leaves(walk.params)) > 0:
         hidden |= any_grown(growth.shares_of_integrals(), walk.drift_tol)
     return grown | (first & hidden)
