@@ -248,7 +248,9 @@ def main() -> None:
         useful = stored < USEFUL
         refused = np.sum(np.isnan(ours) & useful)
         off = np.sum((ours > USEFUL) & (ours > WORSE * stored))
-        counts = np.sum(useful), refused, off, np.sum(ours > WRONG), np.sum(stored > WRONG)
+        # Some overflow.
+        as_wrong = np.sum(~(stored <= WRONG))
+        counts = np.sum(useful), refused, off, np.sum(ours > WRONG), as_wrong
         row = name, f"`{solver_name}`", *map(str, counts)
         tqdm.tqdm.write(f"| {' | '.join(row)} |")
         if solver_name != "ALF8":
