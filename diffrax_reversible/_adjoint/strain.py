@@ -17,7 +17,7 @@ from .walk import Walk
 
 # The accepted share of modes that should have decayed. On heat equations in single
 # precision, see `examples/benchmarks/refusals.py`, all gradients off by more than 3 % have
-# more than this share, and hardly one of the others has a fifth of it.
+# more than this share, and hardly one of the others has a third of it.
 _most = 0.03
 
 
