@@ -235,8 +235,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     also in steps with interpolated outputs. Twice as much in steps in which a
     `SaveAt(fn=...)` interpolates, or anything does while times are differentiated. The
     gradient of an initial state takes an evaluation and two pull-backs more, at the start.
-    Each
-    known state costs one evaluation or one step, but none with `ALF4` and its like. A
+    Each known state costs one evaluation or one step, but none with `ALF4` and its like. A
     replay takes the evaluations of a solve: on `y' = -40 (y - cos t)` over a time of 10,
     `ALF4` restarts 76 times in 400 steps. There 8 checkpoints take 1.6 times the
     evaluations of checkpoints for all restarts, 4 twice, and 1 checkpoint 6 times. A

@@ -225,10 +225,7 @@ def _judge(
 
 
 def _grown(
-    walk: Walk,
-    position: Position,
-    growth: Growth,
-    first: BoolScalarLike,
+    walk: Walk, position: Position, growth: Growth, first: BoolScalarLike
 ) -> BoolScalarLike:
     """Whether the gradient has grown where it should not, in the `first` walk also if that
     is hidden at the start of the solve."""
