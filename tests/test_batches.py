@@ -372,8 +372,8 @@ EVENT = dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.4, optx.Newton(1e-8, 1e-
     "solver, adjoint, more",
     cases(
         ((dr.ALF4(), dr.ReversibleAdjoint(), {}),),
-        long=((dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),),
         more=(
+            (dr.ALF4(), dr.ReversibleAdjoint(), dict(saveat=INTERPOLATED_FUNCTION)),
             (dr.McCallumFoster(dfx.Tsit5()), dr.ReversibleAdjoint(), {}),
             (dr.ALF4(), dr.ReversibleAdjoint(checkpoints=1), dict(saveat=INTERPOLATED)),
         ),
@@ -423,7 +423,7 @@ def test_shared_parameters(solver, adjoint, more):
         assert relative_error(ours, exact) < 1.1 * relative_error(theirs, exact)
 
 
-@pytest.mark.long
+@pytest.mark.more
 def test_shared_parameters_and_times():
     """As `test_shared_parameters`, where the ends of the members are differentiated too."""
 
@@ -491,8 +491,11 @@ def test_batches_of_batches():
     assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("saveat", (None, INTERPOLATED_FUNCTION), ids=("end", "function"))
+@pytest.mark.parametrize(
+    "saveat",
+    cases((), long=(INTERPOLATED_FUNCTION,), more=(None,)),
+    ids=("function", "end"),
+)
 def test_memory_per_member(saveat):
     """No member holds a cotangent of the parameters of its own."""
 

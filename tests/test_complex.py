@@ -215,7 +215,8 @@ def test_restarts_and_vmap():
     "name",
     cases(
         (),
-        long=("BlanesMoan4", "McCallumFoster"),
+        long=("BlanesMoan4",),
+        more=("McCallumFoster",),
         slow=("ALF6", "ReversibleHeun", "Gauss4"),
     ),
 )

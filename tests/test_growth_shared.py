@@ -56,8 +56,7 @@ def test_many_parameters(solver, members):
     assert relative_error(got[1], want[1]) < 1e-3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("shares", cases((), long=(True,), more=(False,)))
 def test_members_with_vanishing_gradients(shares):
     """Where the flow has contracted a lot, the gradient of a member may be lost. Alone it
     is refused. In a batch it hardly matters to the gradient of parameters, whether or not

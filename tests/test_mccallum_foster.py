@@ -282,7 +282,7 @@ def test_copy_that_is_lost(controller):
 
 
 @pytest.mark.parametrize(
-    "save", cases((None,), long=(jnp.sqrt,)), ids=("states", "functions")
+    "save", cases((None,), more=(jnp.sqrt,)), ids=("states", "functions")
 )
 def test_gradient_where_the_copy_is_lost(save):
     """Gompertz' growth, `y = exp(exp(-r t) log(y0))`, in a batch: the stages of a step back

@@ -64,7 +64,7 @@ def temporary_bytes(
 )
 @pytest.mark.parametrize(
     "few, many, growth",
-    cases(((1_001_000, 2_001_000, 1_000),), long=((20_000, 1_001_000, 9 * ROWS + 200),)),
+    cases(((1_001_000, 2_001_000, 1_000),), more=((20_000, 1_001_000, 9 * ROWS + 200),)),
 )
 def test_growth_with_steps(solver, controller, size, few, many, growth):
     """A step on record takes a time and a restart flag. Beyond, memory does not grow."""

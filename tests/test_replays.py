@@ -131,7 +131,7 @@ def test_batch():
 
 
 @pytest.mark.parametrize(
-    "problem", cases((), long=("contracting", "divided"), more=("chaotic", "long"))
+    "problem", cases((), long=("divided",), more=("contracting", "chaotic", "long"))
 )
 def test_evaluations_of_a_batch(problem):
     """Elements that restart, and are replayed, at their own steps wait for one another: a

@@ -141,10 +141,10 @@ STEPS, SOME_TS = dict(steps=3), jnp.array([0.1, 0.5, 0.9])
     "saveat, ends, size",
     cases(
         ((STEPS, [2.0], 1), (STEPS, [1.5, 2.0], 1100)),
-        # Some members have outputs where others have none.
-        long=((SOME_TS, [1.0, 1.3, 1.7], 1100),),
-        # Members that end where they begin save everything at once.
-        more=((SOME_TS, [0.0, 1.5, 1.7], 1), (STEPS, [1.5, 2.0], 1)),
+        # Some members have outputs where others have none; one that ends where it begins
+        # saves everything at once.
+        long=((SOME_TS, [0.0, 1.5, 1.7], 1),),
+        more=((SOME_TS, [1.0, 1.3, 1.7], 1100), (STEPS, [1.5, 2.0], 1)),
     ),
 )
 def test_fn_that_is_not_finite_elsewhere(saveat, ends, size):

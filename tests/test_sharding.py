@@ -153,11 +153,7 @@ CHECKS = {
 
 @pytest.mark.parametrize(
     "name",
-    cases(
-        (),
-        long=("batch with many parameters", "shard_map"),
-        more=("batch", "state"),
-    ),
+    cases((), long=("shard_map",), more=[name for name in CHECKS if name != "shard_map"]),
 )
 def test_eight_devices(name):
     flags = f"--xla_force_host_platform_device_count={DEVICES} {quick_flags()}"
